@@ -1,0 +1,1 @@
+"""What people read: tables and comparisons made from records, never measurements of their own."""

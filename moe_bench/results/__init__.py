@@ -1,0 +1,1 @@
+"""What was measured and what others published: records, their store, and the registry of published rows."""

@@ -1,0 +1,1 @@
+"""What was asked: frozen descriptions of models, systems, layouts and recipes, and their loader."""

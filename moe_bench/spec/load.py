@@ -1,0 +1,177 @@
+"""From a YAML file to a checked recipe, or to one line per mistake with file, line, key, problem and fix."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_bench.errors import BadInputError, Mistake, RecipeError
+from moe_bench.spec.base import Spec
+from moe_bench.spec.explain import explain
+from moe_bench.spec.legality import Problem, legality_problems
+from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.system import SystemSpec
+from moe_bench.spec.yaml_tree import Node, dotted, parse_value, read_yaml
+
+Rule = Callable[[Recipe], Sequence[Problem]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Reads models, systems and recipes below one `recipes/` folder."""
+
+    root: Path
+    """The folder that holds `systems/` and one folder per model."""
+    rules: tuple[Rule, ...] = field(default=(legality_problems,))
+    """What a recipe must satisfy beyond its schema."""
+
+    def model(self, key: str) -> ModelSpec:
+        """The model in `recipes/<key>/model.yaml`."""
+        tree = self._model_tree(key, beside=None)
+        return validated(tree, ModelSpec)
+
+    def system(self, key: str) -> SystemSpec:
+        """The system in `recipes/systems/<key>.yaml`."""
+        return validated(self._system_tree(key), SystemSpec)
+
+    def recipe(self, path: Path, *, changes: Sequence[str] = ()) -> Recipe:
+        """The recipe in `path`; `changes` are `key=value` texts that derive another recipe from it.
+
+        Raises RecipeError with every mistake of the file, or with those that the changes bring in.
+        """
+        tree = read_yaml(path, shown_as=shown(path))
+        recipe = self._checked(self._resolved(tree, path))
+        self._require_name(recipe, path)
+        if not changes:
+            return recipe
+        return self._checked(self._changed(tree, path, changes))
+
+    def recipe_from_tree(self, tree: Node) -> Recipe:
+        """A recipe from a whole tree, model and system included, as a record stores it."""
+        return self._checked(tree)
+
+    def _checked(self, tree: Node) -> Recipe:
+        recipe = validated(tree, Recipe)
+        problems = [problem for rule in self.rules for problem in rule(recipe)]
+        if problems:
+            raise RecipeError(tuple(_mistake(tree, problem) for problem in problems))
+        return recipe
+
+    def _resolved(self, tree: Node, path: Path) -> Node:
+        """The tree in which the names of model and system are replaced by their files."""
+        for key, read in (
+            ("model", lambda name: self._model_tree(name, beside=path.parent)),
+            ("system", self._system_tree),
+        ):
+            named = tree.value.get(key) if isinstance(tree.value, dict) else None
+            if named is not None and isinstance(named.value, str):
+                try:
+                    tree = tree.with_child(key, read(named.value))
+                except UnknownNameError as error:
+                    raise RecipeError(
+                        (
+                            Mistake(
+                                file=named.file,
+                                line=named.line,
+                                key=key,
+                                problem=error.problem,
+                                fix=error.fix,
+                            ),
+                        )
+                    ) from error
+        if isinstance(tree.value, dict) and "num_mtp_layers" not in tree.value:
+            published = tree.nearest(("model", "num_mtp_layers"))
+            if isinstance(published.value, int):
+                tree = tree.with_child("num_mtp_layers", published)
+        return tree
+
+    def _changed(self, tree: Node, path: Path, changes: Sequence[str]) -> Node:
+        parsed = [_parse_change(change) for change in changes]
+        for keys, leaf in parsed:
+            if len(keys) == 1:
+                tree = tree.with_value_at(keys, leaf)
+        tree = self._resolved(tree, path)
+        for keys, leaf in parsed:
+            if len(keys) > 1:
+                tree = tree.with_value_at(keys, leaf)
+        return tree
+
+    def _require_name(self, recipe: Recipe, path: Path) -> None:
+        fix = f"rename it to {recipe.run_name}.yaml, or change the content or `variant`"
+        if path.stem != recipe.run_name:
+            problem = f"the file is called {path.name}, its content is {recipe.run_name}"
+            raise RecipeError((Mistake(file=shown(path), line=1, key="-", problem=problem, fix=fix),))
+        in_catalogue = path.resolve().parent.parent == self.root.resolve()
+        if in_catalogue and path.resolve().parent.name != recipe.model.key:
+            problem = f"model {recipe.model.key} stands in the folder {path.resolve().parent.name}"
+            fix = f"move it to {recipe.model.key}/"
+            raise RecipeError((Mistake(file=shown(path), line=1, key="model", problem=problem, fix=fix),))
+
+    def _model_tree(self, key: str, *, beside: Path | None) -> Node:
+        places = [folder / "model.yaml" for folder in (beside, self.root / key) if folder is not None]
+        for place in places:
+            if place.is_file():
+                tree = read_yaml(place, shown_as=shown(place))
+                if tree.nearest(("key",)).value == key:
+                    return tree
+        raise UnknownNameError(
+            "model", key, sorted(path.parent.name for path in self.root.glob("*/model.yaml"))
+        )
+
+    def _system_tree(self, key: str) -> Node:
+        path = self.root / "systems" / f"{key}.yaml"
+        if not path.is_file():
+            raise UnknownNameError(
+                "system", key, sorted(path.stem for path in self.root.glob("systems/*.yaml"))
+            )
+        return read_yaml(path, shown_as=shown(path))
+
+
+class UnknownNameError(BadInputError):
+    """A name that stands for nothing here; the message offers the nearest ones."""
+
+    def __init__(self, what: str, name: str, known: Sequence[str]) -> None:
+        self.problem = f"there is no {what} {name!r}"
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)[:8]
+        self.fix = (
+            f"did you mean {' or '.join(repr(near) for near in nearest)}?"
+            if nearest
+            else "none is known here"
+        )
+        super().__init__(f"{self.problem}; {self.fix}")
+
+
+def validated[AnySpec: Spec](tree: Node, kind: type[AnySpec]) -> AnySpec:
+    """`tree` as a `kind`, or RecipeError with one line per mistake."""
+    try:
+        return kind.model_validate_json(json.dumps(tree.plain()))
+    except ValidationError as error:
+        raise RecipeError(
+            tuple(_mistake(tree, explain(tree, kind, one)) for one in error.errors())
+        ) from error
+
+
+def shown(path: Path) -> str:
+    """`path` as the user would type it: relative where it lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else str(path)
+
+
+def _parse_change(change: str) -> tuple[tuple[str, ...], Node]:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise BadInputError(f"--set {change}: expected key=value, such as parallel.expert=8")
+    return tuple(key.split(".")), parse_value(value, shown_as=f"--set {change}")
+
+
+def _mistake(tree: Node, problem: Problem) -> Mistake:
+    place = tree.nearest(problem.path)
+    return Mistake(
+        file=place.file, line=place.line, key=dotted(problem.path), problem=problem.problem, fix=problem.fix
+    )

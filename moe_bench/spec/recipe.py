@@ -1,0 +1,267 @@
+"""A recipe: everything that changes the number, as plain data that a reviewer can read in a diff."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_bench.spec.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Spec,
+    Text,
+)
+from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.system import SystemSpec
+
+Precision = Literal[
+    "fp32",
+    "bf16",
+    "fp8_delayed",
+    "fp8_tensorwise",
+    "fp8_blockwise",
+    "fp8_rowwise",
+    "mxfp8",
+    "nvfp4",
+]
+"""Arithmetic of the matrix products; weights and activations outside them are BF16 (FP32 with `fp32`)."""
+
+KernelFamily = Literal["transformer_engine", "torch_native", "quack"]
+Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep", "ncclep"]
+RoutingMode = Literal["random_logits", "round_robin", "biased", "natural"]
+RecomputeModule = Literal["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+GraphModule = Literal["attn", "mlp", "moe", "moe_router", "moe_preprocess"]
+OffloadModule = Literal[
+    "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act",
+    "fused_group_mlp",
+]  # fmt: skip
+StateDtype = Literal["fp32", "bf16", "fp16", "fp8"]
+
+
+class Difference(Spec):
+    """One field in which a recipe departs from the published row it reproduces, and why."""
+
+    field: Text
+    """Column of the row, such as `fsdp_zero`."""
+    row: Text
+    recipe: Text
+    why: Text
+
+
+class LowPrecision(Spec):
+    """Options of FP8 and FP4 training beyond the recipe's `precision`."""
+
+    param_gather: bool = False
+    """Keep primary weights in FP8 and gather them so (Megatron-Core's fp8_param)."""
+    num_first_layers_bf16: NonNegativeInt = 0
+    num_last_layers_bf16: NonNegativeInt = 0
+    attention: bool = False
+    """FP8 inside attention (Megatron-Core's fp8_dot_product_attention)."""
+    pad_routing_map: bool = True
+    """Pad tokens per expert to the alignment of the kernels in the router."""
+    reuse_grad_buffer: bool = False
+    """Gather MXFP8 weights through the gradient buffer (saves memory)."""
+
+
+class Fusions(Spec):
+    """Fused kernels of Megatron-Core, each on or off."""
+
+    permute: bool = False
+    router: bool = False
+    rope: bool = False
+    activation: bool = False
+    residual_norm: bool = False
+    masked_softmax: bool = False
+    bias_dropout: bool = False
+    gradient_accumulation: bool = False
+    """Weight gradients added to the FP32 buffer inside the GEMM (needs apex or Transformer Engine)."""
+    cross_entropy: Literal["none", "native", "te"] = "none"
+
+
+class KernelSpec(Spec):
+    """Who provides the kernels, and which of them are fused."""
+
+    family: KernelFamily
+    attention: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """Backend of Transformer Engine's attention; the torch-native family chooses by features (`auto`)."""
+    grouped_gemm: bool = True
+    """All local experts in one grouped GEMM, rather than one GEMM each in a loop."""
+    op_fuser: bool = False
+    """Transformer Engine's operation fuser for the experts."""
+    fusions: Fusions = Fusions()
+
+
+class DispatchSpec(Spec):
+    """How tokens travel to their experts and back."""
+
+    dispatcher: Dispatcher
+    num_sms: PositiveInt | None = None
+    """Streaming multiprocessors that DeepEP or HybridEP may use; null takes the library's default."""
+    router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    """Type of the routing scores; null keeps the model's."""
+    apply_probs_on_input: bool = False
+    high_priority_stream: bool = False
+
+
+class TokenDrop(Spec):
+    """Capacity: an expert that gets more than its share drops tokens."""
+
+    capacity_factor: PositiveFloat
+    pad_to_capacity: bool = False
+    policy: Literal["probs", "position"] = "probs"
+
+
+class Recompute(Spec):
+    """Activations that are computed again in the backward pass instead of kept."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    modules: tuple[RecomputeModule, ...] = ()
+    """Read with `selective`."""
+    method: Literal["uniform", "block"] = "uniform"
+    """Read with `full`."""
+    num_layers: NonNegativeInt = 0
+    """Layers per unit (`uniform`) or recomputed layers per chunk (`block`); read with `full`."""
+
+
+class Overlap(Spec):
+    """Communication that runs beside computation."""
+
+    expert_parallel: bool = False
+    """Dispatch and combine of one micro batch under the computation of another (1F1B)."""
+    delayed_wgrad: bool = False
+    """Weight gradients held back to fill the gaps that `expert_parallel` leaves."""
+    shared_experts: bool = False
+    grad_reduce: bool = False
+    param_gather: bool = False
+    param_gather_with_optimizer_step: bool = False
+    align_param_gather: bool = False
+    p2p: bool = False
+    """Pipeline transfers beside computation; only the interleaved schedule can."""
+    tensor_parallel: bool = False
+    """Transformer Engine's user buffers."""
+
+
+class CudaGraphs(Spec):
+    """Parts of the step that are captured once and replayed."""
+
+    implementation: Literal["none", "local", "transformer_engine", "full_iteration"] = "none"
+    modules: tuple[GraphModule, ...] = ()
+    """Empty captures whole layers."""
+    num_warmup_steps: PositiveInt = 3
+
+
+class Offload(Spec):
+    """State or activations kept in host memory."""
+
+    optimizer_fraction: Fraction = 0.0
+    num_activation_layers: NonNegativeInt = 0
+    modules: tuple[OffloadModule, ...] = ()
+    paged_stash: bool = False
+    """Dispatched expert activations packed into a paged buffer (Megatron-Core's moe_paged_stash)."""
+
+
+class OptimizerSpec(Spec):
+    """The optimizer and the types of its state."""
+
+    name: Literal["adam", "muon", "sgd"] = "adam"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are accumulated and reduced."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    exp_avg_dtype: StateDtype = "fp32"
+    exp_avg_sq_dtype: StateDtype = "fp32"
+    learning_rate_scale: NonNegativeFloat = 1e-4
+    """The learning rate itself, constant over the run."""
+    weight_decay_scale: NonNegativeFloat = 0.1
+    beta1_factor: Fraction = 0.9
+    beta2_factor: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """Gradient norm above which gradients are scaled down; 0 does not clip."""
+
+    @property
+    def is_precision_aware(self) -> bool:
+        """Whether Megatron-Core's precision-aware optimizer is needed: some state is not FP32."""
+        return {self.main_params_dtype, self.exp_avg_dtype, self.exp_avg_sq_dtype} != {"fp32"}
+
+
+class Routing(Spec):
+    """Where tokens go during the measurement; a throughput number means nothing without it."""
+
+    mode: RoutingMode
+    """`random_logits` (Megatron-Core's force_load_balancing): balanced on average only. `round_robin`:
+    exactly balanced. `biased`: skewed by a fixed random bias per expert. `natural`: the router's choice."""
+    bias_std: NonNegativeFloat = 0.0
+    """Standard deviation of the bias on the logits; read with `biased`."""
+
+
+class Steps(Spec):
+    """How long a run is."""
+
+    num_warmup: PositiveInt = 10
+    num_timed: PositiveInt = 40
+
+
+class Recipe(Spec):
+    """One run on one system. Its name is computed from its content, so a name cannot lie."""
+
+    model: ModelSpec
+    system: SystemSpec
+    precision: Precision
+    variant: str = ""
+    """Suffix that tells apart recipes of the same model, system, size and precision."""
+    reproduces: Text | None = None
+    """Id of the published row that this recipe copies."""
+    differences: tuple[Difference, ...] = ()
+    seq_len: PositiveInt
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step."""
+    micro_batch_size: PositiveInt
+    num_mtp_layers: NonNegativeInt
+    """Multi-token prediction modules that are trained; 0 leaves the model's out."""
+    parallel: ParallelSpec
+    low_precision: LowPrecision | None = None
+    kernels: KernelSpec
+    dispatch: DispatchSpec
+    token_drop: TokenDrop | None = None
+    routing: Routing
+    recompute: Recompute = Recompute()
+    overlap: Overlap = Overlap()
+    cuda_graphs: CudaGraphs = CudaGraphs()
+    offload: Offload = Offload()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    steps: Steps = Steps()
+    seed: NonNegativeInt = 1234
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the training processes."""
+    container: Text | None = None
+    """Image of `containers/`, null for the bare environment."""
+    patches: tuple[Text, ...] = ()
+    """Changes to Megatron-Core's numbers that this recipe asks for by name (docs/patches.md)."""
+    mcore: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """Megatron-Core fields that the schema has no name for."""
+
+    @property
+    def run_name(self) -> str:
+        """File name without suffix: `<system>_<gpus>g_<precision>[_<variant>]`."""
+        parts = (self.system.key, f"{self.parallel.num_gpus}g", self.precision, self.variant)
+        return "_".join(part for part in parts if part)
+
+    @property
+    def name(self) -> str:
+        """`<model>/<run name>`, the only place under `recipes/` where this recipe may stand."""
+        return f"{self.model.key}/{self.run_name}"
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro batches that each data-parallel rank runs per step."""
+        return self.global_batch_size // (self.micro_batch_size * self.parallel.data)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over the whole job."""
+        return self.global_batch_size * self.seq_len
