@@ -174,12 +174,12 @@ class OptimizerSpec(Spec):
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
     exp_avg_dtype: StateDtype = "fp32"
     exp_avg_sq_dtype: StateDtype = "fp32"
-    learning_rate_scale: NonNegativeFloat = 1e-4
-    """The learning rate itself, constant over the run."""
-    weight_decay_scale: NonNegativeFloat = 0.1
-    beta1_factor: Fraction = 0.9
-    beta2_factor: Fraction = 0.95
-    epsilon: PositiveFloat = 1e-8
+    learning_rate: NonNegativeFloat = 1e-4
+    """Constant over the run."""
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: PositiveFloat = 1e-8
     clip_grad_norm: NonNegativeFloat = 1.0
     """Gradient norm above which gradients are scaled down; 0 does not clip."""
 

@@ -1,0 +1,444 @@
+"""The only file that knows Megatron-Core's field names: a recipe becomes arguments as plain data.
+
+It imports neither torch nor Megatron-Core, so `show` prints on a laptop what a rank will be built with.
+Types stand as text ("bf16"), functions as names ("silu"); `harness/build.py` turns them into objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_bench.harness.mcore_fields import complaint_about, megatron_fields
+from moe_bench.spec.legality import Problem
+from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
+from moe_bench.spec.recipe import Recipe
+
+Plain = bool | int | float | str | None | tuple["Plain", ...]
+Arguments = dict[str, Plain]
+
+_FP8_FORMATS = {
+    "fp8_delayed": ("hybrid", "delayed"),
+    "fp8_tensorwise": ("hybrid", "tensorwise"),
+    "fp8_blockwise": ("e4m3", "blockwise"),
+    "fp8_rowwise": ("e4m3", "rowwise"),
+    "mxfp8": ("e4m3", "mxfp8"),
+}
+"""Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them."""
+
+_FLEX_BACKENDS = ("deepep", "hybridep", "ncclep")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MegatronArguments:
+    """What a rank is built with: the keyword arguments of Megatron-Core's objects, one mapping for each."""
+
+    parallel_state: Arguments
+    """`parallel_state.initialize_model_parallel`"""
+    config_class: Literal["TransformerConfig", "MLATransformerConfig"]
+    transformer: Arguments
+    """The class above."""
+    config_attributes: Arguments
+    """Attributes that Megatron-Core's training script sets on the config after it is made (GPT's YaRN)."""
+    model: Arguments
+    """`GPTModel`, less what depends on the rank."""
+    ddp: Arguments
+    """`DistributedDataParallelConfig`"""
+    optimizer: Arguments
+    """`OptimizerConfig`"""
+    training: Arguments
+    """What our own loop needs: batches, steps, routing, kernel family, seed, patches."""
+
+    def sections(self) -> dict[str, Arguments]:
+        """The mappings by name, in the order in which `show` prints them."""
+        return {
+            "parallel_state": self.parallel_state,
+            self.config_class: self.transformer,
+            "config_attributes": self.config_attributes,
+            "GPTModel": self.model,
+            "DistributedDataParallelConfig": self.ddp,
+            "OptimizerConfig": self.optimizer,
+            "training": self.training,
+        }
+
+
+def megatron_arguments(recipe: Recipe) -> MegatronArguments:
+    """Everything that the ranks of `recipe` are built with, its `mcore` overrides included."""
+    covered = _covered_arguments(recipe)
+    owners = {
+        "TransformerConfig": covered.transformer,
+        "DistributedDataParallelConfig": covered.ddp,
+        "OptimizerConfig": covered.optimizer,
+    }
+    for name, value in recipe.mcore.items():
+        for owner in megatron_fields().get(name, ()):
+            owners[owner][name] = value
+    return covered
+
+
+def override_problems(recipe: Recipe) -> tuple[Problem, ...]:
+    """Names under `mcore:` that Megatron-Core does not have, or that the schema already covers."""
+    if not recipe.mcore:
+        return ()
+    covered = _covered_arguments(recipe)
+    taken = {**covered.transformer, **covered.ddp, **covered.optimizer}
+    return tuple(
+        Problem(("mcore", name), *complaint)
+        for name in recipe.mcore
+        if (complaint := complaint_about(name, covered=taken)) is not None
+    )
+
+
+def _covered_arguments(recipe: Recipe) -> MegatronArguments:
+    is_mla = recipe.model.attention.kind == "mla"
+    return MegatronArguments(
+        parallel_state=_parallel_state(recipe),
+        config_class="MLATransformerConfig" if is_mla else "TransformerConfig",
+        transformer={
+            **_architecture(recipe.model),
+            **_layout(recipe),
+            **_experts(recipe),
+            **_precision(recipe),
+            **_kernels(recipe),
+            **_schedule(recipe),
+            **_memory_savers(recipe),
+        },
+        config_attributes=_config_attributes(recipe.model),
+        model=_model(recipe),
+        ddp=_ddp(recipe),
+        optimizer=_optimizer(recipe),
+        training=_training(recipe),
+    )
+
+
+def _parallel_state(recipe: Recipe) -> Arguments:
+    parallel = recipe.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": _virtual_size(recipe),
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+        "num_distributed_optimizer_instances": parallel.num_optimizer_instances,
+    }
+
+
+def _virtual_size(recipe: Recipe) -> int | None:
+    """Megatron-Core takes None, not 1, for a pipeline without virtual stages."""
+    return recipe.parallel.virtual_pipeline if recipe.parallel.virtual_pipeline > 1 else None
+
+
+def _architecture(model: ModelSpec) -> Arguments:
+    moe_width = model.moe.expert_ffn_hidden_size if model.moe is not None else None
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.dense_ffn_hidden_size or moe_width,
+        "num_attention_heads": model.attention.num_heads,
+        "layernorm_epsilon": model.norm_epsilon,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": "silu" if model.activation.kind == "swiglu" else "quick_gelu",
+        "activation_func_clamp_value": model.activation.clamp_limit,
+        "glu_linear_offset": model.activation.linear_offset,
+        "add_bias_linear": model.linear_bias,
+        "rotary_interleaved": model.rope.interleaved,
+        "init_method_std": model.init_std,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **(
+            _latent_attention(model, model.attention)
+            if model.attention.kind == "mla"
+            else _grouped_attention(model.attention)
+        ),
+    }
+
+
+def _grouped_attention(attention: GroupedQueryAttention) -> Arguments:
+    window = attention.sliding_window
+    return {
+        "num_query_groups": attention.num_query_groups,
+        "kv_channels": attention.head_dim,
+        "add_qkv_bias": attention.qkv_bias,
+        "qk_layernorm": attention.qk_norm != "none",
+        "softmax_type": "learnable" if attention.sinks else "vanilla",
+        # Megatron-Core counts the tokens to the left of the query, the published configs the query too
+        "window_size": None if window is None else (window.window_tokens - 1, 0),
+        "window_attn_skip_freq": None if window is None else window.full_attention_every,
+    }
+
+
+def _latent_attention(model: ModelSpec, attention: MultiLatentAttention) -> Arguments:
+    rope: Arguments = {
+        "rope_type": "rope",
+        "rotary_base": model.rope.rope_theta,
+        "rotary_percent": model.rope.rotary_fraction,
+    }
+    if (yarn := model.rope.scaling) is not None:
+        rope |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale_factor,
+            "mscale_all_dim": yarn.mscale_all_dim_factor,
+        }
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_head_dim": attention.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "qk_layernorm": True,
+        **rope,
+    }
+
+
+def _config_attributes(model: ModelSpec) -> Arguments:
+    yarn = model.rope.scaling
+    if yarn is None or model.attention.kind == "mla":
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": yarn.factor,
+        "yarn_original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+        "yarn_mscale": yarn.mscale_factor,
+        "yarn_mscale_all_dim": yarn.mscale_all_dim_factor,
+        "yarn_correction_range_round_to_int": yarn.round_correction_range,
+    }
+
+
+def _layout(recipe: Recipe) -> Arguments:
+    parallel = recipe.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": _virtual_size(recipe) if parallel.layout is None else None,
+        "pipeline_model_parallel_layout": parallel.layout,
+        "account_for_embedding_in_pipeline_split": parallel.embedding_counts_as_layer,
+        "account_for_loss_in_pipeline_split": parallel.loss_counts_as_layer,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_first_stage or None,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_last_stage or None,
+        "microbatch_group_size_per_vp_stage": parallel.micro_batch_group_size or None,
+        "context_parallel_size": parallel.context,
+        "cp_comm_type": parallel.context_comm,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+        "sequence_parallel": parallel.sequence_parallel,
+        "mtp_num_layers": recipe.num_mtp_layers or None,
+        "mtp_loss_scaling_factor": recipe.model.mtp_loss_factor,
+    }
+
+
+def _experts(recipe: Recipe) -> Arguments:
+    moe = recipe.model.moe
+    if moe is None:
+        return {}
+    dispatch, drop = recipe.dispatch, recipe.token_drop
+    is_flex = dispatch.dispatcher in _FLEX_BACKENDS
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.expert_ffn_hidden_size,
+        "moe_layer_freq": tuple(int(recipe.model.is_moe_layer(i)) for i in range(recipe.model.num_layers)),
+        "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size or None,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
+        **_router(moe),
+        "moe_router_dtype": dispatch.router_dtype,
+        "moe_router_force_load_balancing": recipe.routing.mode == "random_logits",
+        "moe_router_force_biased": recipe.routing.bias_std if recipe.routing.mode == "biased" else None,
+        "moe_token_dispatcher_type": "flex" if is_flex else dispatch.dispatcher,
+        "moe_flex_dispatcher_backend": dispatch.dispatcher if is_flex else "deepep",
+        "moe_flex_dispatcher_num_sms": dispatch.num_sms,
+        "moe_apply_probs_on_input": dispatch.apply_probs_on_input,
+        "high_priority_a2a_comm_stream": dispatch.high_priority_stream,
+        "moe_expert_capacity_factor": None if drop is None else drop.capacity_factor,
+        "moe_pad_expert_input_to_capacity": drop is not None and drop.pad_to_capacity,
+        "moe_token_drop_policy": "probs" if drop is None else drop.policy,
+    }
+
+
+def _router(moe: MixtureOfExperts) -> Arguments:
+    router = moe.router
+    return {
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": router.score_function,
+        # softmax over the chosen experts renormalises; softmax over all of them, before top-k, does not
+        "moe_router_pre_softmax": router.score_function == "softmax" and not router.renormalise,
+        "moe_router_num_groups": router.num_groups,
+        "moe_router_group_topk": router.groups_per_token,
+        "moe_router_topk_scaling_factor": router.scaling_factor,
+        "moe_router_enable_expert_bias": router.expert_bias,
+        "moe_router_bias_update_rate": router.expert_bias_update_rate,
+        "moe_router_load_balancing_type": router.aux_loss,
+        "moe_aux_loss_coeff": router.aux_loss_coefficient,
+        "moe_z_loss_coeff": router.z_loss_coefficient or None,
+    }
+
+
+def _precision(recipe: Recipe) -> Arguments:
+    low = recipe.low_precision
+    dtype = "fp32" if recipe.precision == "fp32" else "bf16"
+    arguments: Arguments = {
+        "bf16": dtype == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "fp8": None,
+        "fp4": None,
+    }
+    if recipe.precision in _FP8_FORMATS:
+        arguments["fp8"], arguments["fp8_recipe"] = _FP8_FORMATS[recipe.precision]
+    elif recipe.precision == "nvfp4":
+        arguments |= {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
+    if low is not None:
+        arguments |= {
+            "fp4_param" if recipe.precision == "nvfp4" else "fp8_param": low.param_gather,
+            "first_last_layers_bf16": bool(low.num_first_layers_bf16 or low.num_last_layers_bf16),
+            "num_layers_at_start_in_bf16": low.num_first_layers_bf16,
+            "num_layers_at_end_in_bf16": low.num_last_layers_bf16,
+            "fp8_dot_product_attention": low.attention,
+            "moe_router_padding_for_quantization": low.pad_routing_map,
+        }
+    return arguments
+
+
+def _kernels(recipe: Recipe) -> Arguments:
+    kernels, fusions = recipe.kernels, recipe.kernels.fusions
+    return {
+        "transformer_impl": "transformer_engine" if kernels.family == "transformer_engine" else "local",
+        "attention_backend": kernels.attention,
+        "moe_grouped_gemm": kernels.grouped_gemm,
+        "use_transformer_engine_op_fuser": kernels.op_fuser,
+        "moe_permute_fusion": fusions.permute,
+        "moe_router_fusion": fusions.router,
+        "apply_rope_fusion": fusions.rope,
+        "bias_activation_fusion": fusions.activation,
+        "fused_residual_rmsnorm": fusions.residual_norm,
+        "masked_softmax_fusion": fusions.masked_softmax,
+        "bias_dropout_fusion": fusions.bias_dropout,
+        "gradient_accumulation_fusion": fusions.gradient_accumulation,
+        "cross_entropy_loss_fusion": fusions.cross_entropy != "none",
+        "cross_entropy_fusion_impl": "te" if fusions.cross_entropy == "te" else "native",
+        "use_cpu_initialization": recipe.system.gpu is None,
+    }
+
+
+def _schedule(recipe: Recipe) -> Arguments:
+    overlap = recipe.overlap
+    return {
+        "overlap_p2p_comm": overlap.p2p,
+        "batch_p2p_comm": not overlap.p2p,
+        "deallocate_pipeline_outputs": True,
+        "overlap_moe_expert_parallel_comm": overlap.expert_parallel,
+        "delay_wgrad_compute": overlap.delayed_wgrad,
+        "moe_shared_expert_overlap": overlap.shared_experts,
+        "tp_comm_overlap": overlap.tensor_parallel,
+        "cuda_graph_impl": recipe.cuda_graphs.implementation,
+        "cuda_graph_modules": recipe.cuda_graphs.modules,
+        "cuda_graph_warmup_steps": recipe.cuda_graphs.num_warmup_steps,
+    }
+
+
+def _memory_savers(recipe: Recipe) -> Arguments:
+    recompute, offload = recipe.recompute, recipe.offload
+    is_full = recompute.granularity == "full"
+    return {
+        "recompute_granularity": None if recompute.granularity == "none" else recompute.granularity,
+        "recompute_modules": recompute.modules if recompute.granularity == "selective" else None,
+        "recompute_method": recompute.method if is_full else None,
+        "recompute_num_layers": recompute.num_layers if is_full else None,
+        "cpu_offloading": offload.num_activation_layers > 0,
+        "cpu_offloading_num_layers": offload.num_activation_layers,
+        "fine_grained_activation_offloading": bool(offload.modules),
+        "offload_modules": offload.modules,
+        "moe_paged_stash": offload.paged_stash,
+    }
+
+
+def _model(recipe: Recipe) -> Arguments:
+    model = recipe.model
+    is_gpt_yarn = model.attention.kind == "gqa" and model.rope.scaling is not None
+    return {
+        "vocab_size": model.vocab_size,
+        "max_sequence_length": max(recipe.seq_len, model.max_position_embeddings),
+        "position_embedding_type": "yarn" if is_gpt_yarn else "rope",
+        "rotary_base": model.rope.rope_theta,
+        "rotary_percent": model.rope.rotary_fraction,
+        "share_embeddings_and_output_weights": model.tied_embeddings,
+    }
+
+
+def _ddp(recipe: Recipe) -> Arguments:
+    parallel, overlap, low = recipe.parallel, recipe.overlap, recipe.low_precision
+    is_fsdp = parallel.data_sharding == "megatron_fsdp"
+    return {
+        "grad_reduce_in_fp32": recipe.optimizer.gradient_dtype == "fp32",
+        "overlap_grad_reduce": overlap.grad_reduce,
+        "overlap_param_gather": overlap.param_gather,
+        "align_param_gather": overlap.align_param_gather,
+        "use_distributed_optimizer": parallel.data_sharding != "none",
+        "num_distributed_optimizer_instances": parallel.num_optimizer_instances,
+        "use_megatron_fsdp": is_fsdp,
+        "data_parallel_sharding_strategy": parallel.fsdp_strategy if is_fsdp else "no_shard",
+        "fp8_param_gather": low is not None and low.param_gather and recipe.precision != "nvfp4",
+        "fp4_param_gather": low is not None and low.param_gather and recipe.precision == "nvfp4",
+        "reuse_grad_buf_for_mxfp8_param_ag": low is not None and low.reuse_grad_buffer,
+        "delay_wgrad_compute": overlap.delayed_wgrad,
+        # our own sanity check reads loss and gradient norm after the step, without a host synchronisation
+        "check_for_nan_in_grad": False,
+    }
+
+
+def _optimizer(recipe: Recipe) -> Arguments:
+    optimizer, overlap = recipe.optimizer, recipe.overlap
+    return {
+        "optimizer": optimizer.name,
+        "lr": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "adam_eps": optimizer.adam_epsilon,
+        "clip_grad": optimizer.clip_grad_norm,
+        "bf16": recipe.precision != "fp32",
+        "params_dtype": "fp32" if recipe.precision == "fp32" else "bf16",
+        "use_distributed_optimizer": recipe.parallel.data_sharding != "none",
+        "use_precision_aware_optimizer": optimizer.is_precision_aware,
+        # read by the precision-aware optimizer only; the plain one keeps FP32 main gradients
+        "main_grads_dtype": optimizer.gradient_dtype if optimizer.is_precision_aware else "fp32",
+        "main_params_dtype": optimizer.main_params_dtype,
+        "exp_avg_dtype": optimizer.exp_avg_dtype,
+        "exp_avg_sq_dtype": optimizer.exp_avg_sq_dtype,
+        "overlap_param_gather": overlap.param_gather,
+        "overlap_param_gather_with_optimizer_step": overlap.param_gather_with_optimizer_step,
+        "optimizer_cpu_offload": recipe.offload.optimizer_fraction > 0,
+        "optimizer_offload_fraction": recipe.offload.optimizer_fraction,
+        "reuse_grad_buf_for_mxfp8_param_ag": recipe.low_precision is not None
+        and recipe.low_precision.reuse_grad_buffer,
+    }
+
+
+def _training(recipe: Recipe) -> Arguments:
+    attention = recipe.model.attention
+    return {
+        "kernel_family": recipe.kernels.family,
+        "qk_norm": attention.qk_norm if isinstance(attention, GroupedQueryAttention) else "latent",
+        "seq_length": recipe.seq_len,
+        "micro_batch_size": recipe.micro_batch_size,
+        "global_batch_size": recipe.global_batch_size,
+        "world_size": recipe.parallel.num_gpus,
+        "routing_mode": recipe.routing.mode,
+        "num_warmup_steps": recipe.steps.num_warmup,
+        "num_timed_steps": recipe.steps.num_timed,
+        "seed": recipe.seed,
+        "patches": recipe.patches,
+        "device": None if recipe.system.gpu is None else recipe.system.gpu.device_name,
+    }
+
+
+def as_json(arguments: MegatronArguments) -> Mapping[str, Mapping[str, Plain]]:
+    """The sections as JSON can hold them."""
+    return {name: dict(section) for name, section in arguments.sections().items()}
