@@ -88,7 +88,7 @@ def _nearest_field(kind: type[Spec], path: Path_) -> str:
 
 
 def _models(annotations: Sequence[object]) -> list[type[BaseModel]]:
-    """The pydantic models inside annotations such as `tuple[A, ...]`, `A | None` and `Annotated[A | B, x]`."""
+    """The pydantic models inside annotations such as `tuple[A, ...]`, `A | None`, `Annotated[A | B, x]`."""
     found: list[type[BaseModel]] = []
     for annotation in annotations:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

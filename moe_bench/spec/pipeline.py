@@ -84,9 +84,8 @@ def _require_layout(
         ("L", "loss", 1),
     ):
         if letters.count(letter) != wanted:
-            raise LayoutError(
-                f"{letters.count(letter)} {what} letters {letter!r}, the model has {wanted}; change the layout"
-            )
+            found = letters.count(letter)
+            raise LayoutError(f"{found} {what} letters {letter!r}, the model has {wanted}; change the layout")
     if not stages[0].startswith("E") or not stages[-1].endswith("L"):
         raise LayoutError("the first stage must begin with E and the last end with L; move the letter")
 

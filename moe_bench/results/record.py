@@ -1,0 +1,109 @@
+"""One run as it was: the plan, every raw sample and where it ran. Means and TFLOPs are computed on read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
+from moe_bench.spec.scale import Plan
+
+SCHEMA_VERSION = 1
+"""1: first layout."""
+
+
+class GitState(Spec):
+    """The source tree that ran; null fields where it was installed without one."""
+
+    commit: str | None
+    branch: str | None
+    is_dirty: bool | None
+
+
+class GpuFacts(Spec):
+    """What one rank's GPU said about itself before the first step."""
+
+    name: Text
+    driver_version: str | None = None
+    power_limit_w: float | None = None
+    sm_clock_hz: float | None = None
+    max_sm_clock_hz: float | None = None
+    memory_bytes: int | None = None
+    ecc_enabled: bool | None = None
+    compute_mode: str | None = None
+
+
+class Provenance(Spec):
+    """Where, when and with what a run was made. Never holds a secret: the environment is an allow-list."""
+
+    started_at: Text
+    """UTC, ISO 8601."""
+    command: tuple[str, ...]
+    job_id: Text
+    git: GitState
+    python_version: Text
+    packages: dict[str, str]
+    hosts: tuple[str, ...]
+    """Host of each rank."""
+    cpu_model: str | None
+    os: Text
+    container: str | None
+    gpus: tuple[GpuFacts, ...]
+    """One per rank; empty without GPUs."""
+    topology: str | None
+    """`nvidia-smi topo -m` of the first host: NVLink and network cards."""
+    nccl_version: str | None
+    cuda_version: str | None
+    environment: dict[str, str]
+
+
+class Implementations(Spec):
+    """The kernels that really ran, as the modules themselves report."""
+
+    attention: Text
+    experts: Text
+    dispatcher: Text
+    normalization: Text
+    optimizer: Text
+
+
+class Samples(Spec):
+    """What was measured, unreduced. The outer index is the rank, the inner one the step."""
+
+    warmup_step_times_s: tuple[tuple[float, ...], ...]
+    step_times_s: tuple[tuple[float, ...], ...]
+    losses: tuple[float, ...]
+    """Language-model loss of every step, warm-up first, mean over the global batch."""
+    grad_norms: tuple[float, ...]
+    """Before clipping; warm-up first."""
+    peak_memory_bytes: tuple[int, ...]
+    """Per rank: device memory allocated, or the process's resident set without a GPU."""
+    tokens_per_expert: tuple[tuple[tuple[int, ...], ...], ...]
+    """Step, expert layer, expert: tokens routed over the whole job in that step; warm-up left out."""
+    energy_j: tuple[float, ...] | None
+    """Per rank over the timed steps, where the GPU counts it."""
+    implementations: Implementations
+    patches: tuple[str, ...]
+    """Names of the changes to Megatron-Core that were applied."""
+
+
+class Record(Spec):
+    """One run, written once."""
+
+    schema_version: Literal[1] = 1
+    plan: Plan
+    provenance: Provenance
+    samples: Samples
+
+    @property
+    def num_ranks(self) -> PositiveInt:
+        """Processes that took part."""
+        return len(self.samples.step_times_s)
+
+    def slowest_step_times_s(self) -> tuple[float, ...]:
+        """Time of each timed step: that of its slowest rank, for the step ends when the last one does."""
+        return tuple(max(times) for times in zip(*self.samples.step_times_s, strict=True))
+
+    def slowest_rank(self) -> NonNegativeInt:
+        """The rank with the largest total time over the timed steps."""
+        totals_s = [sum(times) for times in self.samples.step_times_s]
+        return totals_s.index(max(totals_s))
