@@ -1,1 +1,1 @@
-"""How a run gets to the machine: command lines for Slurm, torchrun and this machine; the only reader of the environment."""
+"""How a run gets to the machine: command lines for Slurm, torchrun and this machine."""
