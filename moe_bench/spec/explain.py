@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from pydantic import BaseModel
@@ -13,17 +13,27 @@ from moe_bench.spec.base import Spec
 from moe_bench.spec.legality import Problem
 from moe_bench.spec.yaml_tree import Node, Path_
 
+_MISSING = "missing"
+_UNKNOWN = "unknown key"
 _REFERENCES = {("model",): "a folder under recipes/", ("system",): "a file under recipes/systems/"}
 
 
-def explain(tree: Node, kind: type[Spec], error: ErrorDetails) -> Problem:
-    """One pydantic error about `tree`, read as a `kind`."""
+def explain(tree: Node, kind: type[Spec], errors: Sequence[ErrorDetails]) -> Iterator[Problem]:
+    """Pydantic's errors about `tree`, read as a `kind`; a misspelt key is not also called missing."""
+    problems = [_explain_one(tree, kind, error) for error in errors]
+    meant = {problem.fix for problem in problems if problem.problem == _UNKNOWN}
+    for problem in problems:
+        if problem.problem != _MISSING or f"did you mean {str(problem.path[-1])!r}?" not in meant:
+            yield problem
+
+
+def _explain_one(tree: Node, kind: type[Spec], error: ErrorDetails) -> Problem:
     path = _without_tags(tree, error["loc"])
     node = tree.nearest(path)
     if error["type"] == "missing":
-        return Problem(path, "missing", f"add `{path[-1]}: ...`")
+        return Problem(path, _MISSING, f"add `{path[-1]}: ...`")
     if error["type"] == "extra_forbidden":
-        return Problem(path, "unknown key", _nearest_field(kind, path))
+        return Problem(path, _UNKNOWN, _nearest_field(kind, path))
     if path in _REFERENCES and not isinstance(node.value, dict):
         return Problem(path, f"{node.text} is no name", f"write {_REFERENCES[path]}")
     if error["type"] in ("literal_error", "union_tag_invalid"):

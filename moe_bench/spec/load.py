@@ -86,9 +86,7 @@ class Loader:
                         )
                     ) from error
         if isinstance(tree.value, dict) and "num_mtp_layers" not in tree.value:
-            published = tree.nearest(("model", "num_mtp_layers"))
-            if isinstance(published.value, int):
-                tree = tree.with_child("num_mtp_layers", published)
+            tree = tree.with_child("num_mtp_layers", _published_mtp_layers(tree))
         return tree
 
     def _changed(self, tree: Node, path: Path, changes: Sequence[str]) -> Node:
@@ -152,15 +150,20 @@ def validated[AnySpec: Spec](tree: Node, kind: type[AnySpec]) -> AnySpec:
     try:
         return kind.model_validate_json(json.dumps(tree.plain()))
     except ValidationError as error:
-        raise RecipeError(
-            tuple(_mistake(tree, explain(tree, kind, one)) for one in error.errors())
-        ) from error
+        problems = explain(tree, kind, error.errors())
+        raise RecipeError(tuple(_mistake(tree, problem) for problem in problems)) from error
 
 
 def shown(path: Path) -> str:
     """`path` as the user would type it: relative where it lies below the working directory."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else str(path)
+
+
+def _published_mtp_layers(tree: Node) -> Node:
+    """A recipe that is silent about multi-token prediction trains what the model has."""
+    published = tree.nearest(("model", "num_mtp_layers"))
+    return published if isinstance(published.value, int) else Node(0, tree.file, tree.line, "0")
 
 
 def _parse_change(change: str) -> tuple[tuple[str, ...], Node]:
