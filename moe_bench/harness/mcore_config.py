@@ -144,7 +144,8 @@ def _architecture(model: ModelSpec) -> Arguments:
         "activation_func_clamp_value": model.activation.clamp_limit,
         "glu_linear_offset": model.activation.linear_offset,
         "add_bias_linear": model.linear_bias,
-        "rotary_interleaved": model.rope.interleaved,
+        # Megatron-Core's MLA always pairs neighbours, and refuses to be told so (transformer_config.py)
+        "rotary_interleaved": model.rope.interleaved and model.attention.kind != "mla",
         "init_method_std": model.init_std,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
