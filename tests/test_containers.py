@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -172,6 +173,33 @@ def test_verify_reports_a_library_that_does_not_load() -> None:
 def test_verify_reports_a_deepep_without_hybrid_ep() -> None:
     main_branch = SimpleNamespace(__version__=PINS["torch"].version, Buffer=object())
     assert _problems(import_module=lambda name: main_branch) == {"deep_ep": "deep_ep has no HybridEPBuffer"}
+
+
+@pytest.mark.parametrize(
+    ("record", "commit"),
+    [
+        ({"url": "https://x/y", "vcs_info": {"vcs": "git", "commit_id": "a" * 40}}, "a" * 40),
+        ({"url": "file:///y", "dir_info": {}}, None),
+        (None, None),
+    ],
+    ids=["from a repository", "from a folder", "from an index"],
+)
+def test_the_commit_of_a_package_is_read_from_pips_record(
+    record: dict[str, Any] | None, commit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "thing-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: thing\nVersion: 1.0\n", encoding="utf-8")
+    if record is not None:
+        (folder / "direct_url.json").write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (script.installed_version("thing"), script.installed_commit("thing")) == ("1.0", commit)
+
+
+def test_a_package_that_is_not_there_has_no_version_and_no_commit() -> None:
+    assert script.installed_version("no-such-package") is None
+    assert script.installed_commit("no-such-package") is None
+    assert script.installed_apt_version("no-such-package") is None
 
 
 def test_verify_exits_3_and_names_what_a_machine_lacks(tmp_path: Path) -> None:
