@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import get_args
 
 from moe_bench.results.published import PublishedRow, model_key
+from moe_bench.spec.legality import Problem
 from moe_bench.spec.recipe import Dispatcher, GraphModule, OffloadModule, Recipe, RecomputeModule, StateDtype
 
 Value = str | int | float | bool | frozenset[str] | None
@@ -65,6 +66,30 @@ def disagreements(row: PublishedRow, recipe: Recipe) -> tuple[Disagreement, ...]
         if not _agree(knob.column, of_row, of_recipe):
             found.append(Disagreement(column=knob.column, row=of_row, recipe=of_recipe))
     return tuple(found)
+
+
+def drift_problems(row: PublishedRow, recipe: Recipe) -> tuple[Problem, ...]:
+    """Where the recipe's `differences` are not exactly its disagreements with `row`; empty if they are."""
+    found = {one.column: one for one in disagreements(row, recipe)}
+    stated = {difference.field for difference in recipe.differences}
+    problems = [
+        Problem(
+            ("differences",),
+            f"{one} and no difference says so",
+            f"add `field: {column}` with row, recipe and why, or copy the row",
+        )
+        for column, one in found.items()
+        if column not in stated
+    ]
+    for index, difference in enumerate(recipe.differences):
+        one = found.get(difference.field)
+        if one is None:
+            problem = f"{difference.field} does not differ from {row.id}"
+            problems.append(Problem(("differences", index), problem, "remove the entry"))
+        elif (difference.row, difference.recipe) != (shown(one.row), shown(one.recipe)):
+            fix = f"write row: {shown(one.row)} and recipe: {shown(one.recipe)}"
+            problems.append(Problem(("differences", index), "its values are not those of the two", fix))
+    return tuple(problems)
 
 
 def row_value(row: PublishedRow, column: str) -> Printed:
