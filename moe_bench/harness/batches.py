@@ -1,0 +1,61 @@
+"""Synthetic tokens: global sample i is the same in every layout, so layouts can be compared loss by loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+Device = Literal["cuda", "cpu"]
+MicroBatch = dict[str, torch.Tensor]
+"""`tokens`, `labels`, `position_ids`: int64 [micro batch, sequence]; `loss_mask`: float32, same shape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """What one rank reads in each step."""
+
+    seed: int
+    vocab_size: int
+    seq_len: int
+    micro_batch_size: int
+    num_micro_batches: int
+    data_rank: int
+    data_size: int
+    """Data-parallel ranks; context-parallel ranks share one batch."""
+    context_group: Any
+    """Process group over which each sequence is divided, in Megatron-Core's zigzag order."""
+    device: Device
+
+
+def step_batches(plan: BatchPlan, step: int) -> list[MicroBatch]:
+    """The micro batches of one step, on the device.
+
+    Micro batch i of data rank r holds the global samples (i * data_size + r) * micro_batch_size and following,
+    so with micro batches of one sequence a step sees the same micro batches in all layouts.
+    """
+    return [_micro_batch(plan, step, index) for index in range(plan.num_micro_batches)]
+
+
+def _micro_batch(plan: BatchPlan, step: int, index: int) -> MicroBatch:
+    first = (index * plan.data_size + plan.data_rank) * plan.micro_batch_size
+    samples = torch.stack([_sample(plan, step, first + offset) for offset in range(plan.micro_batch_size)])
+    positions = torch.arange(plan.seq_len).expand(plan.micro_batch_size, -1).contiguous()
+    batch = {
+        "tokens": samples[:, :-1].contiguous(),
+        "labels": samples[:, 1:].contiguous(),
+        "position_ids": positions,
+        "loss_mask": torch.ones(plan.micro_batch_size, plan.seq_len),
+    }
+    batch = {key: value.to(plan.device) for key, value in batch.items()}
+    if plan.context_group.size() > 1:
+        batch = get_batch_on_this_cp_rank(batch, False, plan.context_group)
+    return batch
+
+
+def _sample(plan: BatchPlan, step: int, sample: int) -> torch.Tensor:
+    """Tokens of one sequence and the one after its end: int64 [seq_len + 1]."""
+    generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + step) * 1_000_003 + sample)
+    return torch.randint(plan.vocab_size, (plan.seq_len + 1,), generator=generator)

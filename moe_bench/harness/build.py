@@ -1,0 +1,204 @@
+"""The model chunks of one rank, wrapped for data parallelism, and their optimizer, from plain arguments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from moe_bench.harness.batches import Device
+from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
+from moe_bench.harness.mcore_config import MegatronArguments
+from moe_bench.harness.routing import RoundRobinRouter, use_router
+from moe_bench.harness.settings import Settings
+from moe_bench.spec.recipe import RoutingMode
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+_DTYPE_FIELDS = frozenset(
+    {
+        "params_dtype",
+        "pipeline_dtype",
+        "main_grads_dtype",
+        "main_params_dtype",
+        "exp_avg_dtype",
+        "exp_avg_sq_dtype",
+    }
+)
+"""Fields that Megatron-Core wants as torch types; `moe_router_dtype` and its like stay text."""
+_ACTIVATIONS: Mapping[str, Callable[..., Any]] = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """Everything that a step needs, on one rank."""
+
+    config: TransformerConfig
+    chunks: tuple[torch.nn.Module, ...]
+    """One per virtual pipeline stage, wrapped."""
+    optimizer: Any
+
+
+def transformer_config(arguments: MegatronArguments) -> TransformerConfig:
+    """Megatron-Core's config, with names turned into types and functions."""
+    config_class = (
+        MLATransformerConfig if arguments.config_class == "MLATransformerConfig" else TransformerConfig
+    )
+    config = config_class(**_objects(arguments.transformer))
+    for name, value in arguments.config_attributes.items():
+        setattr(config, name, value)
+    return config
+
+
+def set_seeds(seed: int) -> None:
+    """Seed every generator as Megatron-LM's training script does (_set_random_seed)."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def model_chunks(
+    arguments: MegatronArguments, settings: Settings, config: TransformerConfig, *, device: Device
+) -> tuple[torch.nn.Module, ...]:
+    """The unwrapped model chunks of this rank, one per virtual pipeline stage."""
+    choice = KernelChoice(
+        family=settings.kernel_family,
+        device_type=device,
+        qk_norm="none" if settings.qk_norm == "latent" else settings.qk_norm,
+    )
+    num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))
+    chunk = partial(_model_chunk, arguments, config, choice, settings.routing_mode)
+    return tuple(chunk(stage) for stage in stages)
+
+
+def _model_chunk(
+    arguments: MegatronArguments,
+    config: TransformerConfig,
+    choice: KernelChoice,
+    routing_mode: RoutingMode,
+    vp_stage: int | None,
+) -> torch.nn.Module:
+    """One stage of the model. The only function that names the model class.
+
+    GPTModel, as every published row used it. megatron-core 0.19 marks it deprecated in favour of HybridModel
+    (Megatron-LM #6071).
+    """
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    block = decoder_block_spec(config, choice, vp_stage=vp_stage)
+    mtp = mtp_block_spec(config, choice, vp_stage=vp_stage) if config.mtp_num_layers else None
+    if routing_mode == "round_robin":
+        use_router((block, mtp), RoundRobinRouter)
+    ends = {"ignore_virtual": False, "vp_stage": vp_stage}
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        mtp_block_spec=mtp,
+        pre_process=parallel_state.is_pipeline_first_stage(**ends),
+        post_process=parallel_state.is_pipeline_last_stage(**ends),
+        vp_stage=vp_stage,
+        **arguments.model,
+    )
+
+
+def training(
+    arguments: MegatronArguments,
+    config: TransformerConfig,
+    chunks: tuple[torch.nn.Module, ...],
+    *,
+    device: Device,
+) -> Training:
+    """Wrap the chunks for data parallelism, make the optimizer, and connect both to the schedule."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunk.to(device)
+    if config.bf16:
+        chunks = tuple(Float16Module(config, chunk) for chunk in chunks)
+    ddp_config = DistributedDataParallelConfig(**_objects(arguments.ddp))
+    wrapped = _wrap(chunks, config, ddp_config, device=device)
+    optimizer = get_megatron_optimizer(OptimizerConfig(**_objects(arguments.optimizer)), list(wrapped))
+    _connect(config, ddp_config, wrapped, optimizer)
+    return Training(config=config, chunks=wrapped, optimizer=optimizer)
+
+
+def _wrap(
+    chunks: tuple[torch.nn.Module, ...],
+    config: TransformerConfig,
+    ddp_config: DistributedDataParallelConfig,
+    *,
+    device: Device,
+) -> tuple[torch.nn.Module, ...]:
+    if not ddp_config.use_megatron_fsdp:
+        # As in Megatron-LM's training script, only the first chunk of a rank is reduced in buckets.
+        return tuple(
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        )
+    if device == "cpu":
+        # A premultiplied sum is NCCL's (torch.distributed._make_nccl_premul_sum); gloo scales, then sums.
+        ddp_config.gradient_reduce_div_fusion = False
+    return tuple(
+        FullyShardedDataParallel(
+            config,
+            ddp_config,
+            chunk,
+            disable_bucketing=index > 0,
+            device=torch.device(device, torch.cuda.current_device())
+            if device == "cuda"
+            else torch.device("cpu"),
+        )
+        for index, chunk in enumerate(chunks)
+    )
+
+
+def _connect(
+    config: TransformerConfig,
+    ddp_config: DistributedDataParallelConfig,
+    chunks: tuple[torch.nn.Module, ...],
+    optimizer: Any,
+) -> None:
+    """Give the pipeline schedule its hooks, as Megatron-LM does (training/training.py:3530)."""
+
+    def per_chunk(method: str) -> Any:
+        hooks = [getattr(chunk, method) for chunk in chunks]
+        return hooks if len(hooks) > 1 else hooks[0]
+
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = per_chunk("no_sync")
+        # As by default in Megatron-LM (align_grad_reduce): all pipeline ranks reduce at the same point.
+        config.grad_sync_func = per_chunk("start_grad_sync")
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+        config.param_sync_func = per_chunk("start_param_sync")
+
+
+def _objects(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain arguments as Megatron-Core takes them."""
+    objects = dict(arguments)
+    for name in _DTYPE_FIELDS & objects.keys():
+        objects[name] = _DTYPES[objects[name]]
+    if "activation_func" in objects:
+        objects["activation_func"] = _ACTIVATIONS[objects["activation_func"]]
+    for name in ("recompute_modules", "moe_layer_freq", "cuda_graph_modules", "offload_modules"):
+        # Megatron-Core tests these for being lists.
+        if isinstance(objects.get(name), tuple):
+            objects[name] = list(objects[name])
+    return objects

@@ -1,0 +1,85 @@
+"""What a rank's GPU, driver and communication library say about themselves, as plain data."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import torch
+
+from moe_bench.results.record import GpuFacts
+
+_QUERY = (
+    "driver_version",
+    "power.limit",
+    "clocks.current.sm",
+    "clocks.max.sm",
+    "memory.total",
+    "ecc.mode.current",
+    "compute_mode",
+)
+_HZ_PER_MHZ = 1e6
+_BYTES_PER_MIB = 1024**2
+
+
+def gpu_facts(device_index: int) -> GpuFacts:
+    """Name of the GPU, and what nvidia-smi knows about it where that program is installed."""
+    properties = torch.cuda.get_device_properties(device_index)
+    answer = _nvidia_smi(f"GPU-{properties.uuid}")
+    if answer is None:
+        return GpuFacts(name=properties.name)
+    driver, power, clock, max_clock, memory, ecc, compute_mode = answer
+    return GpuFacts(
+        name=properties.name,
+        driver_version=driver,
+        power_limit_w=_number(power),
+        sm_clock_hz=_number(clock, _HZ_PER_MHZ),
+        max_sm_clock_hz=_number(max_clock, _HZ_PER_MHZ),
+        memory_bytes=None if (mib := _number(memory)) is None else int(mib * _BYTES_PER_MIB),
+        ecc_enabled={"Enabled": True, "Disabled": False}.get(ecc or ""),
+        compute_mode=compute_mode,
+    )
+
+
+def nccl_version() -> str | None:
+    """Version of NCCL that torch was linked with; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def cuda_version() -> str | None:
+    """Version of CUDA that torch was built with; None for a CPU build."""
+    return torch.version.cuda
+
+
+def topology() -> str | None:
+    """How this host's GPUs and network cards are connected: `nvidia-smi topo -m`."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    done = subprocess.run((program, "topo", "-m"), capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _nvidia_smi(uuid: str) -> tuple[str | None, ...] | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = (program, f"--id={uuid}", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return None
+    return parse_answer(done.stdout)
+
+
+def parse_answer(line: str) -> tuple[str | None, ...] | None:
+    """Fields of one line of nvidia-smi's CSV; None for those that a GPU does not know (`[N/A]`)."""
+    fields = tuple(field.strip() for field in line.strip().split(","))
+    if len(fields) != len(_QUERY):
+        return None
+    return tuple(None if field.startswith("[") else field for field in fields)
+
+
+def _number(text: str | None, unit: float = 1.0) -> float | None:
+    return None if text is None else float(text) * unit

@@ -1,0 +1,271 @@
+"""What one rank does from the first import to the last sample, on a GPU or without one."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from megatron.core import parallel_state
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.harness import device_facts, sanity
+from moe_bench.harness.batches import BatchPlan, Device, MicroBatch, step_batches
+from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
+from moe_bench.harness.implementations import implementations
+from moe_bench.harness.loop import timed_steps
+from moe_bench.harness.mcore_config import MegatronArguments
+from moe_bench.harness.patches import AppliedPatch, patch_names, patches
+from moe_bench.harness.process_groups import Rendezvous, process_groups
+from moe_bench.harness.routing import ExpertLoad, LoadCounter
+from moe_bench.harness.settings import Settings, settings_of
+from moe_bench.harness.step import StepOutcome, train_step
+from moe_bench.harness.weights import initialise_by_name
+from moe_bench.results.record import GpuFacts, Implementations
+
+_BYTES_PER_KIB = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Progress for whoever watches, from the one rank that knows the loss."""
+
+    step: int
+    """Counted from 1, warm-up included."""
+    num_steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """Everything that one rank measured."""
+
+    rank: int
+    host: str
+    gpu: GpuFacts | None
+    warmup_step_times_s: tuple[float, ...]
+    step_times_s: tuple[float, ...]
+    losses: tuple[float, ...] | None
+    """None but on the rank that speaks for the job: the first of the last pipeline stage."""
+    grad_norms: tuple[float, ...]
+    loads: tuple[ExpertLoad, ...]
+    """Of the expert layers of a pipeline stage, over all its ranks; empty but on the stage's first rank."""
+    peak_memory_bytes: int
+    implementations: Implementations
+    patches: tuple[AppliedPatch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """What a rank is given to measure with and to report to."""
+
+    now_s: Callable[[], float]
+    on_step: Callable[[int], None]
+    """Called on every rank as a step begins, with its number from 1."""
+    on_report: Callable[[StepReport], None]
+    """Called after each step on the rank that speaks for the job."""
+
+
+def run_rank(
+    arguments: MegatronArguments, rendezvous: Rendezvous, watch: Watch, *, listen_fd: int | None = None
+) -> tuple[RankReport, ...] | None:
+    """Train the warm-up and timed steps of `arguments` as one rank of a job.
+
+    Rank 0 returns what all ranks measured, in their order; the others return None. Raises MeasurementError
+    where no number may come of it, MissingRequirementError where something asked for is not here.
+    """
+    settings = settings_of(arguments)
+    has_gpu = settings.device is not None
+    wanted_patches = settings.patches
+    with contextlib.ExitStack() as stack:
+        if settings.device is not None:
+            _take_gpu(rendezvous, settings.device)
+        else:
+            from moe_bench.harness.host_device import host_device
+
+            # One thread per rank: as many ranks as cores is the usual case, and sums are then reproducible.
+            torch.set_num_threads(1)
+            stack.enter_context(host_device())
+            wanted_patches = (*patch_names("host"), *patch_names("no_transformer_engine"), *settings.patches)
+        applied = stack.enter_context(patches(wanted_patches))
+        stack.enter_context(
+            process_groups(
+                rendezvous,
+                backend="nccl" if has_gpu else "gloo",
+                sizes=arguments.parallel_state,
+                listen_fd=listen_fd,
+            )
+        )
+        report = _measure(
+            arguments, settings, rendezvous, watch, applied, device="cuda" if has_gpu else "cpu"
+        )
+        return _gathered(report, rendezvous)
+
+
+def _take_gpu(rendezvous: Rendezvous, name: str) -> None:
+    if rendezvous.local_rank >= torch.cuda.device_count():
+        raise MissingRequirementError(
+            f"rank {rendezvous.rank}: no GPU {rendezvous.local_rank} on {socket.gethostname()}, "
+            f"which shows {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(rendezvous.local_rank)
+    found = torch.cuda.get_device_name(rendezvous.local_rank)
+    sanity.require_gpu(rank=rendezvous.rank, expected=name, found=found)
+
+
+def _gathered(report: RankReport, rendezvous: Rendezvous) -> tuple[RankReport, ...] | None:
+    """Every rank's report on rank 0, None elsewhere. A collective call."""
+    reports: list[RankReport] | None = [report] * rendezvous.world_size if rendezvous.rank == 0 else None
+    torch.distributed.gather_object(report, reports)
+    return None if reports is None else tuple(reports)
+
+
+def _measure(
+    arguments: MegatronArguments,
+    settings: Settings,
+    rendezvous: Rendezvous,
+    watch: Watch,
+    applied: tuple[AppliedPatch, ...],
+    *,
+    device: Device,
+) -> RankReport:
+    built = build(arguments, settings, device=device)
+    counter = LoadCounter(built.chunks, num_steps=settings.num_steps, device=device)
+    plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
+    steps = _Steps(built, plan, counter, rank=rendezvous.rank, num_steps=settings.num_steps, watch=watch)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    warmup_s = steps.run(range(settings.num_warmup_steps))
+    timed_s = steps.run(range(settings.num_warmup_steps, settings.num_steps))
+    loads = counter.loads()
+    _require_sound_routing(built, settings, plan, loads)
+    return RankReport(
+        rank=rendezvous.rank,
+        host=socket.gethostname(),
+        gpu=device_facts.gpu_facts(rendezvous.local_rank) if device == "cuda" else None,
+        warmup_step_times_s=warmup_s,
+        step_times_s=timed_s,
+        losses=tuple(steps.losses) if _speaks_for_job() else None,
+        grad_norms=tuple(steps.grad_norms),
+        loads=loads if _speaks_for_stage() else (),
+        peak_memory_bytes=_peak_memory_bytes(device),
+        implementations=implementations(built),
+        patches=applied,
+    )
+
+
+def build(arguments: MegatronArguments, settings: Settings, *, device: Device) -> Training:
+    """Model and optimizer of this rank.
+
+    Without a GPU every layout starts from the same weights; on GPUs Megatron-Core draws them.
+    """
+    config = transformer_config(arguments)
+    set_seeds(settings.seed)
+    chunks = model_chunks(arguments, settings, config, device=device)
+    if device == "cpu":
+        initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
+    return training(arguments, config, chunks, device=device)
+
+
+def batch_plan(settings: Settings, *, vocab_size: int, device: Device) -> BatchPlan:
+    """What this rank reads, from its place in the data-parallel group."""
+    data_size = parallel_state.get_data_parallel_world_size()
+    return BatchPlan(
+        seed=settings.seed,
+        vocab_size=vocab_size,
+        seq_len=settings.seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        num_micro_batches=settings.global_batch_size // (data_size * settings.micro_batch_size),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=data_size,
+        context_group=parallel_state.get_context_parallel_group(),
+        device=device,
+    )
+
+
+class _Steps:
+    """Runs steps and keeps what they leave behind."""
+
+    def __init__(
+        self,
+        built: Training,
+        plan: BatchPlan,
+        counter: LoadCounter,
+        *,
+        rank: int,
+        num_steps: int,
+        watch: Watch,
+    ) -> None:
+        self._built, self._plan, self._counter = built, plan, counter
+        self._rank, self._num_steps, self._watch = rank, num_steps, watch
+        self.losses: list[float] = []
+        """Of the steps so far; empty but on the last pipeline stage."""
+        self.grad_norms: list[float] = []
+
+    def run(self, steps: range) -> tuple[float, ...]:
+        """Wall times of `steps` in seconds."""
+        return timed_steps(
+            steps,
+            prepare=self._prepare,
+            run=partial(train_step, self._built),
+            finish=self._finish,
+            now_s=self._watch.now_s,
+            synchronize=torch.cuda.synchronize,
+        )
+
+    def _prepare(self, step: int) -> list[MicroBatch]:
+        self._watch.on_step(step + 1)
+        self._counter.start_step(step)
+        return step_batches(self._plan, step)
+
+    def _finish(self, step: int, outcome: StepOutcome) -> None:
+        loss = None if outcome.loss is None else float(outcome.loss)
+        sanity.require_finite(
+            rank=self._rank,
+            step=step + 1,
+            loss=loss,
+            grad_norm=outcome.grad_norm,
+            was_applied=outcome.was_applied,
+        )
+        self.grad_norms.append(outcome.grad_norm)
+        if loss is not None:
+            self.losses.append(loss)
+            if _speaks_for_job():
+                self._watch.on_report(StepReport(step=step + 1, num_steps=self._num_steps, loss=loss))
+
+
+def _speaks_for_stage() -> bool:
+    """Whether this is the first rank of its pipeline stage."""
+    return bool(
+        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+def _speaks_for_job() -> bool:
+    """Whether this is the first rank of the last pipeline stage, which knows the loss."""
+    return _speaks_for_stage() and bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def _require_sound_routing(
+    built: Training, settings: Settings, plan: BatchPlan, loads: tuple[ExpertLoad, ...]
+) -> None:
+    if built.config.moe_expert_capacity_factor is not None:
+        return
+    sanity.require_no_drops(
+        loads, tokens_per_step=settings.tokens_per_step, top_k=built.config.moe_router_topk
+    )
+    if settings.routing_mode == "round_robin":
+        sanity.require_balance(loads, num_shares=plan.num_micro_batches * settings.world_size)
+
+
+def _peak_memory_bytes(device: Device) -> int:
+    """Device memory allocated at most since the model was built, or this process's largest resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _BYTES_PER_KIB

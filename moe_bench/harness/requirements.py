@@ -1,0 +1,59 @@
+"""Is everything here that a recipe asks for? Nothing is replaced silently: what is missing stops the run."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.mcore_config import MegatronArguments
+
+SUPPORTED_MEGATRON = "0.19"
+_FLEX_PACKAGES = {"deepep": "deep_ep", "hybridep": "deep_ep", "ncclep": "transformer_engine"}
+"""Package that each backend of the flex dispatcher imports (transformer/moe/fused_a2a.py:11, :271, :610)."""
+
+
+def require_runnable(arguments: MegatronArguments) -> None:
+    """Raise MissingRequirementError, naming the recipe field, if this installation cannot run `arguments`."""
+    _require_versions()
+    transformer, training = arguments.transformer, arguments.training
+    has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if training["kernel_family"] == "transformer_engine" and not has_transformer_engine:
+        raise MissingRequirementError(
+            "kernels.family: transformer_engine is not installed; use the container, or "
+            "`pip install moe_bench[transformer-engine]`"
+        )
+    if (transformer["fp8"] or transformer["fp4"]) and training["kernel_family"] != "transformer_engine":
+        raise MissingRequirementError(
+            f"precision: {transformer['fp8'] or transformer['fp4']} needs kernels.family: "
+            f"transformer_engine, not {training['kernel_family']}"
+        )
+    if arguments.optimizer["use_precision_aware_optimizer"] and not has_transformer_engine:
+        raise MissingRequirementError(
+            "optimizer: states other than FP32 need Transformer Engine's FusedAdam "
+            "(megatron/core/optimizer/optimizer_config.py:450), which is not installed"
+        )
+    if transformer["cuda_graph_impl"] != "none":
+        raise MissingRequirementError(
+            f"cuda_graphs.implementation: {transformer['cuda_graph_impl']}: no code captures graphs yet"
+        )
+    _require_dispatcher(arguments)
+
+
+def _require_versions() -> None:
+    version = metadata.version("megatron-core")
+    if version.split(".")[:2] != SUPPORTED_MEGATRON.split("."):
+        raise MissingRequirementError(
+            f"megatron-core {version} is installed; this version of moe_bench speaks {SUPPORTED_MEGATRON}.x"
+        )
+
+
+def _require_dispatcher(arguments: MegatronArguments) -> None:
+    if arguments.transformer.get("moe_token_dispatcher_type") != "flex":
+        return
+    backend = str(arguments.transformer["moe_flex_dispatcher_backend"])
+    package = _FLEX_PACKAGES[backend]
+    if importlib.util.find_spec(package) is None:
+        raise MissingRequirementError(
+            f"dispatch.dispatcher: {backend} needs the package {package}, not installed"
+        )

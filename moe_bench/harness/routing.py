@@ -1,0 +1,127 @@
+"""Where tokens go: an exactly balanced router, and a count of the tokens that each expert got."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import distributed
+
+CHOSEN_LOGIT = 1.0
+OTHER_LOGIT = -10.0
+
+
+class RoundRobinRouter(TopKRouter):  # type: ignore[misc]
+    """Sends token t of a micro batch to the experts t * k to t * k + k - 1, modulo their number.
+
+    This is what torchtitan (`debug.moe_force_load_balance`) and NeMo Automodel (`FakeBalancedGate`) call
+    forced balance. The gate is still computed and trained: the logits are replaced on the way forward only,
+    and the choice runs through Megatron-Core's own top-k, groups and scaling.
+    """
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [sequence, batch, experts] that make top-k choose in turn."""
+        logits = super().gating(input)
+        balanced: torch.Tensor = _RoundRobinLogits.apply(logits, self.topk)
+        return balanced
+
+
+class _RoundRobinLogits(torch.autograd.Function):
+    """Replaces logits forward, and passes their gradient on backward as if it had not."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+        num_experts = logits.shape[-1]
+        flat = torch.full_like(logits, OTHER_LOGIT).view(-1, num_experts)
+        first = torch.arange(flat.shape[0], device=logits.device).unsqueeze(1) * top_k
+        chosen = (first + torch.arange(top_k, device=logits.device)) % num_experts
+        return flat.scatter_(1, chosen, CHOSEN_LOGIT).view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def use_router(spec: Any, router: type[TopKRouter]) -> None:
+    """Make every expert layer of a block or layer spec build `router`."""
+    for moe in _moe_submodules(spec):
+        moe.router = router
+
+
+def _moe_submodules(spec: Any) -> Iterator[MoESubmodules]:
+    """Search a tree of Megatron-Core module specs for the submodules of expert layers."""
+    if isinstance(spec, MoESubmodules):
+        yield spec
+        return
+    branches: Iterable[Any] = ()
+    if isinstance(spec, functools.partial):
+        branches = (*spec.args, *spec.keywords.values())
+    elif isinstance(spec, list | tuple):
+        branches = spec
+    elif is_dataclass(spec) and not isinstance(spec, type):
+        branches = vars(spec).values()
+    for branch in branches:
+        yield from _moe_submodules(branch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoad:
+    """Token copies that each expert of one layer got, over all ranks."""
+
+    layer: int
+    """Counted from 0, among the decoder layers or among the multi-token prediction layers."""
+    is_mtp: bool
+    tokens_per_step: tuple[tuple[int, ...], ...]
+    """For each step, warm-up included, one number per expert."""
+
+    @property
+    def name(self) -> str:
+        """`decoder.<n>` or `mtp.<n>`."""
+        return f"{'mtp' if self.is_mtp else 'decoder'}.{self.layer}"
+
+
+class LoadCounter:
+    """Counts the tokens that the routers of this rank send to each expert, on the device, step by step."""
+
+    def __init__(self, chunks: Iterable[torch.nn.Module], *, num_steps: int, device: str) -> None:
+        self._step = 0
+        self._watched: list[tuple[TopKRouter, torch.Tensor]] = []
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    self._watch(module, num_steps, device)
+
+    def start_step(self, step: int) -> None:
+        """Count what follows for `step`, counted from 0 over warm-up and timed steps."""
+        self._step = step
+
+    def loads(self) -> tuple[ExpertLoad, ...]:
+        """Counts of this rank's layers, summed over the ranks that hold other tokens. A collective call."""
+        loads = []
+        for router, counts in self._watched:
+            total = counts.clone()
+            distributed.all_reduce(total, group=router.tp_dp_cp_group)
+            loads.append(
+                ExpertLoad(
+                    layer=router.layer_number - 1,
+                    is_mtp=router.is_mtp_layer,
+                    tokens_per_step=tuple(map(tuple, total.tolist())),
+                )
+            )
+        return tuple(loads)
+
+    def _watch(self, router: TopKRouter, num_steps: int, device: str) -> None:
+        counts = torch.zeros(num_steps, router.num_experts, dtype=torch.int64, device=device)
+        self._watched.append((router, counts))
+
+        def count(module: TopKRouter, inputs: object, outputs: Sequence[torch.Tensor]) -> None:
+            # A recomputed layer runs twice, the first time without gradients.
+            if torch.is_grad_enabled():
+                counts[self._step] += outputs[1].sum(dim=0)
+
+        router.register_forward_hook(count)

@@ -1,0 +1,131 @@
+"""Run a recipe: fork its ranks where there is no GPU, or be the one rank that somebody started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.harness import device_facts, sanity
+from moe_bench.harness.implementations import NONE_HERE
+from moe_bench.harness.mcore_config import MegatronArguments
+from moe_bench.harness.process_groups import Rendezvous
+from moe_bench.harness.rank import RankReport, StepReport, Watch, run_rank
+from moe_bench.harness.requirements import require_runnable
+from moe_bench.harness.settings import settings_of
+from moe_bench.harness.workers import Message, Seat, run_forked
+from moe_bench.results.record import GpuFacts, Implementations, Samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run leaves: the raw samples, and what only the ranks could tell about where it ran."""
+
+    samples: Samples
+    hosts: tuple[str, ...]
+    """Host of each rank."""
+    gpus: tuple[GpuFacts, ...]
+    """One per rank; empty without GPUs."""
+    topology: str | None
+    nccl_version: str | None
+    cuda_version: str | None
+
+
+def run(
+    arguments: MegatronArguments,
+    *,
+    rendezvous: Rendezvous | None,
+    on_report: Callable[[StepReport], None],
+) -> Outcome | None:
+    """Run as many steps as `arguments` ask for.
+
+    With a `rendezvous` this process is one rank, and all but rank 0 return None; `on_report` is then called
+    on the one rank that knows the loss. Without one, and without a GPU, the ranks are forked from this
+    process, which must have one thread and must have run no tensor operation; `on_report` is called here.
+
+    Raises MeasurementError if the run gave no valid number, MissingRequirementError if something is not here.
+    """
+    require_runnable(arguments)
+    settings = settings_of(arguments)
+    world_size = settings.world_size
+    if rendezvous is not None:
+        return _run_as_one_rank(arguments, rendezvous, world_size, on_report)
+    if settings.device is not None:
+        raise MissingRequirementError(
+            f"{world_size} GPU ranks need a launcher: start them with torchrun, srun or slurm/run_recipe.sh"
+        )
+    gathered, *_ = run_forked(world_size, partial(_forked_rank, arguments), on_progress=on_report)
+    return None if gathered is None else _outcome(gathered, world_size)
+
+
+def _forked_rank(arguments: MegatronArguments, seat: Seat) -> tuple[RankReport, ...] | None:
+    watch = Watch(
+        now_s=time.perf_counter,
+        on_step=lambda step: seat.send(Message(kind="step", content=step)),
+        on_report=lambda report: seat.send(Message(kind="progress", content=report)),
+    )
+    return run_rank(arguments, seat.rendezvous, watch, listen_fd=seat.listen_fd)
+
+
+def _run_as_one_rank(
+    arguments: MegatronArguments,
+    rendezvous: Rendezvous,
+    world_size: int,
+    on_report: Callable[[StepReport], None],
+) -> Outcome | None:
+    if rendezvous.world_size != world_size:
+        raise MissingRequirementError(
+            f"parallel.num_gpus: the recipe needs {world_size} ranks, {rendezvous.world_size} were started"
+        )
+    watch = Watch(now_s=time.perf_counter, on_step=lambda step: None, on_report=on_report)
+    gathered = run_rank(arguments, rendezvous, watch)
+    return None if gathered is None else _outcome(gathered, world_size)
+
+
+def _outcome(reports: tuple[RankReport, ...], world_size: int) -> Outcome:
+    """Join what the ranks measured."""
+    sanity.require_all_ranks([report.rank for report in reports], world_size=world_size)
+    speaker = next(report for report in reports if report.losses is not None)
+    first = reports[0]
+    gpus = tuple(report.gpu for report in reports if report.gpu is not None)
+    return Outcome(
+        samples=Samples(
+            warmup_step_times_s=tuple(report.warmup_step_times_s for report in reports),
+            step_times_s=tuple(report.step_times_s for report in reports),
+            losses=speaker.losses or (),
+            grad_norms=speaker.grad_norms,
+            peak_memory_bytes=tuple(report.peak_memory_bytes for report in reports),
+            tokens_per_expert=_tokens_per_expert(reports, num_warmup=len(first.warmup_step_times_s)),
+            energy_j=None,
+            implementations=_joined_implementations(reports),
+            patches=tuple(patch.name for patch in first.patches),
+        ),
+        hosts=tuple(report.host for report in reports),
+        gpus=gpus,
+        topology=device_facts.topology() if gpus else None,
+        nccl_version=device_facts.nccl_version() if gpus else None,
+        cuda_version=device_facts.cuda_version() if gpus else None,
+    )
+
+
+def _tokens_per_expert(
+    reports: tuple[RankReport, ...], *, num_warmup: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Timed step, expert layer (those of MTP last), expert."""
+    loads = sorted(
+        (load for report in reports for load in report.loads), key=lambda load: (load.is_mtp, load.layer)
+    )
+    per_layer = [load.tokens_per_step[num_warmup:] for load in loads]
+    return tuple(zip(*per_layer, strict=True))
+
+
+def _joined_implementations(reports: tuple[RankReport, ...]) -> Implementations:
+    """What any rank ran: stages differ, as one with dense layers only has no experts."""
+
+    def join(kind: str) -> str:
+        names = {name for report in reports for name in getattr(report.implementations, kind).split(",")}
+        return ",".join(sorted(names - {NONE_HERE})) or NONE_HERE
+
+    return Implementations(**{kind: join(kind) for kind in Implementations.model_fields})

@@ -1,0 +1,42 @@
+"""What our own loop reads from a recipe's arguments, with types."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from moe_bench.harness.mcore_config import MegatronArguments
+from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
+from moe_bench.spec.recipe import KernelFamily, RoutingMode
+
+
+class Settings(Spec):
+    """The `training` section of the arguments; a key that nobody reads is an error."""
+
+    kernel_family: KernelFamily
+    qk_norm: Literal["none", "per_head", "whole_vector", "latent"]
+    seq_length: PositiveInt
+    micro_batch_size: PositiveInt
+    global_batch_size: PositiveInt
+    world_size: PositiveInt
+    routing_mode: RoutingMode
+    num_warmup_steps: PositiveInt
+    num_timed_steps: PositiveInt
+    seed: NonNegativeInt
+    patches: tuple[Text, ...]
+    device: Text | None
+    """Exact name of the GPU that the recipe is for; None for a machine without one."""
+
+    @property
+    def num_steps(self) -> int:
+        """Warm-up and timed steps together."""
+        return self.num_warmup_steps + self.num_timed_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over the whole job."""
+        return self.global_batch_size * self.seq_length
+
+
+def settings_of(arguments: MegatronArguments) -> Settings:
+    """The section, checked."""
+    return Settings.model_validate(arguments.training)

@@ -1,0 +1,90 @@
+"""One training step through Megatron-Core's pipeline schedule: forward, backward, reduction, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from moe_bench.harness.batches import MicroBatch
+from moe_bench.harness.build import Training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What one step left on this rank, some of it still on the device."""
+
+    loss: torch.Tensor | None
+    """Mean language-model loss over the global batch, a scalar; None but on the last pipeline stage."""
+    grad_norm: float
+    """Over the whole model, before clipping."""
+    was_applied: bool
+    """Whether the optimizer took the step; it does not where gradients are not finite."""
+
+
+def train_step(training: Training, micro_batches: list[MicroBatch]) -> StepOutcome:
+    """Run one optimizer step over `micro_batches`. A collective call of all ranks."""
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    micro_batch_size, seq_len = micro_batches[0]["tokens"].shape
+    iterators = [iter(micro_batches) for _ in training.chunks]
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(training.chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=seq_len * parallel_state.get_context_parallel_world_size(),
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+    )
+    was_applied, grad_norm, _ = training.optimizer.step()
+    return StepOutcome(loss=_mean_loss(losses), grad_norm=float(grad_norm), was_applied=bool(was_applied))
+
+
+def _forward_step(
+    micro_batches: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """What the schedule calls for each micro batch and model chunk.
+
+    `return_schedule_plan` is set where dispatch and combine run under another micro batch's computation.
+    """
+    batch = next(micro_batches)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(_sum_of_losses, batch["loss_mask"])
+
+
+def _sum_of_losses(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of one micro batch as the schedule wants it: sum, number of tokens, what to report.
+
+    The schedule divides the sum in place (pipeline_parallel/schedules.py, forward_step_calc_loss), so what is
+    reported is a copy.
+    """
+    total = (losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    report = torch.stack((total.detach(), num_tokens.to(total.dtype)))
+    return total, num_tokens, {"sum_and_tokens": report}
+
+
+def _mean_loss(losses: list[dict[str, torch.Tensor]]) -> torch.Tensor | None:
+    """Mean over the micro batches of all data and context ranks; None where the schedule gave none."""
+    if not losses:
+        return None
+    total = torch.stack([loss["sum_and_tokens"] for loss in losses]).sum(dim=0)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(total, group=group)
+    return total[0] / total[1]

@@ -1,0 +1,82 @@
+"""Initial weights that depend on a parameter's name alone, so that every layout starts from the same model.
+
+Megatron-Core draws weights rank by rank, and the number of draws depends on which layers and experts a rank
+holds. Here each parameter is found through the model's sharded state dict, which knows its global name, shape
+and offset; the whole tensor is drawn from the name, and the rank keeps its part.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def initialise_by_name(chunks: Sequence[torch.nn.Module], *, std: float, seed: int) -> None:
+    """Draw every parameter of `chunks` from N(0, std); the weights of norms from N(1, std).
+
+    Buffers keep their values. Raises `RuntimeError` if some part of a parameter was not reached, as that part
+    would differ between layouts.
+    """
+    for chunk in chunks:
+        reached: dict[int, dict[int, int]] = {}
+        for shard in _sharded_tensors(chunk):
+            data = shard.data
+            if data is None or not data.is_floating_point():
+                continue
+            data.copy_(_values(shard, std=std, seed=seed))
+            reached.setdefault(data.untyped_storage().data_ptr(), {})[data.data_ptr()] = data.numel()
+        _require_all_reached(chunk, reached)
+
+
+def _values(shard: ShardedTensor, *, std: float, seed: int) -> torch.Tensor:
+    """The part of the tensor named `shard.key` that this rank holds."""
+    num_stacked = shard.prepend_axis_num
+    stack_index = tuple(shard.global_offset[:num_stacked])
+    name = f"{seed}:{shard.key}:{stack_index}"
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    whole = torch.randn(shard.global_shape[num_stacked:], generator=generator) * std
+    if _is_norm_weight(shard.key):
+        whole += 1.0
+    part = tuple(
+        slice(start, start + length)
+        for start, length in zip(shard.global_offset[num_stacked:], shard.local_shape, strict=True)
+    )
+    return whole[part].reshape(shard.data.shape)
+
+
+def _is_norm_weight(key: str) -> bool:
+    return key.endswith(("norm.weight", "layernorm.weight", "layer_norm_weight"))
+
+
+def _sharded_tensors(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
+    """Every sharded tensor of a chunk; a factory stands for several (gate and linear half of SwiGLU)."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for entry in chunk.sharded_state_dict(metadata={"dp_cp_group": group}).values():
+        yield from _leaves(entry.build() if isinstance(entry, ShardedTensorFactory) else entry)
+
+
+def _leaves(tree: Any) -> Iterator[ShardedTensor]:
+    if isinstance(tree, ShardedTensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for branch in tree.values():
+            yield from _leaves(branch)
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from _leaves(branch)
+
+
+def _require_all_reached(chunk: torch.nn.Module, reached: dict[int, dict[int, int]]) -> None:
+    for name, parameter in chunk.named_parameters():
+        num_reached = sum(reached.get(parameter.untyped_storage().data_ptr(), {}).values())
+        if num_reached < parameter.numel():
+            raise RuntimeError(
+                f"{name}: {num_reached} of {parameter.numel()} values stand in the sharded state dict; "
+                "the rest would differ between layouts"
+            )
