@@ -31,7 +31,8 @@ class JobSize:
 
     def __str__(self) -> str:
         unit = "GPUs" if self.gpus_per_node else "processes"
-        return f"{self.num_nodes} nodes x {self.tasks_per_node} {unit}"
+        nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
+        return f"{nodes} x {self.tasks_per_node} {unit}"
 
 
 def job_size(recipe: Recipe, *, num_nodes: int | None = None) -> JobSize:

@@ -1,4 +1,4 @@
-"""What is particular to one Slurm site: queue, account, containers, network; a file in `slurm/sites/` each."""
+"""What is particular to one Slurm site: queue, account, containers, network; a file in `slurm/sites/`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_site(path: Path) -> Site:
 
 
 def find_site(folder: Path, *, asked: str | None, cluster: str | None) -> tuple[str, Site]:
-    """Name and content of the site `asked` for: a file of `folder` (`slurm/sites`), or a path to any YAML file.
+    """Name and content of the site `asked` for: a file of `folder` (`slurm/sites`), or a path to a YAML file.
 
     With None, the file named after the Slurm `cluster` (`ClusterName` of slurm.conf) where there is one, else
     `default.yaml`. Raises UnknownNameError with the nearest names.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_bench.launch.environment import clean_environment
+from moe_bench.launch.environment import PYTHON, clean_environment
 from moe_bench.launch.job import Job
 from moe_bench.launch.local import MODULE, env_prefix, torchrun
 
@@ -24,6 +25,15 @@ class Installation:
     """Interpreter of the bare environment."""
     workdir: Path
     """Where the job runs: logs and records go below it."""
+
+
+def this_installation(data_root: Path, env: Mapping[str, str]) -> Installation:
+    """The one that is running: `data_root` holds `slurm/`, and the working directory stays the job's."""
+    return Installation(
+        script=data_root / "slurm" / "run_recipe.sh",
+        python=env.get(PYTHON, sys.executable),
+        workdir=Path.cwd(),
+    )
 
 
 def sbatch_command(
