@@ -62,7 +62,8 @@ def _problems(**changes: Any) -> dict[str, str]:
 
 
 def _pyproject() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return project
 
 
 def _requirements() -> dict[str, Requirement]:
