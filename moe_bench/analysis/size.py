@@ -72,11 +72,6 @@ def counted_size(model: ModelSpec) -> CountedSize:
     )
 
 
-def nearest_active_counting(model: ModelSpec) -> Counting:
-    """The way of counting whose active parameters come nearest to the published ones."""
-    return counted_size(model).nearest_active
-
-
 def _counted(model: ModelSpec, *, num_experts: int) -> tuple[dict[Part, int], int]:
     mtp = sum_parts([mtp_weights(model, num_experts=num_experts)] * model.num_mtp_layers)
     return _totals(main_weights(model, num_experts=num_experts)), sum(_totals(mtp).values())

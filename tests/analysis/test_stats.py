@@ -1,0 +1,62 @@
+"""Medians and intervals of step times, slow ranks and outliers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_bench.analysis.stats import median_interval, outliers, slowest_ranks
+
+times = st.lists(st.floats(0.1, 100), min_size=1, max_size=30)
+
+
+@given(samples=times)
+def test_the_median_lies_in_its_interval_and_the_interval_in_the_samples(samples: list[float]) -> None:
+    interval = median_interval(samples, num_resamples=50)
+    assert min(samples) <= interval.low_s <= interval.high_s <= max(samples)
+    if len(set(samples)) == 1:
+        assert interval.low_s == interval.median_s == interval.high_s
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    samples = [1.0 + 0.37 * step % 0.1 for step in range(40)]
+    assert median_interval(samples, seed=3) == median_interval(samples, seed=3)
+    assert median_interval(samples, seed=3, num_resamples=30) != median_interval(
+        samples, seed=4, num_resamples=30
+    )
+
+
+def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
+    import random
+
+    generator = random.Random(11)
+    covered = 0
+    for trial in range(200):
+        samples = [generator.gauss(1.0, 0.05) for _ in range(40)]
+        interval = median_interval(samples, num_resamples=200, seed=trial)
+        covered += interval.low_s <= 1.0 <= interval.high_s
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_one_slow_step_does_not_move_the_median() -> None:
+    assert median_interval([1.0] * 20 + [60.0]).median_s == 1.0
+
+
+def test_no_samples_are_no_measurement() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        median_interval([])
+
+
+def test_the_slowest_rank_of_each_step_sets_its_time() -> None:
+    slowest = slowest_ranks([[1.0, 2.0, 1.0], [1.5, 1.0, 1.0]])
+    assert [(step.step_time_s, step.rank) for step in slowest] == [(1.5, 1), (2.0, 0), (1.0, 0)]
+
+
+def test_ranks_with_different_numbers_of_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        slowest_ranks([[1.0, 2.0], [1.0]])
+
+
+def test_a_far_step_is_marked_and_noise_is_not() -> None:
+    samples = [1.00, 1.01, 0.99, 1.02, 0.98, 1.00, 1.01, 2.50]
+    assert outliers(samples) == (False,) * 7 + (True,)
+    assert outliers([]) == ()
