@@ -23,8 +23,8 @@ def require_gpus_here(recipe: Recipe, *, asked: str, run: Runner) -> None:
     num_gpus = num_gpus_here(run)
     if num_gpus < recipe.parallel.num_gpus:
         raise MissingRequirementError(
-            f"{asked} needs {recipe.parallel.num_gpus} GPUs ({recipe.system.display_name}), this machine has "
-            f"{num_gpus}; try --scale smoke, --scale node --num-gpus N, or sbatch slurm/run_recipe.sh {asked}"
+            f"{asked} needs {recipe.parallel.num_gpus} GPUs ({recipe.system.display_name}), "
+            f"this machine has {num_gpus}; try --scale smoke, --scale node, or sbatch slurm/run_recipe.sh {asked}"
         )
 
 

@@ -1,0 +1,89 @@
+"""From a plan to a record: run it, and put what was measured beside where and with what it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moe_bench.harness.mcore_config import megatron_arguments
+from moe_bench.harness.process_groups import Rendezvous
+from moe_bench.harness.rank import StepReport
+from moe_bench.harness.session import Outcome, run
+from moe_bench.results.provenance import (
+    cpu_model,
+    git_state,
+    installed_packages,
+    operating_system,
+    recorded_environment,
+)
+from moe_bench.results.record import Provenance, Record
+from moe_bench.spec.scale import Plan
+
+
+def measure(
+    plan: Plan,
+    *,
+    rendezvous: Rendezvous | None,
+    environment: Mapping[str, str],
+    command: tuple[str, ...],
+    source_root: Path,
+    on_step: Callable[[int, int, float], None],
+) -> Record | None:
+    """Run `plan` and return its record; None on every rank but the one that reports.
+
+    `on_step` is called after each step with its number from 1, the number of all steps, and the loss.
+    Raises MeasurementError where the run gave no valid number, MissingRequirementError where something is
+    not here.
+    """
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def seen(report: StepReport) -> None:
+        on_step(report.step, report.num_steps, report.loss)
+
+    outcome = run(megatron_arguments(plan.recipe), rendezvous=rendezvous, on_report=seen)
+    if outcome is None:
+        return None
+    return Record(
+        plan=plan,
+        provenance=_provenance(
+            plan,
+            outcome,
+            started_at=started_at,
+            environment=environment,
+            command=command,
+            source_root=source_root,
+        ),
+        samples=outcome.samples,
+    )
+
+
+def _provenance(
+    plan: Plan,
+    outcome: Outcome,
+    *,
+    started_at: str,
+    environment: Mapping[str, str],
+    command: tuple[str, ...],
+    source_root: Path,
+) -> Provenance:
+    job = environment.get("SLURM_JOB_ID")
+    return Provenance(
+        started_at=started_at,
+        command=command,
+        job_id=f"job{job}" if job is not None else f"pid{os.getpid()}",
+        git=git_state(source_root),
+        python_version=platform.python_version(),
+        packages=installed_packages(),
+        hosts=outcome.hosts,
+        cpu_model=cpu_model(),
+        os=operating_system(),
+        container=plan.recipe.container,
+        gpus=outcome.gpus,
+        topology=outcome.topology,
+        nccl_version=outcome.nccl_version,
+        cuda_version=outcome.cuda_version,
+        environment=recorded_environment(environment),
+    )

@@ -1,0 +1,96 @@
+"""Many records as one table: terminal, Markdown and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.table import Table
+
+from moe_bench.report.metrics import run_metrics
+from moe_bench.report.show import layout_label
+from moe_bench.report.tables import GIB, TFLOPS
+from moe_bench.results.record import Record
+
+COLUMNS = (
+    "recipe",
+    "scale",
+    "modified",
+    "ranks",
+    "layout",
+    "precision",
+    "step_time_s",
+    "step_time_low_s",
+    "step_time_high_s",
+    "tokens_per_s_per_gpu",
+    "tflops_per_gpu",
+    "mfu_pct",
+    "peak_memory_gib",
+    "loss",
+    "num_substitutions",
+    "started_at",
+    "commit",
+)
+
+
+def records_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per record, by recipe and start."""
+    rows = [_row(record) for record in records]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return frame.sort_values(["recipe", "scale", "started_at"], ignore_index=True)
+
+
+def _row(record: Record) -> dict[str, object]:
+    metrics, plan, provenance = run_metrics(record), record.plan, record.provenance
+    return {
+        "recipe": plan.asked,
+        "scale": plan.scale,
+        "modified": " ".join(plan.modified),
+        "ranks": record.num_ranks,
+        "layout": layout_label(plan.recipe),
+        "precision": plan.recipe.precision,
+        "step_time_s": metrics.step_time_s,
+        "step_time_low_s": metrics.step_time_low_s,
+        "step_time_high_s": metrics.step_time_high_s,
+        "tokens_per_s_per_gpu": metrics.tokens_per_s_per_gpu,
+        "tflops_per_gpu": metrics.flops_per_s_per_gpu / TFLOPS,
+        "mfu_pct": None if metrics.mfu_fraction is None else metrics.mfu_fraction * 100,
+        "peak_memory_gib": metrics.peak_memory_bytes / GIB,
+        "loss": metrics.last_loss,
+        "num_substitutions": len(plan.substitutions),
+        "started_at": provenance.started_at,
+        "commit": (provenance.git.commit or "")[:8] + ("-dirty" if provenance.git.is_dirty else ""),
+    }
+
+
+def as_csv(frame: pd.DataFrame) -> str:
+    """The whole table, unrounded."""
+    return str(frame.to_csv(index=False))
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """The table for a README."""
+    lines = ["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns)]
+    lines += [
+        "| " + " | ".join(_text(value) for value in row) + " |" for row in frame.itertuples(index=False)
+    ]
+    return "\n".join(lines)
+
+
+def frame_view(frame: pd.DataFrame) -> Table:
+    """The table for a terminal; what all rows share goes without its column."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    shown = [column for column in frame.columns if column not in ("step_time_low_s", "step_time_high_s")]
+    shown = [column for column in shown if column != "modified" or frame[column].any()]
+    for column in shown:
+        is_number = pd.api.types.is_numeric_dtype(frame[column])
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in frame[shown].itertuples(index=False):
+        table.add_row(*(_text(value) for value in row))
+    return table
+
+
+def _text(value: object) -> str:
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

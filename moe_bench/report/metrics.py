@@ -1,0 +1,78 @@
+"""What a record says, reduced: step time and interval, throughput, FLOPs rate, MFU, memory, loss, load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_bench.analysis.flops import FlopsCounting, step_flops
+from moe_bench.analysis.stats import median_interval
+from moe_bench.results.record import Record
+
+COUNTING = FlopsCounting.MCORE_WINDOWED
+"""How our TFLOPs are counted: Megatron-Core's way, sliding windows counted as windows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunMetrics:
+    """The numbers that tables show; a rate that cannot exist is None, never zero."""
+
+    step_time_s: float
+    """Median over timed steps of the slowest rank's time."""
+    step_time_low_s: float
+    step_time_high_s: float
+    """Ends of the 95 % bootstrap interval of the median."""
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    """Per process where there is no GPU."""
+    flops_per_s_per_gpu: float
+    mfu_fraction: float | None
+    """Of the GPU's BF16 peak; None where the system has no peak."""
+    peak_memory_bytes: int
+    """Of the rank that used most."""
+    peak_memory_rank: int
+    first_loss: float
+    last_loss: float
+    slowest_rank: int
+    slowest_host: str
+    max_over_mean_load_ratio: float | None
+    """Tokens of the busiest expert over the mean, the worst layer and step; None without experts."""
+
+
+def run_metrics(record: Record) -> RunMetrics:
+    """Reduce one record.
+
+    tokens/s = sequences x length / median step time. FLOPs/s per GPU = step FLOPs / (GPUs x step time),
+    counted as COUNTING says. MFU = that over the GPU's dense BF16 peak (arXiv:2204.02311, appendix B), for
+    FP8 runs too: one denominator keeps them comparable, though several publishers divide by the FP8 peak.
+    """
+    recipe, samples = record.plan.recipe, record.samples
+    interval = median_interval(record.slowest_step_times_s())
+    num_gpus = record.num_ranks
+    tokens_per_s = recipe.tokens_per_step / interval.median_s
+    flops_per_s_per_gpu = step_flops(recipe, counting=COUNTING) / (num_gpus * interval.median_s)
+    gpu = recipe.system.gpu
+    peak_memory_bytes = max(samples.peak_memory_bytes)
+    slowest_rank = record.slowest_rank()
+    return RunMetrics(
+        step_time_s=interval.median_s,
+        step_time_low_s=interval.low_s,
+        step_time_high_s=interval.high_s,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_gpu=tokens_per_s / num_gpus,
+        flops_per_s_per_gpu=flops_per_s_per_gpu,
+        mfu_fraction=None if gpu is None else flops_per_s_per_gpu / gpu.bf16_flops_per_s,
+        peak_memory_bytes=peak_memory_bytes,
+        peak_memory_rank=samples.peak_memory_bytes.index(peak_memory_bytes),
+        first_loss=samples.losses[0],
+        last_loss=samples.losses[-1],
+        slowest_rank=slowest_rank,
+        slowest_host=record.provenance.hosts[slowest_rank],
+        max_over_mean_load_ratio=_worst_load(samples.tokens_per_expert),
+    )
+
+
+def _worst_load(tokens_per_expert: tuple[tuple[tuple[int, ...], ...], ...]) -> float | None:
+    ratios = [
+        max(layer) * len(layer) / sum(layer) for step in tokens_per_expert for layer in step if sum(layer) > 0
+    ]
+    return max(ratios) if ratios else None

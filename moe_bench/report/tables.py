@@ -1,0 +1,95 @@
+"""The table of one run, for the terminal and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moe_bench.report.metrics import COUNTING, RunMetrics, run_metrics
+from moe_bench.report.show import layout_label, substitution_table
+from moe_bench.results.record import Record
+
+TFLOPS = 1e12
+GIB = 2**30
+
+
+def run_view(record: Record, path: Path) -> RenderableType:
+    """The numbers of one run, what was substituted, which kernels ran, and where the record lies."""
+    plan = record.plan
+    parts: list[RenderableType] = []
+    if plan.substitutions:
+        parts += [substitution_table(plan.substitutions), Text()]
+    table = Table(box=None, pad_edge=False, show_header=False, title=run_title(record), title_justify="left")
+    table.add_column(style="dim")
+    table.add_column()
+    for label, value in run_rows(record):
+        table.add_row(label, value)
+    parts += [table, Text(f"record: {path}", style="dim")]
+    return Group(*parts)
+
+
+def run_title(record: Record) -> str:
+    """What ran, with every mark that keeps it from being mistaken for the full recipe."""
+    plan = record.plan
+    marks = [f"{plan.scale} scale"] if plan.scale != "full" else []
+    if plan.modified:
+        marks.append(f"modified: {', '.join(plan.modified)}")
+    return plan.asked + (f" ({'; '.join(marks)})" if marks else "")
+
+
+def run_rows(record: Record) -> list[tuple[str, str]]:
+    """Label and text of each number, in the order of the table."""
+    metrics, recipe, samples = run_metrics(record), record.plan.recipe, record.samples
+    unit = "process" if recipe.system.gpu is None else "GPU"
+    mfu = (
+        "none: no peak is known for this machine"
+        if metrics.mfu_fraction is None
+        else f"{metrics.mfu_fraction:.1%}"
+    )
+    load = metrics.max_over_mean_load_ratio
+    used = samples.implementations
+    return [
+        (
+            "ran on",
+            f"{record.num_ranks} {unit}{'es' if unit == 'process' else 's'}, {layout_label(recipe) or 'DP1'}",
+        ),
+        ("step time", f"{step_time_text(metrics)}, median of {len(samples.step_times_s[0])} steps"),
+        ("tokens/s", f"{metrics.tokens_per_s:,.0f} ({metrics.tokens_per_s_per_gpu:,.0f} per {unit})"),
+        (f"TFLOPs/{unit}", f"{metrics.flops_per_s_per_gpu / TFLOPS:.4g} (counted: {COUNTING})"),
+        ("MFU", mfu),
+        ("loss", f"{metrics.first_loss:.4f} -> {metrics.last_loss:.4f}"),
+        ("peak memory", f"{metrics.peak_memory_bytes / GIB:.2f} GiB (rank {metrics.peak_memory_rank})"),
+        ("slowest rank", f"{metrics.slowest_rank} on {metrics.slowest_host}"),
+        (
+            "expert load",
+            "no experts" if load is None else f"busiest {load:.2f} x mean ({recipe.routing.mode})",
+        ),
+        ("kernels", f"attention {used.attention}, experts {used.experts}, dispatch {used.dispatcher}"),
+        ("patches", ", ".join(samples.patches) or "none"),
+    ]
+
+
+def step_time_text(metrics: RunMetrics) -> str:
+    """Median and 95 % interval in the unit that reads best."""
+    scale, unit = (1.0, "s") if metrics.step_time_s >= 1 else (1e3, "ms")
+    low, high = metrics.step_time_low_s * scale, metrics.step_time_high_s * scale
+    return f"{metrics.step_time_s * scale:.4g} {unit} ({low:.4g} to {high:.4g})"
+
+
+def run_json(record: Record, path: Path) -> dict[str, object]:
+    """The same for scripts, with the units in the names."""
+    return {
+        "recipe": record.plan.asked,
+        "scale": record.plan.scale,
+        "modified": list(record.plan.modified),
+        "num_ranks": record.num_ranks,
+        **dataclasses.asdict(run_metrics(record)),
+        "flops_counting": str(COUNTING),
+        "substitutions": [row.model_dump() for row in record.plan.substitutions],
+        "implementations": record.samples.implementations.model_dump(),
+        "record": str(path),
+    }
