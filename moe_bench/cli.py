@@ -185,7 +185,6 @@ def submit(
         data_root=data_root(),
         site=site,
         num_nodes=nodes,
-        wait=wait,
         dry_run=dry_run,
         inside_job=inside_job,
     )
@@ -193,7 +192,7 @@ def submit(
         typer.echo("\n".join(outcome.lines))
     if as_json:
         typer.echo(json.dumps(outcome.as_json()))
-    raise typer.Exit(outcome.exit_code)
+    raise typer.Exit(outcome.wait() if wait else outcome.exit_code)
 
 
 @app.command(rich_help_panel=_READ)

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -95,11 +96,14 @@ def test_a_job_of_exactly_the_right_size_runs_here() -> None:
     assert runs_here(job_of(), replace(FITTING, is_sized=False))
 
 
-@pytest.mark.parametrize("wrong", [{"num_nodes": 1}, {"num_tasks": 2}, {"gpus_per_node": 4}])
-def test_a_job_of_the_wrong_size_is_only_the_submitter(wrong: dict[str, int]) -> None:
-    assert not runs_here(job_of(), replace(FITTING, is_sized=False, **wrong))
+@pytest.mark.parametrize(
+    "wrong",
+    [replace(FITTING, num_nodes=1), replace(FITTING, num_tasks=2), replace(FITTING, gpus_per_node=4)],
+)
+def test_a_job_of_the_wrong_size_is_only_the_submitter(wrong: Allocation) -> None:
+    assert not runs_here(job_of(), replace(wrong, is_sized=False))
     with pytest.raises(SchedulerError, match="job 12 was submitted for 2 nodes x 8 GPUs and has"):
-        runs_here(job_of(), replace(FITTING, **wrong))
+        runs_here(job_of(), wrong)
 
 
 def test_outside_a_job_nothing_runs_here() -> None:
@@ -136,7 +140,7 @@ class Sequel:
     def __init__(self, *states: tuple[str, str]) -> None:
         self.states = list(states)
 
-    def __call__(self, command: Sequence[str]) -> FakeRunner:
+    def __call__(self, command: Sequence[str]) -> CompletedProcess[str]:
         assert " ".join(command) == "scontrol show job 5"
         state, code = self.states.pop(0)
         return FakeRunner({"": f"JobId=5\n   JobState={state} Reason=None\n   ExitCode={code}\n"})(command)

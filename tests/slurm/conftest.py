@@ -83,7 +83,7 @@ class Slurm:
     def _start_daemon(self, name: str, *arguments: str, program: str | None = None) -> None:
         output = (self.folder / f"{name}.out").open("ab")
         self.daemons[name] = subprocess.Popen(
-            (shutil.which(program or name), *arguments), env=self.env, stdout=output, stderr=output
+            (program or name, *arguments), env=self.env, stdout=output, stderr=output
         )
         output.close()
 

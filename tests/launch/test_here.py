@@ -1,0 +1,42 @@
+import pytest
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.launch.here import num_gpus_here, start_ranks_here
+from tests.launch.conftest import FakeRunner, recipe_of
+
+TWO_GPUS = FakeRunner(
+    {
+        "nvidia-smi --list-gpus": "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a)\n"
+        "  MIG 1g.10gb Device 0: (UUID: MIG-x)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-b)\n"
+    }
+)
+NO_DRIVER = FakeRunner({}, code=127, stderr="nvidia-smi: not installed here")
+
+
+def test_gpus_are_counted_as_the_driver_lists_them() -> None:
+    assert num_gpus_here(TWO_GPUS) == 2
+    assert num_gpus_here(NO_DRIVER) == 0
+
+
+def test_enough_gpus_make_this_process_torchrun() -> None:
+    started: list[str] = []
+
+    def execute(program: str, command: tuple[str, ...]) -> None:
+        started.append(f"{program}: {' '.join(command[1:])}")
+
+    recipe = recipe_of(parallel={"num_gpus": 2}, env={"A": "1"})
+    start_ranks_here(recipe, asked="tiny", run_args=("tiny",), run=TWO_GPUS, execute=execute)
+    assert len(started) == 1
+    assert started[0].startswith("env: A=1 ")
+    assert started[0].endswith("--nproc-per-node=2 --standalone -m moe_bench run tiny")
+
+
+@pytest.mark.parametrize(
+    ("machine", "advice"),
+    [(NO_DRIVER, "has 0; run a smaller one with --scale smoke"), (TWO_GPUS, "--scale node --num-gpus 2")],
+)
+def test_too_few_gpus_are_a_missing_requirement_that_says_what_would_run(
+    machine: FakeRunner, advice: str
+) -> None:
+    with pytest.raises(MissingRequirementError, match=f"tiny needs 16 GPUs and this machine .*{advice}"):
+        start_ranks_here(recipe_of(), asked="tiny", run_args=("tiny",), run=machine)
