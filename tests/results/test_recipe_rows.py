@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_bench.analysis.memory import memory_fit, pipeline_memory
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.row_recipe import disagreements, drift_problems
 from moe_bench.spec.catalogue import recipe_paths
@@ -81,6 +82,17 @@ def test_the_default_of_deepseek_v3_puts_61_layers_on_32_stages_of_four_ranks() 
     per_rank = [sum(len(c.layers) for c in chunks if c.pipeline_rank == rank) for rank in range(4)]
     assert per_rank == [15, 16, 16, 14]  # Et| + 30 x tt| + L: ranks 0..3 take every fourth stage
     assert recipe.reproduces == "automodel-deepseek-v3-h100-256gpu-bf16-s4096"
+
+
+def test_a_16_layer_stage_of_the_default_of_deepseek_v3_holds_46_gib_of_states() -> None:
+    """BF16 weights and gradients, FP32 main weights and BF16 moments of four experts in each of 16 layers."""
+    stage = pipeline_memory(load(CARRIED_OVER_DEFAULT))[2]  # the rank whose 16 layers all have experts
+    assert stage.states_bytes / 2**30 == pytest.approx(46, abs=1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_its_gpu(name: str) -> None:
+    assert memory_fit(load(name)).fits
 
 
 def test_a_changed_recipe_no_longer_agrees_with_its_row() -> None:
