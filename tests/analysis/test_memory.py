@@ -1,0 +1,216 @@
+"""States by hand and beside a dry run of Megatron-Core, transients, and the verdict whether a recipe fits."""
+
+import pytest
+
+from moe_bench.analysis.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    fits,
+    gradients_bytes,
+    logits_bytes,
+    memory_fit,
+    needed_bytes,
+    optimizer_bytes,
+    pipeline_memory,
+    rank_memory,
+    weights_bytes,
+)
+from moe_bench.analysis.params import RankParams, rank_params
+from moe_bench.errors import BadInputError
+from moe_bench.spec.load import Loader
+from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.recipe import (
+    Fusions,
+    KernelSpec,
+    LowPrecision,
+    Offload,
+    OptimizerSpec,
+    Recipe,
+    Recompute,
+)
+from tests.analysis.conftest import BF16_STATES, RecipeMaker
+
+PARAMS = RankParams(dense=1000, expert=3000)
+EIGHT_GPUS = ParallelSpec(num_gpus=8, expert=4)
+"""Dense weights over eight shards, experts over two."""
+
+
+def test_deepseek_on_256_gpus_holds_46_gib_of_states_instead_of_69(deepseek_256: Recipe) -> None:
+    sixteen_layers = rank_memory(deepseek_256, 2)
+    # 2.8186 G expert parameters unsharded, 12 bytes each, and 3.9943 G dense ones at 4 + 8 / 64 bytes
+    rank = rank_params(deepseek_256, 2)
+    assert sixteen_layers.states_bytes == 12 * rank.expert + 4 * rank.dense + 8 * rank.dense // 64
+    assert sixteen_layers.states_bytes / GIB == pytest.approx(46, abs=0.5)
+    in_fp32 = deepseek_256.model_copy(update={"optimizer": OptimizerSpec()})
+    assert rank_memory(in_fp32, 2).states_bytes / GIB == pytest.approx(69, abs=0.5)
+
+
+def test_states_equal_what_a_dry_run_of_megatron_allocates(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    # Megatron-Core 0.19.2 on meta tensors, stage 0 of 60 layers over PP4 and EP64: parameter buffer 14.132,
+    # gradient buffer 28.264, optimizer 24.581 GiB
+    recipe = make_recipe(
+        models["deepseek_v3"].model_copy(update={"num_layers": 60}),
+        ParallelSpec(num_gpus=256, pipeline=4, expert=64),
+        recompute=Recompute(granularity="full", num_layers=1),
+    )
+    stage = rank_memory(recipe, 0)
+    assert stage.weights_bytes / GIB == pytest.approx(14.132, abs=0.001)
+    assert stage.gradients_bytes / GIB == pytest.approx(28.264, abs=0.001)
+    assert stage.optimizer_bytes / GIB == pytest.approx(24.581, abs=0.001)
+    # four micro batches in flight, one 56 MiB vector per layer
+    assert stage.activations_bytes == 4 * 15 * 56 * 1024**2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_param"),
+    [
+        (OptimizerSpec(), 12),
+        (BF16_STATES, 8),
+        (OptimizerSpec(exp_avg_dtype="fp8", exp_avg_sq_dtype="fp16", main_params_dtype="fp16"), 5),
+        (OptimizerSpec(name="muon"), 8),
+        (OptimizerSpec(name="sgd", exp_avg_dtype="bf16"), 6),
+    ],
+)
+def test_optimizer_states_follow_their_types(
+    models: dict[str, ModelSpec],
+    make_recipe: RecipeMaker,
+    optimizer: OptimizerSpec,
+    bytes_per_param: int,
+) -> None:
+    recipe = make_recipe(models["mixtral_8x7b"], EIGHT_GPUS, optimizer=optimizer)
+    assert optimizer_bytes(recipe, PARAMS) == bytes_per_param * (1000 // 8 + 3000 // 2)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "weights", "gradients", "states"),
+    [
+        ({"data_sharding": "none"}, 8000, 16_000, 48_000),
+        ({"data_sharding": "distributed_optimizer"}, 8000, 16_000, 12 * 1625),
+        ({"data_sharding": "distributed_optimizer", "num_optimizer_instances": 2}, 8000, 16_000, 39_000),
+        ({"data_sharding": "megatron_fsdp", "fsdp_strategy": "optim"}, 8000, 16_000, 12 * 1625),
+        ({"data_sharding": "megatron_fsdp", "fsdp_strategy": "optim_grads"}, 8000, 4 * 1625, 12 * 1625),
+        (
+            {"data_sharding": "megatron_fsdp", "fsdp_strategy": "optim_grads_params"},
+            2 * 1625,
+            4 * 1625,
+            12 * 1625,
+        ),
+    ],
+)
+def test_each_sharding_divides_what_it_says(
+    models: dict[str, ModelSpec],
+    make_recipe: RecipeMaker,
+    sharding: dict[str, object],
+    weights: int,
+    gradients: int,
+    states: int,
+) -> None:
+    recipe = make_recipe(models["mixtral_8x7b"], EIGHT_GPUS.model_copy(update=sharding))
+    assert weights_bytes(recipe, PARAMS) == weights
+    assert gradients_bytes(recipe, PARAMS) == gradients
+    assert optimizer_bytes(recipe, PARAMS) == states
+
+
+def test_fp32_weights_are_their_own_main_copy(models: dict[str, ModelSpec], make_recipe: RecipeMaker) -> None:
+    recipe = make_recipe(models["mixtral_8x7b"], EIGHT_GPUS, precision="fp32")
+    assert weights_bytes(recipe, PARAMS) == 4 * 4000
+    assert optimizer_bytes(recipe, PARAMS) == 8 * 1625
+
+
+def test_an_offloaded_share_of_the_optimizer_leaves_the_device(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    recipe = make_recipe(models["mixtral_8x7b"], EIGHT_GPUS, offload=Offload(optimizer_fraction=0.75))
+    assert optimizer_bytes(recipe, PARAMS) == 3 * 1625
+
+
+def test_fp8_adds_two_byte_copies_unless_weights_live_in_fp8(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    model = models["qwen3_30b_a3b"]
+    bf16, fp8, fp8_only = (
+        rank_memory(make_recipe(model, EIGHT_GPUS, precision=precision, low_precision=low), 0)
+        for precision, low in (
+            ("bf16", None),
+            ("fp8_blockwise", None),
+            ("fp8_blockwise", LowPrecision(param_gather=True)),
+        )
+    )
+    copies = fp8.weights_bytes - bf16.weights_bytes
+    # all products but embedding, head and router: 48 layers of attention and 32 local experts
+    assert copies == 2 * 48 * (18_874_368 + 32 * 3 * 2048 * 768)
+    assert fp8_only.weights_bytes == copies
+
+
+@pytest.mark.parametrize(("cross_entropy", "bytes_per_logit"), [("none", 10), ("native", 6), ("te", 2)])
+def test_a_fused_loss_keeps_fewer_copies_of_the_logits(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker, cross_entropy: str, bytes_per_logit: int
+) -> None:
+    kernels = KernelSpec(
+        family="transformer_engine",
+        fusions=Fusions(cross_entropy=cross_entropy),
+    )
+    recipe = make_recipe(models["mixtral_8x7b"], ParallelSpec(num_gpus=8, tensor=2), kernels=kernels)
+    assert logits_bytes(recipe) == bytes_per_logit * 4096 * 32_000 // 2 + 3 * 2 * 4096 * 4096
+
+
+def test_only_the_stage_with_the_loss_has_logits(deepseek_256: Recipe) -> None:
+    assert [stage.logits_bytes > 0 for stage in pipeline_memory(deepseek_256)] == [False, False, False, True]
+
+
+def test_selective_recomputation_brings_back_one_layer(deepseek_256: Recipe) -> None:
+    selective = Recompute(granularity="selective", modules=("mla_up_proj",))
+    stage = rank_memory(deepseek_256.model_copy(update={"recompute": selective}), 2)
+    assert stage.recompute_bytes == 4096 * 2 * 128 * (2 * 192 + 128)
+
+
+def test_gathered_layers_of_fsdp_are_counted_twice_for_the_one_fetched_ahead(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    fsdp = ParallelSpec(num_gpus=8, expert=8, data_sharding="megatron_fsdp")
+    stage = rank_memory(make_recipe(models["qwen3_30b_a3b"], fsdp), 0)
+    layer = 18_874_368 + 256 + 4096 + 2048 * 128 + 16 * 3 * 2048 * 768
+    assert stage.gathered_bytes == 2 * layer * (2 + 4)
+
+
+def test_the_parts_add_up_and_the_margins_come_on_top(deepseek_256: Recipe) -> None:
+    for stage in pipeline_memory(deepseek_256):
+        assert stage.total_bytes == (
+            stage.weights_bytes
+            + stage.gradients_bytes
+            + stage.optimizer_bytes
+            + stage.activations_bytes
+            + stage.transient_bytes
+        )
+        assert needed_bytes(stage) > stage.total_bytes + CONTEXT_BYTES
+
+
+def test_recomputation_decides_whether_deepseek_fits_256_gpus(deepseek_256: Recipe) -> None:
+    assert not fits(deepseek_256)
+    recomputed = deepseek_256.model_copy(update={"recompute": Recompute(granularity="full", num_layers=1)})
+    verdict = memory_fit(recomputed)
+    assert verdict.fits
+    assert verdict.worst.total_bytes / GIB < 79.1 - CONTEXT_BYTES / GIB
+
+
+def test_more_recomputation_never_needs_more_memory_in_flight(deepseek_256: Recipe) -> None:
+    modules = ("mla_up_proj", "layernorm", "moe_act", "mlp", "moe")
+    held = []
+    for num_modules in range(len(modules) + 1):
+        recompute = Recompute(granularity="selective", modules=modules[:num_modules])
+        held.append(
+            rank_memory(deepseek_256.model_copy(update={"recompute": recompute}), 1).activations_bytes
+        )
+    assert held == sorted(held, reverse=True)
+    assert len(set(held)) == len(held)
+
+
+def test_a_machine_without_a_gpu_has_no_verdict(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker, loader: Loader
+) -> None:
+    recipe = make_recipe(models["olmoe_1b_7b"], EIGHT_GPUS, system=loader.system("cpu_host"))
+    with pytest.raises(BadInputError, match="cpu_host has no GPU"):
+        fits(recipe)
