@@ -51,12 +51,13 @@ find_repository() {
         die 3 "$script does not stand in a checkout of moe_bench; set MOE_BENCH_PYTHON to an installation of it"
 }
 
-# Called in the repository, where pyenv and uv read .python-version.
+# Prints the path of an interpreter. In the repository, because pyenv reads .python-version where it is called.
 find_python() {
+    cd "$repository"
     local candidate
     for candidate in python3.12 python3.13 python3 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
-            printf '%s\n' "$candidate"
+            "$candidate" -c 'import sys; print(sys.executable)'
             return
         fi
     done
@@ -128,9 +129,10 @@ scale_for_this_machine() {
 main() {
     (($# > 0)) || die 2 "usage: bash slurm/run_recipe.sh RECIPE [options], or sbatch in place of bash"
     find_repository
-    [[ -z $repository ]] || cd "$repository"
     [[ -n ${MOE_BENCH_PYTHON:-} ]] || make_environment
     [[ $1 != --environment-only ]] || exit 0
+    # the code beside this script runs, whatever else is installed
+    [[ -z $repository ]] || export PYTHONPATH=$repository
     export PYTHONUNBUFFERED=1
     if in_batch_job; then
         local wait=()

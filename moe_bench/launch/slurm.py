@@ -24,15 +24,19 @@ class Installation:
     python: str
     """Interpreter of the bare environment."""
     workdir: Path
-    """Where the job runs: logs and records go below it."""
+    """Where the job runs; its log goes there."""
+    source: Path | None
+    """The checkout whose code runs in containers too; None for a wheel, which the image must then hold."""
 
 
 def this_installation(data_root: Path, env: Mapping[str, str]) -> Installation:
     """The one that is running: `data_root` holds `slurm/`, and the working directory stays the job's."""
+    is_checkout = (data_root / "pyproject.toml").is_file()
     return Installation(
         script=data_root / "slurm" / "run_recipe.sh",
         python=env.get(PYTHON, sys.executable),
         workdir=Path.cwd(),
+        source=data_root if is_checkout else None,
     )
 
 
@@ -90,7 +94,9 @@ def srun_command(
     tasks_per_node = 1 if by_torchrun else size.tasks_per_node
     container_options, container_command, python = _container(job, installation)
     meeting = {} if by_torchrun else {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port)}
-    imports = {} if job.image is None else {"PYTHONPATH": str(installation.workdir)}
+    # pyxis lets the image's own variables win over the job's
+    in_image = job.image is not None and installation.source is not None
+    imports = {"PYTHONPATH": str(installation.source)} if in_image else {}
     start = (
         torchrun(
             num_nodes=size.num_nodes,
@@ -152,7 +158,8 @@ def _cpus_per_srun_task(job: Job) -> int:
 def _container(job: Job, installation: Installation) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Options of srun, the command in front of the rank's own, and the interpreter."""
     image, workdir = job.image, str(installation.workdir)
-    mounts = ",".join((f"{workdir}:{workdir}", *job.site.container_mounts))
+    own = (installation.workdir, *(() if installation.source is None else (installation.source,)))
+    mounts = ",".join((*(f"{path}:{path}" for path in dict.fromkeys(own)), *job.site.container_mounts))
     if image is None:
         return (), (), installation.python
     if job.site.runtime == "pyxis":

@@ -88,7 +88,10 @@ class FakeRunner:
 
 @pytest.fixture
 def installation() -> Installation:
-    """A checkout under /repo."""
+    """A checkout under /repo, called from a home directory."""
     return Installation(
-        script=Path("/repo/slurm/run_recipe.sh"), python="/repo/.venv/bin/python", workdir=Path("/repo")
+        script=Path("/repo/slurm/run_recipe.sh"),
+        python="/repo/.venv/bin/python",
+        workdir=Path("/home/me"),
+        source=Path("/repo"),
     )

@@ -14,6 +14,7 @@ from moe_bench.launch.slurm import (
 )
 from tests.launch.conftest import job_of, recipe_of
 
+REPOSITORY = Path(__file__).parents[2]
 SHELL = {"PATH": "/bin", "HOME": "/home/me", "NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7"}
 CONTAINER = recipe_of(container="moe_bench", env={"NCCL_NVLS_ENABLE": "0"})
 
@@ -31,8 +32,8 @@ def test_the_whole_command_that_queues_a_job(installation: Installation) -> None
         "env --ignore-environment HOME=/home/me MOE_BENCH_PYTHON=/repo/.venv/bin/python MOE_BENCH_SIZED=1 "
         "PATH=/bin "
         "sbatch --parsable --export=ALL --requeue --open-mode=append --job-name=tiny.h100_sxm_16g_bf16 "
-        "--nodes=2 --ntasks-per-node=8 --time=1:00:00 --chdir=/repo "
-        "--output=/repo/slurm-tiny.h100_sxm_16g_bf16-%j.out --gpus-per-node=8 --exclusive "
+        "--nodes=2 --ntasks-per-node=8 --time=1:00:00 --chdir=/home/me "
+        "--output=/home/me/slurm-tiny.h100_sxm_16g_bf16-%j.out --gpus-per-node=8 --exclusive "
         "/repo/slurm/run_recipe.sh tiny --site here"
     )
 
@@ -53,7 +54,7 @@ def test_every_field_of_a_site_reaches_sbatch(installation: Installation) -> Non
         "NCCL_DEBUG=INFO PATH=/bin "
         "sbatch --parsable --export=ALL --requeue --open-mode=append --job-name=tiny.h100_sxm_16g_bf16 "
         "--nodes=2 --ntasks-per-node=8 --cpus-per-task=12 --time=1:30:00 --partition=batch --account=me "
-        "--chdir=/repo --output=/repo/slurm-tiny.h100_sxm_16g_bf16-%j.out --gres=gpu:8 "
+        "--chdir=/home/me --output=/home/me/slurm-tiny.h100_sxm_16g_bf16-%j.out --gres=gpu:8 "
         "--constraint=h100 /repo/slurm/run_recipe.sh tiny --site here"
     )
 
@@ -61,8 +62,8 @@ def test_every_field_of_a_site_reaches_sbatch(installation: Installation) -> Non
 def test_a_job_without_gpus_asks_for_none_and_keeps_its_nodes(installation: Installation) -> None:
     job = job_of(recipe_of("cpu_host", parallel={"num_gpus": 4}), num_nodes=2)
     assert sbatch(job, installation).endswith(
-        "--nodes=2 --ntasks-per-node=2 --time=1:00:00 --chdir=/repo "
-        "--output=/repo/slurm-tiny.cpu_host_4g_bf16-%j.out --exclusive "
+        "--nodes=2 --ntasks-per-node=2 --time=1:00:00 --chdir=/home/me "
+        "--output=/home/me/slurm-tiny.cpu_host_4g_bf16-%j.out --exclusive "
         "/repo/slurm/run_recipe.sh tiny --nodes 2 --site here"
     )
 
@@ -105,8 +106,9 @@ def test_the_ranks_of_a_pyxis_site(installation: Installation) -> None:
     assert srun(job, installation) == (
         "srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=12 --distribution=block --export=ALL "
         "--kill-on-bad-exit=0 --wait=25 --mpi=none "
-        "--container-image=/images/moe_bench.sqsh --container-mounts=/repo:/repo,/data:/data "
-        "--container-workdir=/repo "
+        "--container-image=/images/moe_bench.sqsh "
+        "--container-mounts=/home/me:/home/me,/repo:/repo,/data:/data "
+        "--container-workdir=/home/me "
         "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 NCCL_NVLS_ENABLE=0 PYTHONPATH=/repo "
         "python3 -m moe_bench run tiny"
     )
@@ -117,7 +119,7 @@ def test_the_ranks_of_an_apptainer_site(installation: Installation) -> None:
     assert srun(job, installation) == (
         "srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --distribution=block --export=ALL "
         "--kill-on-bad-exit=0 --wait=25 "
-        "apptainer exec --nv --bind=/repo:/repo --pwd=/repo /images/moe_bench.sif "
+        "apptainer exec --nv --bind=/home/me:/home/me,/repo:/repo --pwd=/home/me /images/moe_bench.sif "
         "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 NCCL_NVLS_ENABLE=0 PYTHONPATH=/repo "
         "python3 -m moe_bench run tiny"
     )
@@ -133,7 +135,7 @@ def test_the_ranks_of_a_site_that_prefers_torchrun(installation: Installation) -
 
 
 def test_a_log_is_named_after_the_recipe_and_the_job(installation: Installation) -> None:
-    assert log_path(job_of(), installation, job_id="12") == "/repo/slurm-tiny.h100_sxm_16g_bf16-12.out"
+    assert log_path(job_of(), installation, job_id="12") == "/home/me/slurm-tiny.h100_sxm_16g_bf16-12.out"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,9 @@ def test_a_time_limit_is_written_as_slurm_reads_it(limit_s: int, text: str) -> N
 
 def test_a_job_keeps_the_interpreter_that_submits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    script = Path("/repo/slurm/run_recipe.sh")
-    assert this_installation(Path("/repo"), {}) == Installation(
-        script=script, python=sys.executable, workdir=tmp_path
+    wheel = Path("/site-packages/moe_bench/data")
+    assert this_installation(wheel, {}) == Installation(
+        script=wheel / "slurm" / "run_recipe.sh", python=sys.executable, workdir=tmp_path, source=None
     )
-    assert this_installation(Path("/repo"), {"MOE_BENCH_PYTHON": "/p"}).python == "/p"
+    assert this_installation(wheel, {"MOE_BENCH_PYTHON": "/p"}).python == "/p"
+    assert this_installation(REPOSITORY, {}).source == REPOSITORY

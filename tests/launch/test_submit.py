@@ -47,7 +47,7 @@ def test_a_submission_says_its_number_and_how_to_follow_it(installation: Install
     assert submission.job_id == 4711
     assert submission.job_size == "2 nodes x 8 GPUs"
     assert submission.follow == (
-        "tail -n +1 -F /repo/slurm-tiny.h100_sxm_16g_bf16-4711.out",
+        "tail -n +1 -F /home/me/slurm-tiny.h100_sxm_16g_bf16-4711.out",
         "scontrol show job 4711",
         "scancel 4711",
     )
