@@ -47,7 +47,7 @@ class Difference(Spec):
     """One field in which a recipe departs from the published row it reproduces, and why."""
 
     field: Text
-    """Column of the row, such as `fsdp_zero`."""
+    """Column of the row, such as `sharding`; `docs/registry.md` lists them."""
     row: Text
     recipe: Text
     why: Text
