@@ -1,0 +1,1 @@
+"""Who provides Megatron-Core's kernels: Transformer Engine where installed, or torch alone."""

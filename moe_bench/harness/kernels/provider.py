@@ -1,0 +1,123 @@
+"""Which modules stand in a Megatron-Core layer spec, for each kernel family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.kernels.attention import CoreAttention
+from moe_bench.harness.kernels.experts import GroupedExperts
+from moe_bench.harness.kernels.mla import DuplicatedLinear
+from moe_bench.harness.kernels.norm import norm
+
+TRANSFORMER_ENGINE_PIP = 'pip install --no-build-isolation "transformer_engine[pytorch]"'
+
+
+class TorchNativeSpecProvider(BackendSpecProvider):
+    """Modules made of torch alone: fused attention and grouped GEMM on a GPU, plain arithmetic on a CPU."""
+
+    def __init__(self, *, device_type: str) -> None:
+        self.device_type = device_type
+
+    def linear(self) -> type[torch.nn.Module]:
+        """A linear layer that is whole on every tensor-parallel rank."""
+        return DuplicatedLinear
+
+    def column_parallel_linear(self) -> type[torch.nn.Module]:
+        """Megatron-Core's own: a torch GEMM."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type[torch.nn.Module]:
+        """Megatron-Core's own: a torch GEMM."""
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """No module joins the two."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> None:
+        """No module joins the two."""
+
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> Callable[..., torch.nn.Module]:
+        """Return the builder of the norm that the model's configuration names."""
+        del rms_norm, for_qk, has_residual
+        return norm
+
+    def core_attention(self) -> ModuleSpec:
+        """Attention between the projections; its kernel is chosen by `attention_implementation`."""
+        return ModuleSpec(module=CoreAttention, params={"device_type": self.device_type})
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., torch.nn.Module]:
+        """All local experts in grouped GEMMs, or one after the other."""
+        if moe_use_grouped_gemm:
+            return GroupedExperts
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return partial(_sequential_experts, submodules=submodules)
+
+    def activation_func(self) -> None:
+        """Megatron-Core's own activation."""
+
+
+def provider_for(family: str, *, device_type: str) -> BackendSpecProvider:
+    """Return the modules of a kernel family.
+
+    Args:
+        family: `torch_native`, `transformer_engine` or `quack` (a recipe's `kernels.family`).
+        device_type: `cuda` or `cpu`: where the model is to run.
+
+    Raises:
+        MissingRequirementError: the family is not installed, or no code runs it yet.
+    """
+    if family == "torch_native":
+        return TorchNativeSpecProvider(device_type=device_type)
+    if family == "transformer_engine":
+        if find_spec("transformer_engine") is None:
+            raise MissingRequirementError(
+                f"kernels.family: transformer_engine is not installed; {TRANSFORMER_ENGINE_PIP}, "
+                "or use torch_native"
+            )
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    raise MissingRequirementError(
+        f"kernels.family: no code runs {family} yet; use torch_native or transformer_engine"
+    )
+
+
+def kernels_in(model: torch.nn.Module) -> dict[str, int]:
+    """Count the kernels that the modules of a model name as their implementation, for the record of a run."""
+    names = (getattr(module, "implementation", None) for module in model.modules())
+    return dict(sorted(Counter(name for name in names if name is not None).items()))
+
+
+def _sequential_experts(
+    num_local_experts: int,
+    config: TransformerConfig,
+    *,
+    submodules: MLPSubmodules,
+    pg_collection: ProcessGroupCollection | None = None,
+    name: str | None = None,
+) -> SequentialMLP:
+    """Megatron-Core's loop over experts, refused where its bias is added in place to a view (mlp.py:354)."""
+    if config.add_bias_linear:
+        raise MissingRequirementError(
+            "kernels.grouped_gemm: false does not work for experts with biases (Megatron-Core, mlp.py:354, "
+            "writes into a view that autograd protects); set it to true"
+        )
+    return SequentialMLP(
+        num_local_experts, config, submodules=submodules, pg_collection=pg_collection, name=name
+    )
