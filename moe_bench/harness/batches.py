@@ -33,8 +33,8 @@ class BatchPlan:
 def step_batches(plan: BatchPlan, step: int) -> list[MicroBatch]:
     """The micro batches of one step, on the device.
 
-    Micro batch i of data rank r holds the global samples (i * data_size + r) * micro_batch_size and following,
-    so with micro batches of one sequence a step sees the same micro batches in all layouts.
+    Micro batch i of data rank r holds the global samples from (i * data_size + r) * micro_batch_size on, so with
+    micro batches of one sequence a step sees the same micro batches in all layouts.
     """
     return [_micro_batch(plan, step, index) for index in range(plan.num_micro_batches)]
 

@@ -225,14 +225,18 @@ class _Steps:
 
     def _finish(self, step: int, outcome: StepOutcome) -> None:
         loss = None if outcome.loss is None else float(outcome.loss)
+        grad_norm = outcome.grad_norm
+        if grad_norm is None:
+            # Outside the timed interval: the gradients stay until the next step zeroes them.
+            grad_norm = float(self._built.optimizer.get_grad_norm())
         sanity.require_finite(
             rank=self._rank,
             step=step + 1,
             loss=loss,
-            grad_norm=outcome.grad_norm,
+            grad_norm=grad_norm,
             was_applied=outcome.was_applied,
         )
-        self.grad_norms.append(outcome.grad_norm)
+        self.grad_norms.append(grad_norm)
         if loss is not None:
             self.losses.append(loss)
             if _speaks_for_job():

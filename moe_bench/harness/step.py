@@ -21,8 +21,8 @@ class StepOutcome:
 
     loss: torch.Tensor | None
     """Mean language-model loss over the global batch, a scalar; None but on the last pipeline stage."""
-    grad_norm: float
-    """Over the whole model, before clipping."""
+    grad_norm: float | None
+    """Over the whole model, before clipping; None where nothing is clipped, and so the optimizer needed none."""
     was_applied: bool
     """Whether the optimizer took the step; it does not where gradients are not finite."""
 
@@ -44,7 +44,11 @@ def train_step(training: Training, micro_batches: list[MicroBatch]) -> StepOutco
         forward_only=False,
     )
     was_applied, grad_norm, _ = training.optimizer.step()
-    return StepOutcome(loss=_mean_loss(losses), grad_norm=float(grad_norm), was_applied=bool(was_applied))
+    return StepOutcome(
+        loss=_mean_loss(losses),
+        grad_norm=float(grad_norm) if training.optimizer.config.clip_grad > 0 else None,
+        was_applied=bool(was_applied),
+    )
 
 
 def _forward_step(
