@@ -101,10 +101,21 @@ def _layers(recipe: Recipe) -> Iterator[Problem]:
     parallel = recipe.parallel
     key = "layout" if parallel.layout is not None else "pipeline"
     try:
-        pipeline_chunks(parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers)
+        chunks = pipeline_chunks(
+            parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
+        )
     except LayoutError as error:
         problem, _, fix = str(error).rpartition("; ")
         yield Problem(("parallel", key), problem or str(error), fix)
+        return
+    first_rank = [chunk for chunk in chunks if chunk.pipeline_rank == 0]
+    if parallel.pipeline > 1 and any(chunk.num_mtp_layers for chunk in first_rank):
+        yield Problem(
+            ("parallel", key),
+            "an MTP layer on the first pipeline rank (Megatron-Core's layout forbids it; where it does not, "
+            "the schedule hangs)",
+            "move the letter m to another rank",
+        )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield Problem(
             ("parallel", "virtual_pipeline"), "virtual stages need a pipeline", "write 1, or raise pipeline"

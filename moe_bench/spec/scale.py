@@ -218,6 +218,7 @@ def _smoke_parallel(recipe: Recipe) -> ParallelSpec:
             "pipeline": pipeline,
             "virtual_pipeline": virtual,
             "context": context,
+            "context_comm": "allgather" if context > 1 else asked.context_comm,
             "expert": expert,
             "expert_tensor": expert_tensor,
             "layout": _smoke_layout(recipe, pipeline * virtual),
@@ -230,22 +231,17 @@ def _smoke_parallel(recipe: Recipe) -> ParallelSpec:
 
 
 def _smoke_layout(recipe: Recipe, num_chunks: int) -> str | None:
-    """A layout string of `num_chunks` stages with the ends of the recipe's: where E, m and L stand."""
+    """A layout string of `num_chunks` stages that begins and ends like the recipe's.
+
+    MTP stands beside the loss: alone on a stage it would fall on the first of two ranks, where Megatron-Core
+    allows none.
+    """
     if recipe.parallel.layout is None:
         return None
     stages = expand_layout(recipe.parallel.layout)
     first = "Et" if "t" in stages[0] else "E"
-    mtp = "m" * recipe.num_mtp_layers
-    if "t" in stages[-1]:
-        last, before_last = f"t{mtp}L", "tt"
-    elif "m" in stages[-1]:
-        last, before_last = f"{mtp}L", "tt"
-    else:
-        last, before_last = "L", f"tt{mtp}"
-    if num_chunks == 2:
-        return f"{first}t{mtp if mtp not in last else ''}|{last}" if mtp not in last else f"{first}tt|{last}"
-    middle = ["tt"] * (num_chunks - 3)
-    return "|".join([first, *middle, before_last, last])
+    last = ("t" if "t" in stages[-1] else "") + "m" * recipe.num_mtp_layers + "L"
+    return "|".join([first, *["tt"] * (num_chunks - 2), last])
 
 
 def _smoke_num_layers(recipe: Recipe, parallel: ParallelSpec) -> int:
