@@ -94,12 +94,12 @@ def attention_norm_params(attention: Attention) -> Weights:
     """RMSNorm gains inside attention: on MLA's latents, or on queries and keys.
 
     P = r_q + r_kv, or 2 d per head (one gain shared by all heads, Qwen3), or n d + g d over the whole vector
-    (OLMoE), whose gains follow the heads over the tensor-parallel ranks.
+    (OLMoE). All are repeated on every tensor-parallel rank.
     """
     if attention.kind == "mla":
         return Weights(0, (attention.q_lora_rank or 0) + attention.kv_lora_rank)
     if attention.qk_norm == "whole_vector":
-        return Weights((attention.num_heads + attention.num_query_groups) * attention.head_dim)
+        return Weights(0, (attention.num_heads + attention.num_query_groups) * attention.head_dim)
     return Weights(0, 2 * attention.head_dim if attention.qk_norm == "per_head" else 0)
 
 
