@@ -33,7 +33,7 @@ class BatchPlan:
 def step_batches(plan: BatchPlan, step: int) -> list[MicroBatch]:
     """The micro batches of one step, on the device.
 
-    Micro batch i of data rank r holds the global samples from (i * data_size + r) * micro_batch_size on, so with
+    Micro batch i of data rank r begins at global sample (i * data_size + r) * micro_batch_size: with
     micro batches of one sequence a step sees the same micro batches in all layouts.
     """
     return [_micro_batch(plan, step, index) for index in range(plan.num_micro_batches)]

@@ -22,6 +22,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from moe_bench.harness.batches import Device
+from moe_bench.harness.kernels.adam import low_precision_adam
 from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.routing import RoundRobinRouter, use_router
@@ -119,6 +120,7 @@ def _model_chunk(
 
 def training(
     arguments: MegatronArguments,
+    settings: Settings,
     config: TransformerConfig,
     chunks: tuple[torch.nn.Module, ...],
     *,
@@ -133,7 +135,9 @@ def training(
         chunks = tuple(Float16Module(config, chunk) for chunk in chunks)
     ddp_config = DistributedDataParallelConfig(**_objects(arguments.ddp))
     wrapped = _wrap(chunks, config, ddp_config, device=device)
-    optimizer = get_megatron_optimizer(OptimizerConfig(**_objects(arguments.optimizer)), list(wrapped))
+    optimizer = _optimizer(
+        arguments, list(wrapped), has_fused_adam=settings.kernel_family == "transformer_engine"
+    )
     _connect(config, ddp_config, wrapped, optimizer)
     return Training(config=config, chunks=wrapped, optimizer=optimizer)
 
@@ -165,6 +169,20 @@ def _wrap(
             else torch.device("cpu"),
         )
         for index, chunk in enumerate(chunks)
+    )
+
+
+def _optimizer(arguments: MegatronArguments, chunks: list[torch.nn.Module], *, has_fused_adam: bool) -> Any:
+    """Megatron-Core's optimizer; with state in low precision its own needs Transformer Engine's FusedAdam."""
+    options = _objects(arguments.optimizer)
+    if has_fused_adam or not options["use_precision_aware_optimizer"]:
+        return get_megatron_optimizer(OptimizerConfig(**options), chunks)
+    plain = dict.fromkeys(("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32)
+    return low_precision_adam(
+        OptimizerConfig(**options | plain | {"use_precision_aware_optimizer": False}),
+        chunks,
+        exp_avg_dtype=options["exp_avg_dtype"],
+        exp_avg_sq_dtype=options["exp_avg_sq_dtype"],
     )
 
 

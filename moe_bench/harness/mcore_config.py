@@ -227,7 +227,7 @@ def _layout(recipe: Recipe) -> Arguments:
         "num_layers_in_last_pipeline_stage": parallel.num_layers_last_stage or None,
         "microbatch_group_size_per_vp_stage": parallel.micro_batch_group_size or None,
         "context_parallel_size": parallel.context,
-        "cp_comm_type": parallel.context_comm,
+        "cp_comm_type": "all_gather" if parallel.context_comm == "allgather" else parallel.context_comm,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
         "sequence_parallel": parallel.sequence_parallel,

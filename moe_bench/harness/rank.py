@@ -169,7 +169,7 @@ def build(arguments: MegatronArguments, settings: Settings, *, device: Device) -
     chunks = model_chunks(arguments, settings, config, device=device)
     if device == "cpu":
         initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
-    return training(arguments, config, chunks, device=device)
+    return training(arguments, settings, config, chunks, device=device)
 
 
 def batch_plan(settings: Settings, *, vocab_size: int, device: Device) -> BatchPlan:

@@ -28,10 +28,11 @@ def require_runnable(arguments: MegatronArguments) -> None:
             f"precision: {transformer['fp8'] or transformer['fp4']} needs kernels.family: "
             f"transformer_engine, not {training['kernel_family']}"
         )
-    if arguments.optimizer["use_precision_aware_optimizer"] and not has_transformer_engine:
+    main_params_dtype = arguments.optimizer["main_params_dtype"]
+    if main_params_dtype != "fp32" and training["kernel_family"] != "transformer_engine":
         raise MissingRequirementError(
-            "optimizer: states other than FP32 need Transformer Engine's FusedAdam "
-            "(megatron/core/optimizer/optimizer_config.py:450), which is not installed"
+            f"optimizer.main_params_dtype: {main_params_dtype} needs Transformer Engine's FusedAdam "
+            "(megatron/core/optimizer/optimizer_config.py:450)"
         )
     if transformer["cuda_graph_impl"] != "none":
         raise MissingRequirementError(

@@ -22,7 +22,7 @@ class StepOutcome:
     loss: torch.Tensor | None
     """Mean language-model loss over the global batch, a scalar; None but on the last pipeline stage."""
     grad_norm: float | None
-    """Over the whole model, before clipping; None where nothing is clipped, and so the optimizer needed none."""
+    """Over the whole model, before clipping; None where nothing is clipped and so none was computed."""
     was_applied: bool
     """Whether the optimizer took the step; it does not where gradients are not finite."""
 
