@@ -21,6 +21,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from moe_bench.errors import BadInputError
 from moe_bench.harness.batches import Device
 from moe_bench.harness.kernels.adam import low_precision_adam
 from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
@@ -55,11 +56,17 @@ class Training:
 
 
 def transformer_config(arguments: MegatronArguments) -> TransformerConfig:
-    """Megatron-Core's config, with names turned into types and functions."""
+    """Megatron-Core's config, with names turned into types and functions.
+
+    Raises BadInputError with Megatron-Core's own words where it refuses the arguments.
+    """
     config_class = (
         MLATransformerConfig if arguments.config_class == "MLATransformerConfig" else TransformerConfig
     )
-    config = config_class(**_objects(arguments.transformer))
+    try:
+        config = config_class(**_objects(arguments.transformer))
+    except (AssertionError, ValueError) as error:
+        raise BadInputError(f"Megatron-Core refuses the recipe: {error}") from error
     for name, value in arguments.config_attributes.items():
         setattr(config, name, value)
     return config

@@ -134,7 +134,10 @@ def _measure(
     *,
     device: Device,
 ) -> RankReport:
-    built = build(arguments, settings, device=device)
+    try:
+        built = build(arguments, settings, device=device)
+    except ImportError as error:
+        raise MissingRequirementError(f"Megatron-Core cannot build the recipe here: {error}") from error
     counter = LoadCounter(built.chunks, num_steps=settings.num_steps, device=device)
     plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
     steps = _Steps(built, plan, counter, rank=rendezvous.rank, num_steps=settings.num_steps, watch=watch)
