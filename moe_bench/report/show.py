@@ -8,10 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_bench.analysis.memory import MemoryFit, memory_fit, needed_bytes
 from moe_bench.analysis.size import CountedSize
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import Plan, Substitution
+
+GIB = 2**30
 
 
 def layout_label(recipe: Recipe) -> str:
@@ -80,6 +83,8 @@ def plan_view(plan: Plan) -> RenderableType:
         "tokens per step": f"{recipe.tokens_per_step:,}",
     }
     parts.append(_two_columns(head))
+    if recipe.system.gpu is not None:
+        parts.append(memory_table(memory_fit(recipe)))
     tree = recipe.model_dump(mode="json", exclude={"model", "system", "differences"}, exclude_defaults=True)
     parts.append(_two_columns(dict(_flat(tree))))
     for row in recipe.differences:
@@ -87,6 +92,37 @@ def plan_view(plan: Plan) -> RenderableType:
     if plan.substitutions:
         parts.append(substitution_table(plan.substitutions))
     return Group(*parts)
+
+
+def memory_table(fit: MemoryFit) -> Table:
+    """Closed form of the memory of each pipeline rank, in GiB."""
+    verdict = "fits" if fit.fits else "does not fit"
+    usable = f"{fit.usable_bytes / GIB:.1f} GiB usable"
+    title = f"memory per GPU from the closed form: {verdict}, {needed_bytes(fit.worst) / GIB:.1f} of {usable}"
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for heading in (
+        "stage",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "transient",
+        "total",
+        "with margins",
+    ):
+        table.add_column(heading, justify="right")
+    for rank in fit.ranks:
+        parts = (
+            rank.weights_bytes,
+            rank.gradients_bytes,
+            rank.optimizer_bytes,
+            rank.activations_bytes,
+            rank.transient_bytes,
+            rank.total_bytes,
+            needed_bytes(rank),
+        )
+        table.add_row(str(rank.pipeline_rank), *(f"{part / GIB:.1f}" for part in parts))
+    return table
 
 
 def arguments_view(arguments: MegatronArguments) -> RenderableType:

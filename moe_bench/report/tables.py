@@ -10,11 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bench.report.metrics import COUNTING, RunMetrics, run_metrics
-from moe_bench.report.show import layout_label, substitution_table
+from moe_bench.report.show import GIB, layout_label, substitution_table
 from moe_bench.results.record import Record
 
 TFLOPS = 1e12
-GIB = 2**30
 
 
 def run_view(record: Record, path: Path) -> RenderableType:
@@ -69,6 +68,7 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
             "no experts" if load is None else f"busiest {load:.2f} x mean ({recipe.routing.mode})",
         ),
         ("kernels", f"attention {used.attention}, experts {used.experts}, dispatch {used.dispatcher}"),
+        ("optimizer", used.optimizer),
         ("patches", ", ".join(samples.patches) or "none"),
     ]
 

@@ -110,7 +110,7 @@ _SMOKE_REASONS = {
     "overlap": "CUDA streams need a GPU",
     "cuda_graphs": "CUDA graphs need a GPU",
     "offload": "there is no device memory to offload from",
-    "optimizer": "the precision-aware optimizer needs a GPU",
+    "optimizer": "Muon, FP16 and FP8 states need Transformer Engine or a GPU",
     "steps": "toy run",
     "env": "variables for GPU libraries",
     "container": "runs in this environment",
@@ -323,12 +323,13 @@ def _smoke_dispatch(dispatch: DispatchSpec) -> DispatchSpec:
 
 
 def _smoke_optimizer(optimizer: OptimizerSpec) -> OptimizerSpec:
+    """BF16 moments stay: the torch-native family has an Adam for them."""
     return optimizer.model_copy(
         update={
             "name": "adam",
             "main_params_dtype": "fp32",
-            "exp_avg_dtype": "fp32",
-            "exp_avg_sq_dtype": "fp32",
+            "exp_avg_dtype": "bf16" if optimizer.exp_avg_dtype == "bf16" else "fp32",
+            "exp_avg_sq_dtype": "bf16" if optimizer.exp_avg_sq_dtype == "bf16" else "fp32",
         }
     )
 
