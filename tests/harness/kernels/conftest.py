@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def run_ranks(fork_context: Any, tmp_path: Path) -> Callable[..., list[Any]]:
     """Run `function(groups, *args)` in as many processes as `sizes` need, and return what each gave back."""
 
     def run(function: Callable[..., Any], world_size: int, sizes: dict[str, int], *args: Any) -> list[Any]:
-        store = tmp_path / "store"
+        store = Path(tempfile.mkdtemp(dir=tmp_path)) / "store"
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = fork_context.Pipe(duplex=False)

@@ -1,6 +1,7 @@
 """What runs without a GPU: positions, the sink's gate, and flex attention's forward pass."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moe_bench.harness.kernels.attention_kernels import (
     masked_attention,
     zigzag_positions,
 )
+from tests.harness.kernels.ranks import Groups
 
 CPU = torch.device("cpu")
 
@@ -34,25 +36,16 @@ def test_each_rank_holds_an_early_and_a_late_chunk(cp_size: int, expected: list[
     assert positions == expected
 
 
-@pytest.mark.usefixtures("groups")
-def test_positions_are_megatron_cores() -> None:
-    """Outside truth: Megatron-Core cuts a batch whose values are their own positions."""
+def cut_by_megatron_core(groups: Groups) -> list[int]:
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    class Group:
-        def __init__(self, rank: int) -> None:
-            self._rank = rank
+    batch = {"tokens": torch.arange(32)[None], "cu_seqlens": None}
+    return get_batch_on_this_cp_rank(batch, False, cp_group=groups.cp)["tokens"][0].tolist()
 
-        def size(self) -> int:
-            return 4
 
-        def rank(self) -> int:
-            return self._rank
-
-    for rank in range(4):
-        batch = {"tokens": torch.arange(32)[None], "cu_seqlens": None}
-        cut = get_batch_on_this_cp_rank(batch, False, cp_group=Group(rank))["tokens"]
-        assert cut[0].tolist() == zigzag_positions(8, cp_size=4, cp_rank=rank, device=CPU).tolist()
+def test_positions_are_those_at_which_megatron_core_cuts_a_batch(run_ranks: Any) -> None:
+    ranks = run_ranks(cut_by_megatron_core, 2, {"context_parallel_size": 2})
+    assert ranks == [zigzag_positions(16, cp_size=2, cp_rank=rank, device=CPU).tolist() for rank in range(2)]
 
 
 def test_a_window_counts_the_tokens_before_the_query() -> None:
