@@ -30,6 +30,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
 CredType=cred/none
+# a job that is queued again waits until its old credential has expired, two minutes if nothing is said
+AuthInfo=cred_expire=5
 # without these two, daemons without authentication would listen on every interface
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation={folder}/state
@@ -47,11 +49,12 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 # eight cores are claimed whatever the machine has, so that four ranks fit a node
 SlurmdParameters=config_overrides
-SlurmdTimeout=6
+SlurmdTimeout=5
+MessageTimeout=5
 KillWait=3
 ReturnToService=2
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=8
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port} CPUs=8
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=8 RealMemory=1000
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port} CPUs=8 RealMemory=1000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -214,3 +217,19 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this repository whose path has a space; its records go into it and not into ours."""
+    copy = tmp_path_factory.mktemp("user") / "my checkout"
+    for name in ("moe_bench", "recipes", "slurm", "results/published"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", copy)
+    return copy
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The directory in which the user types."""
+    return tmp_path
