@@ -13,6 +13,7 @@ from typing import Literal
 from moe_bench.harness.mcore_fields import complaint_about, megatron_fields
 from moe_bench.spec.legality import Problem
 from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
+from moe_bench.spec.pipeline import embedding_pipeline_ranks
 from moe_bench.spec.recipe import Recipe
 
 Plain = bool | int | float | str | None | tuple["Plain", ...]
@@ -35,7 +36,7 @@ class MegatronArguments:
     """What a rank is built with: the keyword arguments of Megatron-Core's objects, one mapping for each."""
 
     parallel_state: Arguments
-    """`parallel_state.initialize_model_parallel`"""
+    """`parallel_state.initialize_model_parallel`, and the pipeline ranks that hold the input embedding."""
     config_class: Literal["TransformerConfig", "MLATransformerConfig"]
     transformer: Arguments
     """The class above."""
@@ -122,6 +123,9 @@ def _parallel_state(recipe: Recipe) -> Arguments:
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
         "num_distributed_optimizer_instances": parallel.num_optimizer_instances,
+        "embedding_pipeline_ranks": embedding_pipeline_ranks(
+            parallel, num_mtp_layers=recipe.num_mtp_layers, is_tied=recipe.model.tied_embeddings
+        ),
     }
 
 

@@ -37,8 +37,7 @@ def process_groups(
 ) -> Iterator[None]:
     """Join the job and divide it into Megatron-Core's groups, until the block ends.
 
-    `sizes` are the arguments of `megatron.core.parallel_state.initialize_model_parallel`. `listen_fd` is a
-    socket that already listens on the rendezvous port; rank 0 serves the store on it, so that no port can be
+    `sizes` is `MegatronArguments.parallel_state`. `listen_fd` is a socket that already listens on the rendezvous port; rank 0 serves the store on it, so that no port can be
     taken between choosing and using it.
     """
     timeout = timedelta(seconds=timeout_s)
@@ -50,12 +49,26 @@ def process_groups(
         store = _inherited_store(rendezvous, listen_fd, timeout)
         torch.distributed.init_process_group(backend, store=store, timeout=timeout, **ranks)
     try:
-        parallel_state.initialize_model_parallel(**sizes)
+        initialise_model_parallel(sizes)
         yield
     finally:
         parallel_state.destroy_model_parallel()
         # A process that ends with live groups now and then exits with code 1 (gloo's threads).
         torch.distributed.destroy_process_group()
+
+
+def initialise_model_parallel(sizes: Mapping[str, Any]) -> None:
+    """Divide the ranks into Megatron-Core's groups, from `MegatronArguments.parallel_state`.
+
+    Megatron-Core's default puts the first and last pipeline rank into the embedding group. That is wrong where
+    MTP stands elsewhere, whose copy of the embedding would never be set nor reduced, so the group is stated, as
+    Megatron-LM's pretrain_gpt.py states it.
+    """
+    arguments = dict(sizes)
+    stages: tuple[int, ...] = arguments.pop("embedding_pipeline_ranks")
+    parallel_state.initialize_model_parallel(
+        **arguments, get_embedding_ranks=lambda ranks: [ranks[stage] for stage in stages]
+    )
 
 
 def _inherited_store(

@@ -68,6 +68,20 @@ def pipeline_chunks(parallel: ParallelSpec, *, num_layers: int, num_mtp_layers: 
     return tuple(chunks)
 
 
+def embedding_pipeline_ranks(
+    parallel: ParallelSpec, *, num_mtp_layers: int, is_tied: bool
+) -> tuple[int, ...]:
+    """Pipeline ranks with a copy of the input embedding: the first, those of MTP, and the loss's if tied."""
+    if parallel.layout is None:
+        is_on_last = is_tied or num_mtp_layers > 0
+        return tuple(sorted({0, parallel.pipeline - 1} if is_on_last else {0}))
+    letters = "EmL" if is_tied else "Em"
+    stages = expand_layout(parallel.layout)
+    return tuple(
+        sorted({index % parallel.pipeline for index, stage in enumerate(stages) if set(stage) & set(letters)})
+    )
+
+
 def _require_layout(
     stages: tuple[str, ...], parallel: ParallelSpec, *, num_layers: int, num_mtp_layers: int
 ) -> None:

@@ -57,7 +57,7 @@ NOT_ARGUMENTS = {
 
 OTHER_VALUES: dict[str, Any] = {
     "precision": "fp8_tensorwise",
-    "parallel.layout": "Ett|(tt|)*29t|L",
+    "parallel.layout": "Ett|t|(tt|)*29L",
     "kernels.family": "torch_native",
     "kernels.attention": "flash",
     "dispatch.dispatcher": "allgather",
@@ -216,3 +216,13 @@ def test_every_argument_is_a_field_that_megatron_core_has() -> None:
         assert set(arguments.transformer) <= set(stored["TransformerConfig"])
         assert set(arguments.ddp) <= set(stored["DistributedDataParallelConfig"])
         assert set(arguments.optimizer) <= set(stored["OptimizerConfig"])
+
+
+def test_the_embedding_group_is_first_rank_mtp_rank_and_the_last_only_if_tied() -> None:
+    mtp_alone = recipe_named("deepseek_v3/h100_sxm_1024g_fp8_blockwise_mtp_alone")
+    # 32 stages over 8 ranks: `m` is stage 30, rank 6; the untied loss is on rank 7
+    assert megatron_arguments(mtp_alone).parallel_state["embedding_pipeline_ranks"] == (0, 6)
+    untied = recipe_named("deepseek_v3/h100_sxm_256g_bf16")
+    assert megatron_arguments(untied).parallel_state["embedding_pipeline_ranks"] == (0,)
+    tied = changed(untied, "model.tied_embeddings", True)
+    assert megatron_arguments(tied).parallel_state["embedding_pipeline_ranks"] == (0, 3)
