@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from megatron.core import parallel_state
 
-from moe_bench.errors import MissingRequirementError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness import device_facts, sanity
 from moe_bench.harness.batches import BatchPlan, Device, MicroBatch, step_batches
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
@@ -81,7 +81,6 @@ def run_rank(
     """
     settings = settings_of(arguments)
     has_gpu = settings.device is not None
-    wanted_patches = settings.patches
     with contextlib.ExitStack() as stack:
         if settings.device is not None:
             _take_gpu(rendezvous, settings.device)
@@ -91,8 +90,7 @@ def run_rank(
             # One thread per rank: as many ranks as cores is the usual case, and sums are then reproducible.
             torch.set_num_threads(1)
             stack.enter_context(host_device())
-            wanted_patches = (*patch_names("host"), *patch_names("no_transformer_engine"), *settings.patches)
-        applied = stack.enter_context(patches(wanted_patches))
+        applied = stack.enter_context(patches(wanted_patches(settings)))
         stack.enter_context(
             process_groups(
                 rendezvous,
@@ -105,6 +103,19 @@ def run_rank(
             arguments, settings, rendezvous, watch, applied, device="cuda" if has_gpu else "cpu"
         )
         return _gathered(report, rendezvous)
+
+
+def wanted_patches(settings: Settings) -> tuple[str, ...]:
+    """Patches to apply: on a GPU those that the recipe asks for, elsewhere those that the host needs as well.
+
+    Raises BadInputError if a recipe for a GPU asks for a patch that serves machines without one.
+    """
+    if settings.device is None:
+        return (*patch_names("host"), *patch_names("no_transformer_engine"), *settings.patches)
+    for_hosts = set(settings.patches) & set(patch_names("host"))
+    if for_hosts:
+        raise BadInputError(f"patches: {', '.join(sorted(for_hosts))}: for machines without a GPU only")
+    return settings.patches
 
 
 def _take_gpu(rendezvous: Rendezvous, name: str) -> None:
