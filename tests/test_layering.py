@@ -16,7 +16,8 @@ LAYERS = (
     {"results"},
     {"harness", "projection", "launch"},
     {"report"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 HARNESS_ONLY = {"torch", "megatron", "transformer_engine", "quack", "deep_ep", "apex"}
 

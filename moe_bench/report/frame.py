@@ -32,6 +32,24 @@ COLUMNS = (
     "commit",
 )
 
+_TERMINAL = {
+    "recipe": "recipe",
+    "scale": "scale",
+    "modified": "modified",
+    "num_substitutions": "subst.",
+    "ranks": "ranks",
+    "layout": "layout",
+    "precision": "precision",
+    "step_time_s": "step s",
+    "tokens_per_s_per_gpu": "tokens/s/GPU",
+    "tflops_per_gpu": "TFLOPs/GPU",
+    "mfu_pct": "MFU %",
+    "peak_memory_gib": "GiB",
+    "loss": "loss",
+    "started_at": "started",
+}
+"""Columns of the terminal's table and their headings; `subst.` counts what a run substituted."""
+
 
 def records_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row per record, by recipe and start."""
@@ -78,14 +96,17 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 
 def frame_view(frame: pd.DataFrame) -> Table:
-    """The table for a terminal; what all rows share goes without its column."""
+    """The table for a terminal: fewer columns, shorter headings."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    shown = [column for column in frame.columns if column not in ("step_time_low_s", "step_time_high_s")]
-    shown = [column for column in shown if column != "modified" or frame[column].any()]
-    for column in shown:
+    shown = {
+        column: heading
+        for column, heading in _TERMINAL.items()
+        if column != "modified" or frame[column].any()
+    }
+    for column, heading in shown.items():
         is_number = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
-    for row in frame[shown].itertuples(index=False):
+        table.add_column(heading, justify="right" if is_number else "left", no_wrap=column == "recipe")
+    for row in frame[list(shown)].itertuples(index=False):
         table.add_row(*(_text(value) for value in row))
     return table
 

@@ -75,12 +75,14 @@ def test_a_legal_recipe_is_read_whole(loader: Loader, recipe_path: Path) -> None
         (
             "precision: bf16",
             "precision: bf16\nmcore: {moe_zloss_coeff: 0.1}",
-            f"{FILE}:4: mcore.moe_zloss_coeff: Megatron-Core 0.19 has no such field; did you mean moe_z_loss_coeff or ",
+            f"{FILE}:4: mcore.moe_zloss_coeff: Megatron-Core 0.19 has no such field; "
+            "did you mean moe_z_loss_coeff or ",
         ),
         (
             "precision: bf16",
             "precision: bf16\nmcore: {moe_router_topk: 4}",
-            f"{FILE}:4: mcore.moe_router_topk: the recipe schema already covers this; set the recipe's own key",
+            f"{FILE}:4: mcore.moe_router_topk: the recipe schema already covers this; "
+            "set the recipe's own key",
         ),
         (
             "  expert: 4",

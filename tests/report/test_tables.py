@@ -1,0 +1,59 @@
+"""What a reader sees: every mark is there, and nothing that does not exist is a zero."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from moe_bench.report.frame import as_csv, as_markdown, frame_view, records_frame
+from moe_bench.report.tables import run_json, run_rows, run_title, run_view
+from tests.results.records import full, record
+
+
+def shown(renderable) -> str:
+    console = Console(width=200, no_color=True)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_a_smoke_run_cannot_be_mistaken_for_the_recipe() -> None:
+    assert run_title(record()) == "qwen3_30b_a3b/h100_sxm_8g_bf16 (smoke scale)"
+    text = shown(run_view(record(), Path("x.json")))
+    assert "substitutions" in text
+    assert "model.hidden_size" in text
+    assert "none: no peak is known for this machine" in text
+
+
+def test_a_changed_recipe_carries_the_mark() -> None:
+    title = run_title(record(full(("parallel.expert=4",))))
+    assert title == "qwen3_30b_a3b/h100_sxm_8g_bf16 (modified: parallel.expert=4)"
+
+
+def test_the_table_names_what_ran() -> None:
+    rows = dict(run_rows(record()))
+    assert rows["kernels"].startswith("attention torch:masked, experts torch:grouped_mm")
+    assert rows["ran on"] == "2 processes, EP2 DP2"
+    assert rows["loss"] == "6.3000 -> 6.0000"
+
+
+def test_json_has_units_in_its_names_and_every_substitution() -> None:
+    data = run_json(record(), Path("x.json"))
+    assert data["mfu_fraction"] is None
+    assert data["flops_counting"] == "mcore-windowed"
+    assert len(data["substitutions"]) == len(record().plan.substitutions)
+
+
+def test_many_records_make_one_table_in_three_formats() -> None:
+    frame = records_frame((record(job_id="b"), record(full(), step_times_s=((10.0,),) * 8)))
+    assert list(frame["scale"]) == ["full", "smoke"]
+    assert "| recipe |" in as_markdown(frame)
+    assert as_markdown(frame).count("\n") == 3
+    assert as_csv(frame).splitlines()[0].startswith("recipe,scale,modified,ranks")
+    text = shown(frame_view(frame))
+    assert "qwen3_30b_a3b/h100_sxm_8g_bf16" in text
+    # the smoke run's MFU is a dash
+    assert " - " in text
+
+
+def test_no_records_make_an_empty_table() -> None:
+    assert as_csv(records_frame(())).count("\n") == 1

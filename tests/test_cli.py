@@ -1,0 +1,160 @@
+"""The command line as a user meets it: what it prints, what it refuses, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_bench import __version__
+from moe_bench.cli import main
+from moe_bench.errors import EXIT_CODES
+from moe_bench.results.store import write_record
+from tests.results.records import record
+from tests.spec.conftest import RECIPE
+
+
+def test_help_groups_the_verbs_and_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for verb in ("list", "show", "schema", "run", "submit", "report"):
+        assert f" {verb} " in text
+    for code, meaning in EXIT_CODES:
+        assert f"{code} {meaning}" in text
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_list_names_every_recipe_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "deepseek_v3", "--json"]) == 0
+    names = [line["name"] for line in json.loads(capsys.readouterr().out)]
+    assert "deepseek_v3/h100_sxm_256g_bf16" in names
+    assert "deepseek_v3/h100_sxm_1024g_bf16" in names
+    assert all(name.startswith("deepseek_v3/") for name in names)
+
+
+def test_show_gives_total_and_active_parameters_beside_the_published(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["show", "deepseek_v3", "--params", "--json"]) == 0
+    size = json.loads(capsys.readouterr().out)
+    assert size["published_total"] == 671_000_000_000
+    assert abs(size["total_ratio"] - 1) < 0.01
+    assert abs(size["active_ratio"] - 1) < 0.08
+    assert size["nearest_active"] in size["active"]
+
+
+def test_show_prints_the_memory_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "deepseek_v3"]) == 0
+    text = capsys.readouterr().out
+    assert "memory per GPU from the closed form: fits" in text
+    assert "automodel-deepseek-v3-h100-256gpu-bf16-s4096" in text
+
+
+def test_show_prints_what_megatron_core_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "deepseek_v3", "--megatron", "--json"]) == 0
+    sections = json.loads(capsys.readouterr().out)
+    assert sections["MLATransformerConfig"]["pipeline_model_parallel_layout"] == "Et|(tt|)*30L"
+    assert sections["OptimizerConfig"]["exp_avg_dtype"] == "bf16"
+
+
+def test_a_change_is_shown_and_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "qwen3_30b_a3b", "--set", "steps.num_timed=7", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recipe"]["steps"]["num_timed"] == 7
+    assert plan["modified"] == ["steps.num_timed=7"]
+
+
+def test_an_unknown_recipe_offers_the_nearest_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "depseek_v3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("there is no recipe 'depseek_v3'; did you mean 'deepseek_v3'")
+
+
+def test_a_broken_file_is_one_line_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = RECIPE.replace("tiny", "qwen3_30b_a3b").replace("micro_batch_size", "micro_bacth_size")
+    Path("broken.yaml").write_text(text)
+    assert main(["show", "broken.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "broken.yaml:6: micro_bacth_size: unknown key; did you mean 'micro_batch_size'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["show"], ["frobnicate"], ["list", "--frobnicate"], ["run", "x", "--scale", "y"]]
+)
+def test_a_wrong_command_line_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_a_recipe_for_gpus_says_what_is_missing_here_and_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "deepseek_v3"]) == 3
+    assert "deepseek_v3/h100_sxm_256g_bf16 needs 256 GPUs" in capsys.readouterr().err
+
+
+def test_a_node_needs_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "deepseek_v3", "--scale", "node"]) == 2
+    assert "add --num-gpus N" in capsys.readouterr().err
+    assert main(["show", "deepseek_v3", "--num-gpus", "8"]) == 2
+    assert "--num-gpus goes with --scale node" in capsys.readouterr().err
+
+
+def test_report_reads_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(tmp_path, record())
+    assert main(["report", str(tmp_path), "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("qwen3_30b_a3b/h100_sxm_8g_bf16,smoke,")
+
+
+def test_a_damaged_record_exits_2_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "x.json: not a result file" in capsys.readouterr().err
+
+
+def test_the_schema_knows_every_key_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["model"]["type"] == "string"
+    assert "description" in schema["$defs"]["ParallelSpec"]["properties"]["layout"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["list"],
+        ["show", "deepseek_v3"],
+        ["submit", "deepseek_v3", "--dry-run", "--set", "container=null"],
+    ],
+)
+def test_a_light_verb_imports_neither_torch_nor_pandas(command: list[str]) -> None:
+    code = (
+        "import sys; from moe_bench.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'megatron', 'pandas', 'numpy', 'scipy'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_does_not_import_torch(tmp_path: Path) -> None:
+    write_record(tmp_path, record())
+    code = (
+        "import sys; from moe_bench.cli import main; code = main(['report', sys.argv[1]]); "
+        "sys.exit('loaded torch' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
