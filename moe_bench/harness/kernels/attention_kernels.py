@@ -77,8 +77,8 @@ def masked_attention(
     heads_per_group = query.shape[2] // key.shape[2]
     key = key.repeat_interleave(heads_per_group, dim=2)
     value = value.repeat_interleave(heads_per_group, dim=2)
-    scores = torch.einsum("sbhd,tbhd->bhst", query, key)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.einsum("sbhd,tbhd->bhst", query.to(wide), key.to(wide)) * scale
     scores = scores.masked_fill(~visible, float("-inf"))
     if sink is not None:
         column = sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

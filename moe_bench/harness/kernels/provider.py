@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -96,12 +95,6 @@ def provider_for(family: str, *, device_type: str) -> BackendSpecProvider:
     raise MissingRequirementError(
         f"kernels.family: no code runs {family} yet; use torch_native or transformer_engine"
     )
-
-
-def kernels_in(model: torch.nn.Module) -> dict[str, int]:
-    """Count the kernels that the modules of a model name as their implementation, for the record of a run."""
-    names = (getattr(module, "implementation", None) for module in model.modules())
-    return dict(sorted(Counter(name for name in names if name is not None).items()))
 
 
 def _sequential_experts(

@@ -21,6 +21,12 @@ with warnings.catch_warnings():
 RANK_TIMEOUT_S = 120
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU; torch sees none")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_one_seed() -> None:
     torch.set_num_threads(1)

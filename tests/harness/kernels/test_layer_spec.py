@@ -1,4 +1,4 @@
-"""Layer specs: which layers stand where, that whole models train, and that ranks agree with one process."""
+"""Layer specs: which layers stand where, and that models of every kind train."""
 
 from typing import Any
 
@@ -6,39 +6,10 @@ import pytest
 import torch
 
 from moe_bench.errors import BadInputError
-from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
-from moe_bench.harness.kernels.provider import kernels_in
+from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec
 from tests.harness.kernels.configs import gpt_oss_experts, small_config
+from tests.harness.kernels.models import NATIVE, loss_of, model
 from tests.harness.kernels.ranks import Groups
-
-NATIVE = KernelChoice(family="torch_native", device_type="cpu")
-VOCABULARY = 64
-NUM_TOKENS = 16
-
-
-def model(config: Any, choice: KernelChoice, groups: Groups) -> Any:
-    """A GPT model of one stage, float32, with its head."""
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=decoder_block_spec(config, choice),
-        vocab_size=VOCABULARY,
-        max_sequence_length=NUM_TOKENS,
-        position_embedding_type="none" if config.multi_latent_attention else "rope",
-        mtp_block_spec=mtp_block_spec(config, choice) if config.mtp_num_layers else None,
-        pg_collection=groups,
-    )
-
-
-def loss_of(built: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, VOCABULARY, (1, NUM_TOKENS + 1), generator=generator)
-    positions = torch.arange(NUM_TOKENS)[None]
-    return built(
-        tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=torch.ones(1, NUM_TOKENS)
-    ).mean()
-
 
 KINDS: dict[str, tuple[dict[str, Any], KernelChoice]] = {
     "grouped-query attention": ({}, NATIVE),
@@ -89,7 +60,11 @@ def test_gpt_oss_builds_with_sinks_windows_and_biases(groups: Groups) -> None:
 def test_leading_dense_layers_have_no_experts(groups: Groups) -> None:
     built = model(small_config(moe_layer_freq=[0, 1, 1, 1]), NATIVE, groups)
     assert [hasattr(layer.mlp, "router") for layer in built.decoder.layers] == [False, True, True, True]
-    assert kernels_in(built) == {"torch:grouped_mm": 3, "torch:masked": 4}
+    assert [layer.mlp.experts.implementation for layer in built.decoder.layers[1:]] == [
+        "torch:grouped_mm"
+    ] * 3
+    attentions = [layer.self_attention.core_attention for layer in built.decoder.layers]
+    assert [attention.implementation for attention in attentions] == ["torch:masked"] * 4
 
 
 def test_every_second_layer_may_have_experts() -> None:
@@ -97,20 +72,6 @@ def test_every_second_layer_may_have_experts() -> None:
     assert specs[0] is specs[2]
     assert specs[1] is specs[3]
     assert specs[0] is not specs[1]
-
-
-def test_the_latent_norm_stands_before_keys_and_values_alone_where_queries_are_whole(groups: Groups) -> None:
-    """DeepSeek-V2-Lite: no norm before the query projection, which Megatron-Core's own spec would add."""
-    config = small_config(multi_latent_attention=True, q_lora_rank=None)
-    attention = model(config, NATIVE, groups).decoder.layers[0].self_attention
-    names = {name for name, _ in attention.named_parameters()}
-    assert names == {
-        "linear_q_proj.weight",
-        "linear_kv_down_proj.weight",
-        "linear_kv_up_proj.weight",
-        "kv_layernorm.weight",
-        "linear_proj.weight",
-    }
 
 
 def test_a_norm_that_configuration_and_model_do_not_agree_on_is_refused() -> None:
@@ -129,35 +90,3 @@ def test_checkpoint_keys_are_those_of_the_transformer_engine_family(groups: Grou
         "self_attention.linear_q_up_proj.layer_norm_weight",
         "self_attention.linear_kv_up_proj.layer_norm_weight",
     }
-
-
-def latent_attention_gradients(groups: Groups) -> dict[str, torch.Tensor]:
-    """Gradients of one model's down-projections and latent norms, summed over ranks where they are marked."""
-    size = groups.tp.size()
-    config = small_config(
-        multi_latent_attention=True,
-        tensor_model_parallel_size=size,
-        sequence_parallel=size > 1,
-        expert_tensor_parallel_size=1,
-        moe_layer_freq=[0, 0, 0, 0],
-    )
-    torch.manual_seed(3)
-    built = model(config, NATIVE, groups)
-    loss_of(built).backward()
-    found = {}
-    for name, parameter in built.named_parameters():
-        if "down_proj" in name or "_layernorm" in name:
-            gradient = parameter.grad.clone()
-            if parameter.sequence_parallel:
-                torch.distributed.all_reduce(gradient, group=groups.tp)
-            found[name] = gradient
-    return found
-
-
-def test_latent_attention_has_the_same_gradients_on_two_tensor_parallel_ranks(run_ranks: Any) -> None:
-    """The positional key's gradient reaches the down-projection from the heads of both ranks."""
-    (whole,) = run_ranks(latent_attention_gradients, 1, {})
-    for rank in run_ranks(latent_attention_gradients, 2, {"tensor_model_parallel_size": 2}):
-        assert rank.keys() == whole.keys()
-        for name, gradient in rank.items():
-            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)

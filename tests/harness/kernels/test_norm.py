@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.kernels.layer_spec import KernelChoice
 from moe_bench.harness.kernels.norm import LayerNorm, RMSNorm, WholeVectorRMSNorm, norm
 from tests.harness.kernels.configs import small_config
+from tests.harness.kernels.models import replicated_gradients
 from tests.harness.kernels.ranks import Groups, without_groups
 from tests.harness.kernels.references import rms_norm_reference
 
@@ -72,6 +74,18 @@ def test_a_norm_over_all_heads_equals_its_formula_on_any_number_of_ranks(
     torch.testing.assert_close(torch.cat([rank[1] for rank in ranks], dim=2), exact.grad)
     # Megatron-Core's finalize_model_grads sums what the ranks have.
     torch.testing.assert_close(sum(rank[2] for rank in ranks), exact_weight.grad)
+
+
+def test_a_model_with_norms_over_all_heads_has_the_same_gradients_on_two_ranks(run_ranks: Any) -> None:
+    """Megatron-Core itself puts the slices of the norms' gradients together."""
+    changes = {"qk_layernorm": True}
+    choice = KernelChoice(family="torch_native", device_type="cpu", qk_norm="whole_vector")
+    (whole,) = run_ranks(replicated_gradients, 1, {}, changes, choice)
+    assert sum("q_layernorm" in name or "k_layernorm" in name for name in whole) == 8
+    for rank in run_ranks(replicated_gradients, 2, {"tensor_model_parallel_size": 2}, changes, choice):
+        assert rank.keys() == whole.keys()
+        for name, gradient in rank.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_norm_over_all_heads_is_not_the_norm_of_each_head() -> None:
