@@ -236,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.echo(str(error), err=True)
         return error.exit_code
     except typer.TyperException as error:
-        error.show()
-        return 2
+        typer.echo(str(error), err=True)
+        return BadInputError.exit_code
     except typer.Abort:
         return 130
     return int(code or 0)
