@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 SIZED = "MOE_BENCH_SIZED"
 """Set in a job that `submit` has sized, so that it can never submit another one."""
+CONTAINER = "MOE_BENCH_CONTAINER"
+"""Set in every rank that runs in a container, to the image, for the record."""
 PYTHON = "MOE_BENCH_PYTHON"
 """Interpreter that has moe_bench installed; slurm/run_recipe.sh then makes no environment."""
 
@@ -42,6 +44,8 @@ class Allocation:
     gpus_per_node: int
     is_sized: bool
     """Submitted by moe_bench with the size that it needs."""
+    num_restarts: int
+    """How often Slurm has queued the job again."""
     partition: str | None
     account: str | None
 
@@ -60,6 +64,8 @@ def allocation_from(env: Mapping[str, str]) -> Allocation | None:
         # not set in a job that asked for no GPUs
         gpus_per_node=int(env.get("SLURM_GPUS_ON_NODE", 0)),
         is_sized=env.get(SIZED) == "1",
+        # not set in a job's first life
+        num_restarts=int(env.get("SLURM_RESTART_COUNT", 0)),
         partition=env.get("SLURM_JOB_PARTITION"),
         account=env.get("SLURM_JOB_ACCOUNT"),
     )

@@ -78,11 +78,11 @@ class Job:
 
     @property
     def image(self) -> str | None:
-        """Where the image lies that the recipe names; None for the bare environment.
+        """Where the image lies that the recipe names, or else the site; None for the bare environment.
 
         Raises MissingRequirementError where the site has no container runtime or no such image.
         """
-        container = self.recipe.container
+        container = self.recipe.container or self.site.default_container
         if container is None:
             return None
         if self.site.runtime == "bare":
@@ -107,6 +107,10 @@ class Job:
                     f"{self.site_name!r}; remove it from one of them"
                 )
         return dict(sorted((self.recipe.env | self.site.env).items()))
+
+    def require_startable(self) -> None:
+        """Raise now, before it queues, what would stop the job in its first second."""
+        _ = self.image, self.rank_env
 
     @property
     def time_limit_s(self) -> int:

@@ -37,6 +37,8 @@ class Site(Spec):
     runtime: Literal["bare", "pyxis", "apptainer"] = "bare"
     images: dict[str, Text] = Field(default_factory=dict)
     """Where the image lies for each name that a recipe's `container` may have."""
+    default_container: Text | None = None
+    """Name in `images` for recipes that name no container; null runs those in the bare environment."""
     container_mounts: tuple[Text, ...] = ()
     """`host:container` pairs beyond the working directory, which is always mounted."""
     env: dict[str, str] = Field(default_factory=dict)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_bench.launch.environment import PYTHON, clean_environment
+from moe_bench.launch.environment import CONTAINER, PYTHON, clean_environment
 from moe_bench.launch.job import Job
 from moe_bench.launch.local import MODULE, env_prefix, torchrun
 
-STEP_WAIT_S = 25
+STEP_WAIT_S = 20
 """After the first rank has ended, the others get this long: none may be left 30 s after a rank has died."""
 
 
@@ -94,9 +94,6 @@ def srun_command(
     tasks_per_node = 1 if by_torchrun else size.tasks_per_node
     container_options, container_command, python = _container(job, installation)
     meeting = {} if by_torchrun else {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port)}
-    # pyxis lets the image's own variables win over the job's
-    in_image = job.image is not None and installation.source is not None
-    imports = {"PYTHONPATH": str(installation.source)} if in_image else {}
     start = (
         torchrun(
             num_nodes=size.num_nodes,
@@ -121,7 +118,7 @@ def srun_command(
         *site.srun_args,
         *container_options,
         *container_command,
-        *env_prefix(job.rank_env | imports | meeting),
+        *env_prefix(job.rank_env | _container_env(job, installation) | meeting),
         python,
         *start,
         *("-m", MODULE, "run"),
@@ -170,6 +167,14 @@ def _container(job: Job, installation: Installation) -> tuple[tuple[str, ...], t
         )
         return options, (), "python3"
     return (), ("apptainer", "exec", "--nv", f"--bind={mounts}", f"--pwd={workdir}", image), "python3"
+
+
+def _container_env(job: Job, installation: Installation) -> dict[str, str]:
+    """On the command line, because pyxis lets an image's own variables win over the job's."""
+    if job.image is None:
+        return {}
+    source = {} if installation.source is None else {"PYTHONPATH": str(installation.source)}
+    return {CONTAINER: job.image, **source}
 
 
 def _assignments(env: Mapping[str, str]) -> tuple[str, ...]:

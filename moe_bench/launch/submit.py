@@ -18,6 +18,7 @@ from moe_bench.results.published import row_by_id
 from moe_bench.spec.recipe import Recipe
 
 POLL_S = 2.0
+MAX_RESTARTS = 3
 _RUNNING = {
     "PENDING",
     "CONFIGURING",
@@ -54,11 +55,12 @@ def plan_job(
 ) -> Job:
     """The job that runs `recipe`, with the site that is asked for or that this cluster is.
 
-    `run_args` is what follows `moe-bench run`; `data_root` holds `slurm/` and `results/published/`.
+    `run_args` is what follows `moe-bench run`; `data_root` holds `slurm/` and `results/published/`. Raises
+    BadInputError or MissingRequirementError where its ranks could not start.
     """
     cluster = None if site is not None else cluster_name(run)
     site_name, found = find_site(data_root / "slurm" / "sites", asked=site, cluster=cluster)
-    return Job(
+    job = Job(
         recipe=recipe,
         run_args=run_args,
         site_name=site_name,
@@ -67,6 +69,8 @@ def plan_job(
         num_nodes_asked=num_nodes,
         expected_step_s=expected_step_s(recipe, data_root / "results" / "published"),
     )
+    job.require_startable()
+    return job
 
 
 def expected_step_s(recipe: Recipe, published: Path) -> float | None:
@@ -154,7 +158,7 @@ def run_here(
 ) -> int:
     """Start every rank in this allocation, stay until all have ended, and give the run's own exit code.
 
-    Raises MeasurementError where a rank was killed.
+    Raises MeasurementError where a rank was killed or a node was lost; the latter queues the job again.
     """
     command = srun_command(
         job,
@@ -164,10 +168,39 @@ def run_here(
         master_port=master_port(allocation.job_id),
     )
     code = run_live(command)
+    known = {known for known, _ in EXIT_CODES}
+    if code not in known - {MeasurementError.exit_code} and not all_nodes_answer(allocation, run):
+        raise MeasurementError(f"a node of job {allocation.job_id} was lost; {queue_again(allocation, run)}")
     # srun returns the highest code of all ranks, and 128 + signal for one that was killed
-    if code not in {known for known, _ in EXIT_CODES}:
+    if code not in known:
         raise MeasurementError(f"srun ended with {code}: a rank was killed; its lines above say which")
     return code
+
+
+def all_nodes_answer(allocation: Allocation, run: Runner) -> bool:
+    """Whether every node of the job still starts processes.
+
+    The ranks notice a lost node long before Slurm does (SlurmdTimeout is five minutes where nothing is said),
+    and a job that has ended is not queued again.
+    """
+    num_nodes = str(allocation.num_nodes)
+    probe = (
+        "srun",
+        "--overlap",
+        f"--nodes={num_nodes}",
+        f"--ntasks={num_nodes}",
+        "--ntasks-per-node=1",
+        "true",
+    )
+    return run(probe).returncode == 0
+
+
+def queue_again(allocation: Allocation, run: Runner) -> str:
+    """Ask Slurm to start the job once more, and say what came of it."""
+    if allocation.num_restarts >= MAX_RESTARTS:
+        return f"it has been queued again {allocation.num_restarts} times already and ends here"
+    done = run(("scontrol", "requeue", str(allocation.job_id)))
+    return done.stderr.strip() if done.returncode else "the job is queued again"
 
 
 def wait_for(job_id: int, *, run: Runner, sleep: Callable[[float], None]) -> int:

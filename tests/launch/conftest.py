@@ -73,17 +73,25 @@ def job_of(recipe: Recipe | None = None, *, num_nodes: int | None = None, **site
 
 
 class FakeRunner:
-    """Answers commands by their first words, and keeps what it was asked."""
+    """Answers commands by words that they hold, and keeps what it was asked."""
 
-    def __init__(self, answers: dict[str, str], *, code: int = 0, stderr: str = "") -> None:
-        self.answers, self.code, self.stderr = answers, code, stderr
+    def __init__(
+        self,
+        answers: dict[str, str],
+        *,
+        code: int = 0,
+        codes: dict[str, int] | None = None,
+        stderr: str = "",
+    ) -> None:
+        self.answers, self.code, self.codes, self.stderr = answers, code, codes or {}, stderr
         self.commands: list[str] = []
 
     def __call__(self, command: Sequence[str]) -> CompletedProcess[str]:
         line = " ".join(command)
         self.commands.append(line)
         answer = next((text for words, text in self.answers.items() if words in line), "")
-        return CompletedProcess(list(command), self.code, answer, self.stderr)
+        code = next((code for words, code in self.codes.items() if words in line), self.code)
+        return CompletedProcess(list(command), code, answer, self.stderr)
 
 
 @pytest.fixture

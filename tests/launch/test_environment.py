@@ -38,6 +38,13 @@ def test_a_job_knows_its_size() -> None:
     assert allocation is not None
     assert (allocation.job_id, allocation.num_nodes, allocation.num_tasks) == (12, 2, 16)
     assert (allocation.gpus_per_node, allocation.partition, allocation.is_sized) == (8, "batch", False)
+    assert allocation.num_restarts == 0
+
+
+def test_a_job_knows_how_often_it_was_queued_again() -> None:
+    allocation = allocation_from(JOB | {"SLURM_RESTART_COUNT": "2"})
+    assert allocation is not None
+    assert allocation.num_restarts == 2
 
 
 def test_a_job_that_asked_for_neither_tasks_nor_gpus_has_one_task_per_node() -> None:

@@ -67,7 +67,14 @@ def test_a_site_may_not_overrule_a_recipe() -> None:
 
 
 def test_a_recipe_without_container_runs_bare_on_every_site() -> None:
-    assert job_of(runtime="pyxis").image is None
+    assert job_of(runtime="pyxis", images={"moe_bench": "/images/m.sqsh"}).image is None
+
+
+def test_a_site_may_run_every_recipe_in_a_container() -> None:
+    images = {"a": "/a.sqsh", "b": "/b.sqsh"}
+    for recipe, image in ((recipe_of(), "/a.sqsh"), (recipe_of(container="b"), "/b.sqsh")):
+        job = job_of(recipe, runtime="pyxis", images=images, default_container="a")
+        assert job.image == image
 
 
 def test_a_container_needs_a_site_that_has_it() -> None:

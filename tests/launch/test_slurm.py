@@ -88,7 +88,7 @@ def test_partition_and_account_of_the_submitting_job_serve_where_the_site_has_no
 def test_the_whole_command_that_starts_the_ranks(installation: Installation) -> None:
     assert srun(job_of(recipe_of(env={"NCCL_NVLS_ENABLE": "0"}), env={"NCCL_IB_SL": "1"}), installation) == (
         "srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --distribution=block --export=ALL "
-        "--kill-on-bad-exit=0 --wait=25 "
+        "--kill-on-bad-exit=0 --wait=20 "
         "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 NCCL_IB_SL=1 NCCL_NVLS_ENABLE=0 "
         "/repo/.venv/bin/python -m moe_bench run tiny"
     )
@@ -105,12 +105,12 @@ def test_the_ranks_of_a_pyxis_site(installation: Installation) -> None:
     )
     assert srun(job, installation) == (
         "srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=12 --distribution=block --export=ALL "
-        "--kill-on-bad-exit=0 --wait=25 --mpi=none "
+        "--kill-on-bad-exit=0 --wait=20 --mpi=none "
         "--container-image=/images/moe_bench.sqsh "
         "--container-mounts=/home/me:/home/me,/repo:/repo,/data:/data "
         "--container-workdir=/home/me "
-        "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 NCCL_NVLS_ENABLE=0 PYTHONPATH=/repo "
-        "python3 -m moe_bench run tiny"
+        "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 MOE_BENCH_CONTAINER=/images/moe_bench.sqsh "
+        "NCCL_NVLS_ENABLE=0 PYTHONPATH=/repo python3 -m moe_bench run tiny"
     )
 
 
@@ -118,17 +118,17 @@ def test_the_ranks_of_an_apptainer_site(installation: Installation) -> None:
     job = job_of(CONTAINER, runtime="apptainer", images={"moe_bench": "/images/moe_bench.sif"})
     assert srun(job, installation) == (
         "srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --distribution=block --export=ALL "
-        "--kill-on-bad-exit=0 --wait=25 "
+        "--kill-on-bad-exit=0 --wait=20 "
         "apptainer exec --nv --bind=/home/me:/home/me,/repo:/repo --pwd=/home/me /images/moe_bench.sif "
-        "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 NCCL_NVLS_ENABLE=0 PYTHONPATH=/repo "
-        "python3 -m moe_bench run tiny"
+        "env MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 MOE_BENCH_CONTAINER=/images/moe_bench.sif "
+        "NCCL_NVLS_ENABLE=0 PYTHONPATH=/repo python3 -m moe_bench run tiny"
     )
 
 
 def test_the_ranks_of_a_site_that_prefers_torchrun(installation: Installation) -> None:
     assert srun(job_of(launcher="torchrun", cpus_per_task=12), installation) == (
         "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=96 --distribution=block --export=ALL "
-        "--kill-on-bad-exit=0 --wait=25 "
+        "--kill-on-bad-exit=0 --wait=20 "
         "/repo/.venv/bin/python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 "
         "--rdzv-backend=c10d --rdzv-id=12 --rdzv-endpoint=10.0.0.1:10012 -m moe_bench run tiny"
     )

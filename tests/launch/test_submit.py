@@ -36,6 +36,7 @@ FITTING = Allocation(
     num_tasks=16,
     gpus_per_node=8,
     is_sized=True,
+    num_restarts=0,
     partition=None,
     account=None,
 )
@@ -128,6 +129,43 @@ def test_the_jobs_exit_code_is_the_runs(code: int, installation: Installation) -
     assert " MASTER_ADDR=10.0.0.1 MASTER_PORT=10012 " in commands[0]
 
 
+def lost_node(*, refusal: str = "") -> FakeRunner:
+    """A cluster on which the probe of the nodes fails, and which may refuse to queue a job again."""
+    codes = {"srun --overlap": 1, "scontrol requeue": int(bool(refusal))}
+    return FakeRunner(SCONTROL, codes=codes, stderr=refusal)
+
+
+@pytest.mark.parametrize("code", [1, 143])
+def test_a_job_that_lost_a_node_is_queued_again(code: int, installation: Installation) -> None:
+    run = lost_node()
+    with pytest.raises(MeasurementError, match="a node of job 12 was lost; the job is queued again"):
+        run_here(job_of(), installation, FITTING, run=run, run_live=lambda _: code)
+    assert run.commands[-2:] == [
+        "srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 true",
+        "scontrol requeue 12",
+    ]
+
+
+def test_a_site_that_does_not_queue_again_has_the_last_word(installation: Installation) -> None:
+    run = lost_node(refusal="Requested operation is presently disabled for job 12\n")
+    with pytest.raises(MeasurementError, match="was lost; Requested operation is presently disabled"):
+        run_here(job_of(), installation, FITTING, run=run, run_live=lambda _: 1)
+
+
+def test_a_job_is_not_queued_again_for_ever(installation: Installation) -> None:
+    run = lost_node()
+    with pytest.raises(MeasurementError, match="queued again 3 times already and ends here"):
+        run_here(job_of(), installation, replace(FITTING, num_restarts=3), run=run, run_live=lambda _: 1)
+    assert not [command for command in run.commands if "requeue" in command]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3])
+def test_a_run_that_ended_by_itself_probes_no_node(code: int, installation: Installation) -> None:
+    run = FakeRunner(SCONTROL)
+    run_here(job_of(), installation, FITTING, run=run, run_live=lambda _: code)
+    assert not [command for command in run.commands if command.startswith("srun")]
+
+
 @pytest.mark.parametrize("code", [137, 143, 139])
 def test_a_killed_rank_gives_no_valid_number(code: int, installation: Installation) -> None:
     with pytest.raises(MeasurementError, match=f"srun ended with {code}: a rank was killed"):
@@ -196,6 +234,18 @@ def test_a_planned_job_has_its_site_size_and_arguments() -> None:
     )
     assert (job.site_name, job.site.runtime, job.size.num_nodes) == ("example_pyxis", "pyxis", 4)
     assert job.run_args == ("tiny", "--set", "seed=1")
+
+
+def test_what_cannot_start_is_not_queued() -> None:
+    with pytest.raises(MissingRequirementError, match="site 'default' has none"):
+        plan_job(
+            recipe_of(container="moe_bench"),
+            run_args=("tiny",),
+            data_root=REPOSITORY,
+            site="default",
+            num_nodes=None,
+            run=FakeRunner({}),
+        )
 
 
 def test_a_cluster_without_a_file_of_its_own_takes_the_default_site() -> None:

@@ -167,18 +167,38 @@ def test_cancelling_leaves_no_process(slurm: Slurm, checkout: Path, home: Path) 
     slurm.wait_until(lambda: not slurm.tasks(*NODES), "no process is left")
 
 
-@pytest.mark.parametrize("dying", NODES)
-def test_a_job_whose_node_dies_is_queued_again_and_ends_well(
-    slurm: Slurm, checkout: Path, home: Path, dying: str
+def test_a_job_whose_first_node_dies_is_queued_again_and_ends_well(
+    slurm: Slurm, checkout: Path, home: Path
 ) -> None:
     python = python_whose_ranks(
-        home,
-        f'[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntouch {home}/up$SLURM_PROCID\nexec sleep 600',
+        home, f'[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntouch {home}/up$SLURM_PROCID\nexec sleep 600'
     )
     submitter = slurm.sbatch(str(checkout / SCRIPT), *TOY, "--nodes", "2", cwd=home, MOE_BENCH_PYTHON=python)
+    requeued_once(slurm, sized_job(slurm, submitter), home, dying="n1")
+
+
+def test_a_job_whose_ranks_notice_a_dead_node_before_slurm_does_is_queued_again_too(
+    slurm: Slurm, checkout: Path, home: Path
+) -> None:
+    (home / "site.yaml").write_text("srun_args: [--wait=1]\n")
+    python = python_whose_ranks(
+        home,
+        f'[ -z "$SLURM_RESTART_COUNT" ] || exit 0\ntouch {home}/up$SLURM_PROCID\n'
+        f"until [ -e {home}/peer_is_gone ]; do sleep 0.1; done\nexit 1",
+    )
+    submitter = slurm.sbatch(
+        str(checkout / SCRIPT), *TOY, "--nodes", "2", "--site", "site.yaml", cwd=home, MOE_BENCH_PYTHON=python
+    )
     job_id = sized_job(slurm, submitter)
+    requeued_once(slurm, job_id, home, dying="n2")
+    assert f"a node of job {job_id} was lost; the job is queued again" in slurm.output(job_id)
+
+
+def requeued_once(slurm: Slurm, job_id: int, home: Path, *, dying: str) -> None:
+    """Kill a node under the job, bring it back, and see the job end well in its second life."""
     slurm.wait_until(lambda: len(list(home.glob("up*"))) == 4, "all ranks are up")
     slurm.kill_node(dying)
+    (home / "peer_is_gone").touch()
     slurm.wait_until(lambda: slurm.job(job_id)["Restarts"] == "1", "the job is queued again")
     slurm.start_node(dying)
     fields = slurm.ended(job_id)
