@@ -1,0 +1,55 @@
+"""What README and docs say is what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_bench.cli import app, main
+from moe_bench.errors import EXIT_CODES
+from moe_bench.results.published import load_rows
+from moe_bench.spec.catalogue import data_root, recipe_paths
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+
+
+def test_the_table_of_default_runs_is_the_generated_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--defaults"]) == 0
+    generated = capsys.readouterr().out.strip()
+    table = README.split("<!-- defaults: begin -->")[1].split("<!-- defaults: end -->")[0].strip()
+    assert table == generated, "run `moe-bench list --defaults` and paste it into README.md"
+
+
+def test_the_numbers_of_recipes_and_rows_are_true() -> None:
+    paths = recipe_paths(data_root() / "recipes")
+    assert set(re.findall(r"(\d+) recipes", README)) == {str(len(paths))}
+    num_copies = sum("\nreproduces: " in path.read_text() for path in paths)
+    assert f"{num_copies} copy a published row" in README
+    num_rows = len(load_rows(data_root() / "results" / "published"))
+    assert f"of {num_rows}, with their sources" in README
+
+
+def test_the_exit_codes_are_documented() -> None:
+    for code, meaning in EXIT_CODES:
+        assert f"| {code} | {meaning} |" in COMMANDS
+
+
+def test_every_verb_is_documented_and_every_documented_verb_exists() -> None:
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    documented = set(re.findall(r"^\| `([a-z]+)", COMMANDS, re.MULTILINE))
+    assert documented == verbs
+
+
+def linked_files() -> list[tuple[str, str]]:
+    found = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            found.append((str(page.relative_to(ROOT)), target))
+    return found
+
+
+@pytest.mark.parametrize(("page", "target"), linked_files())
+def test_a_link_leads_to_a_file(page: str, target: str) -> None:
+    assert ((ROOT / page).parent / target).exists()
