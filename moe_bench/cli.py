@@ -15,8 +15,10 @@ from rich.console import Console, RenderableType
 from moe_bench import __version__
 from moe_bench.errors import EXIT_CODES, BadInputError, MoeBenchError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
+from moe_bench.spec.legality import Problem, legality_problems
 from moe_bench.spec.load import Loader
-from moe_bench.spec.scale import Plan
+from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan, full_plan, node_plan, smoke_plan
 
 _EXIT_CODES = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES) + "."
 
@@ -71,7 +73,7 @@ def list_recipes(
     as_json: JsonOption = False,
 ) -> None:
     """The recipes that are here."""
-    from moe_bench.report.show import recipe_line, recipe_table
+    from moe_bench.report.recipe_list import recipe_line, recipe_table
 
     loader = _loader()
     if model is not None:
@@ -253,16 +255,20 @@ def _version(
 
 
 def _loader() -> Loader:
-    from moe_bench.harness.mcore_config import override_problems
-    from moe_bench.spec.legality import legality_problems
+    return Loader(root=recipes_root(), rules=(legality_problems, _override_problems))
 
-    return Loader(root=recipes_root(), rules=(legality_problems, override_problems))
+
+def _override_problems(recipe: Recipe) -> tuple[Problem, ...]:
+    """The rule on `mcore:` blocks, loaded only for a recipe that has one."""
+    if not recipe.mcore:
+        return ()
+    from moe_bench.harness.mcore_config import override_problems
+
+    return override_problems(recipe)
 
 
 def _plan(name: str, *, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None) -> Plan:
     """What `name` runs at `scale`."""
-    from moe_bench.spec.scale import full_plan, node_plan, smoke_plan
-
     loader = _loader()
     modified = tuple(changes or ())
     recipe = loader.recipe(find_recipe(name, loader), changes=modified)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_bench.report.show import layout_label, substitution_table
+from moe_bench.report.recipe_list import layout_label
+from moe_bench.report.show import substitution_table
 from moe_bench.spec.scale import Plan
 
 StepSeen = Callable[[int, int, float], None]
