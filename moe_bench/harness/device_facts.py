@@ -18,6 +18,7 @@ _QUERY = (
     "ecc.mode.current",
     "compute_mode",
 )
+_FORMAT = "--format=csv,noheader,nounits"
 _HZ_PER_MHZ = 1e6
 _BYTES_PER_MIB = 1024**2
 
@@ -25,12 +26,20 @@ _BYTES_PER_MIB = 1024**2
 def gpu_facts(device_index: int) -> GpuFacts:
     """Name of the GPU, and what nvidia-smi knows about it where that program is installed."""
     properties = torch.cuda.get_device_properties(device_index)
-    answer = _nvidia_smi(f"GPU-{properties.uuid}")
-    if answer is None:
-        return GpuFacts(name=properties.name)
-    driver, power, clock, max_clock, memory, ecc, compute_mode = answer
+    answer = _nvidia_smi(f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(_QUERY)}", _FORMAT)
+    return GpuFacts(name=properties.name) if answer is None else facts_from_answer(properties.name, answer)
+
+
+def facts_from_answer(name: str, answer: str) -> GpuFacts:
+    """Facts from one line of nvidia-smi's CSV; those that a GPU does not know (`[N/A]`) are None."""
+    fields = [field.strip() for field in answer.strip().split(",")]
+    if len(fields) != len(_QUERY):
+        return GpuFacts(name=name)
+    driver, power, clock, max_clock, memory, ecc, compute_mode = (
+        None if field.startswith("[") else field for field in fields
+    )
     return GpuFacts(
-        name=properties.name,
+        name=name,
         driver_version=driver,
         power_limit_w=_number(power),
         sm_clock_hz=_number(clock, _HZ_PER_MHZ),
@@ -55,30 +64,17 @@ def cuda_version() -> str | None:
 
 def topology() -> str | None:
     """How this host's GPUs and network cards are connected: `nvidia-smi topo -m`."""
+    answer = _nvidia_smi("topo", "-m")
+    return None if answer is None else answer.strip()
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    """What the program prints; None where it is not installed or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    done = subprocess.run((program, "topo", "-m"), capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _nvidia_smi(uuid: str) -> tuple[str | None, ...] | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = (program, f"--id={uuid}", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return None
-    return parse_answer(done.stdout)
-
-
-def parse_answer(line: str) -> tuple[str | None, ...] | None:
-    """Fields of one line of nvidia-smi's CSV; None for those that a GPU does not know (`[N/A]`)."""
-    fields = tuple(field.strip() for field in line.strip().split(","))
-    if len(fields) != len(_QUERY):
-        return None
-    return tuple(None if field.startswith("[") else field for field in fields)
+    done = subprocess.run((program, *arguments), capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
 
 
 def _number(text: str | None, unit: float = 1.0) -> float | None:

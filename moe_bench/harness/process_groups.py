@@ -37,8 +37,8 @@ def process_groups(
 ) -> Iterator[None]:
     """Join the job and divide it into Megatron-Core's groups, until the block ends.
 
-    `sizes` is `MegatronArguments.parallel_state`. `listen_fd` is a socket that already listens on the rendezvous port; rank 0 serves the store on it, so that no port can be
-    taken between choosing and using it.
+    `sizes` is `MegatronArguments.parallel_state`. `listen_fd` is a socket that already listens on the
+    rendezvous port; rank 0 serves the store on it, so that nobody can take the port before it is used.
     """
     timeout = timedelta(seconds=timeout_s)
     address = f"tcp://{rendezvous.master_addr}:{rendezvous.master_port}"
@@ -60,9 +60,9 @@ def process_groups(
 def initialise_model_parallel(sizes: Mapping[str, Any]) -> None:
     """Divide the ranks into Megatron-Core's groups, from `MegatronArguments.parallel_state`.
 
-    Megatron-Core's default puts the first and last pipeline rank into the embedding group. That is wrong where
-    MTP stands elsewhere, whose copy of the embedding would never be set nor reduced, so the group is stated, as
-    Megatron-LM's pretrain_gpt.py states it.
+    Megatron-Core's default puts the first and last pipeline rank into the embedding group. That is wrong
+    where MTP stands elsewhere, whose copy of the embedding would never be set nor reduced, so the group is
+    stated, as Megatron-LM's pretrain_gpt.py states it.
     """
     arguments = dict(sizes)
     stages: tuple[int, ...] = arguments.pop("embedding_pipeline_ranks")

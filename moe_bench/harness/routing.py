@@ -26,9 +26,16 @@ class RoundRobinRouter(TopKRouter):  # type: ignore[misc]
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [sequence, batch, experts] that make top-k choose in turn."""
-        logits = super().gating(input)
-        balanced: torch.Tensor = _RoundRobinLogits.apply(logits, self.topk)
-        return balanced
+        return round_robin_logits(super().gating(input), top_k=self.topk)
+
+
+def round_robin_logits(logits: torch.Tensor, *, top_k: int) -> torch.Tensor:
+    """Logits [..., experts] whose top k are experts t * k to t * k + k - 1 of token t, modulo their number.
+
+    The gradient passes to `logits` as if they had not been replaced.
+    """
+    balanced: torch.Tensor = _RoundRobinLogits.apply(logits, top_k)
+    return balanced
 
 
 class _RoundRobinLogits(torch.autograd.Function):

@@ -124,7 +124,7 @@ def test_recomputing_activations_changes_nothing(trainer: Trainer, recompute: Re
     assert found.tokens_per_expert == expected.tokens_per_expert
 
 
-@pytest.mark.parametrize("structure", ("deepseek_v3", "gpt_oss_20b"))
+@pytest.mark.parametrize("structure", ["deepseek_v3", "gpt_oss_20b"])
 def test_overlapped_data_parallelism_trains_like_one_process(trainer: Trainer, structure: str) -> None:
     overlap = Overlap(grad_reduce=True, param_gather=True)
     laid = laid_out(structure_of(structure), parallel=LAYOUTS["EP2"], overlap=overlap)

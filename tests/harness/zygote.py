@@ -1,7 +1,7 @@
 """A process that has imported torch and Megatron-Core once, and forks the ranks of one case after another.
 
-Importing takes seconds and a case takes one, so the tests share this parent; and a test process itself may not
-fork, having run tensor operations. Run as a module, it reads pickled calls and answers each with its result.
+Importing takes seconds and a case takes one, so the tests share this parent; and a test process itself may
+not fork, having run tensor operations. Run as a module, it reads pickled calls and answers each of them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""What is not here stops a run, with the recipe field in the message; nothing is replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from importlib import metadata
+from typing import Any
+
+import pytest
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
+from moe_bench.harness.requirements import require_runnable
+from tests.harness.toys import smoke_recipe
+
+
+def arguments(**sections: dict[str, Any]) -> MegatronArguments:
+    base = megatron_arguments(smoke_recipe("qwen3_30b_a3b"))
+    return dataclasses.replace(
+        base, **{name: getattr(base, name) | section for name, section in sections.items()}
+    )
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Make it look as if of the optional packages only these were there."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
+
+
+def test_a_smoke_recipe_needs_nothing_more() -> None:
+    require_runnable(arguments())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"training": {"kernel_family": "transformer_engine"}}, "kernels.family: transformer_engine is not"),
+        ({"transformer": {"fp8": "e4m3"}}, "precision: e4m3 needs kernels.family: transformer_engine"),
+        ({"transformer": {"fp4": "e2m1"}}, "precision: e2m1 needs kernels.family: transformer_engine"),
+        ({"transformer": {"cuda_graph_impl": "local"}}, "cuda_graphs.implementation: local: no code"),
+        ({"optimizer": {"main_params_dtype": "fp16"}}, "optimizer.main_params_dtype: fp16 needs"),
+        (
+            {"transformer": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}},
+            "dispatch.dispatcher: hybridep needs the package deep_ep, not installed",
+        ),
+    ],
+)
+def test_what_is_missing_is_named_by_its_recipe_field(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, dict[str, Any]], words: str
+) -> None:
+    installed(monkeypatch)
+    with pytest.raises(MissingRequirementError, match=words):
+        require_runnable(arguments(**sections))
+
+
+def test_what_is_installed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "transformer_engine", "deep_ep")
+    require_runnable(
+        arguments(
+            training={"kernel_family": "transformer_engine"},
+            transformer={
+                "fp8": "e4m3",
+                "moe_token_dispatcher_type": "flex",
+                "moe_flex_dispatcher_backend": "deepep",
+            },
+            optimizer={"main_params_dtype": "fp16"},
+        )
+    )
+
+
+def test_another_series_of_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.20.0")
+    with pytest.raises(MissingRequirementError, match=r"megatron-core 0\.20\.0 is installed; .* 0\.19\.x"):
+        require_runnable(arguments())
