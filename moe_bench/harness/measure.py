@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.process_groups import Rendezvous
-from moe_bench.harness.rank import StepReport
 from moe_bench.harness.session import Outcome, run
+from moe_bench.harness.trainer import StepReport
 from moe_bench.results.provenance import (
     cpu_model,
     git_state,
@@ -80,7 +80,7 @@ def _provenance(
         hosts=outcome.hosts,
         cpu_model=cpu_model(),
         os=operating_system(),
-        container=plan.recipe.container,
+        container=environment.get("MOE_BENCH_CONTAINER", plan.recipe.container),
         gpus=outcome.gpus,
         topology=outcome.topology,
         nccl_version=outcome.nccl_version,

@@ -1,0 +1,31 @@
+"""The command line: each verb parses, calls one function and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from moe_bench.cli import read, recipes, run
+from moe_bench.cli.app import app
+from moe_bench.errors import BadInputError, MoeBenchError
+
+__all__ = ["app", "main"]
+
+_VERBS = (recipes, run, read)
+"""Modules whose import registers the verbs, in the order of `--help`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors that have a name are printed on one line and give their exit code."""
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except MoeBenchError as error:
+        typer.echo(str(error), err=True)
+        return error.exit_code
+    except typer.TyperException as error:
+        typer.echo(str(error), err=True)
+        return BadInputError.exit_code
+    except typer.Abort:
+        return 130
+    return int(code or 0)

@@ -1,0 +1,113 @@
+"""Options that several verbs share, and what every verb does with them: find the recipe, derive it, print."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, RenderableType
+
+from moe_bench.errors import BadInputError
+from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
+from moe_bench.spec.legality import Problem, legality_problems
+from moe_bench.spec.load import Loader
+from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan, full_plan, node_plan, smoke_plan
+
+PIPE_WIDTH = 200
+"""Columns of a table that is written into a pipe or a file."""
+
+
+class ScaleOption(StrEnum):
+    """Sizes at which a recipe runs."""
+
+    FULL = "full"
+    NODE = "node"
+    SMOKE = "smoke"
+
+
+class TableFormat(StrEnum):
+    """Ways to print a table."""
+
+    TERMINAL = "terminal"
+    MARKDOWN = "markdown"
+    CSV = "csv"
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="<model>, <model>/<run> or a YAML file; a bare model means its default run.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Derive another recipe; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ScaleOptionType = Annotated[
+    ScaleOption,
+    typer.Option("--scale", help="full: as asked; node: real widths on --num-gpus; smoke: toy on CPU."),
+]
+NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="GPUs for --scale node.")]
+
+
+def make_loader() -> Loader:
+    return Loader(root=recipes_root(), rules=(legality_problems, _override_problems))
+
+
+def _override_problems(recipe: Recipe) -> tuple[Problem, ...]:
+    """The rule on `mcore:` blocks, loaded only for a recipe that has one."""
+    if not recipe.mcore:
+        return ()
+    from moe_bench.harness.mcore_config import override_problems
+
+    return override_problems(recipe)
+
+
+def plan_of(name: str, *, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None) -> Plan:
+    """What `name` runs at `scale`."""
+    loader = make_loader()
+    modified = tuple(changes or ())
+    recipe = loader.recipe(find_recipe(name, loader), changes=modified)
+    if scale is ScaleOption.SMOKE:
+        return smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
+    if scale is ScaleOption.NODE:
+        from moe_bench.analysis.memory import fits
+
+        if num_gpus is None:
+            raise BadInputError("--scale node: how many GPUs? add --num-gpus N")
+        return node_plan(recipe, num_gpus=num_gpus, fits=fits, modified=modified)
+    if num_gpus is not None:
+        raise BadInputError("--num-gpus goes with --scale node; a recipe's own size is parallel.num_gpus")
+    return full_plan(recipe, modified=modified)
+
+
+def run_arguments(
+    name: str, *, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None
+) -> tuple[str, ...]:
+    """What follows `moe-bench run` in the job that `submit` queues."""
+    arguments = [name, "--scale", scale.value]
+    if num_gpus is not None:
+        arguments += ["--num-gpus", str(num_gpus)]
+    for change in changes or ():
+        arguments += ["--set", change]
+    return tuple(arguments)
+
+
+def results_root() -> Path:
+    """`results/` of the checkout, or of the working directory where moe_bench is installed as a wheel."""
+    root = data_root()
+    return root / "results" if (root / "pyproject.toml").is_file() else Path("results")
+
+
+def print_view(view: RenderableType, data: object, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        make_console(stderr=False).print(view)
+
+
+def make_console(*, stderr: bool) -> Console:
+    """A pipe has no width of its own; tables should not be folded there to the 80 columns of a default."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)

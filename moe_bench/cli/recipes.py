@@ -1,0 +1,85 @@
+"""Verbs about recipes: list, show, schema."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from moe_bench.cli.app import RECIPES, app
+from moe_bench.cli.options import (
+    JsonOption,
+    NumGpusOption,
+    RecipeArgument,
+    ScaleOption,
+    ScaleOptionType,
+    SetOption,
+    make_loader,
+    plan_of,
+    print_view,
+)
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
+
+
+@app.command("list", rich_help_panel=RECIPES)
+def list_recipes(
+    model: Annotated[str | None, typer.Argument(help="Only this model's recipes.")] = None,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="The default run of every model, as a Markdown table.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The recipes that are here."""
+    from moe_bench.report.recipe_list import recipe_line, recipe_table
+
+    loader = make_loader()
+    if model is not None:
+        find_recipe(model, loader)
+    if defaults:
+        from moe_bench.report.defaults import defaults_markdown
+
+        models = sorted(path.parent.name for path in loader.root.glob("*/model.yaml"))
+        runs = [loader.recipe(find_recipe(key, loader)) for key in models]
+        typer.echo(defaults_markdown(runs, data_root() / "results" / "published"))
+        return
+    paths = [path for path in recipe_paths(loader.root) if model in (None, path.parent.name)]
+    recipes = [loader.recipe(path) for path in paths]
+    print_view(recipe_table(recipes), [recipe_line(recipe) for recipe in recipes], as_json)
+
+
+@app.command(rich_help_panel=RECIPES)
+def show(
+    recipe: RecipeArgument,
+    scale: ScaleOptionType = ScaleOption.FULL,
+    num_gpus: NumGpusOption = None,
+    changes: SetOption = None,
+    params: Annotated[
+        bool, typer.Option("--params", help="Parameters by part, beside the published ones.")
+    ] = False,
+    megatron: Annotated[bool, typer.Option("--megatron", help="Megatron-Core's arguments.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One recipe, what follows from it, and what Megatron-Core is given."""
+    from moe_bench.analysis.size import counted_size
+    from moe_bench.harness.mcore_config import as_json as arguments_json
+    from moe_bench.harness.mcore_config import megatron_arguments
+    from moe_bench.report.show import arguments_view, plan_view, size_json, size_view
+
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
+    if params:
+        size = counted_size(plan.recipe.model)
+        print_view(size_view(size), size_json(size), as_json)
+    elif megatron:
+        arguments = megatron_arguments(plan.recipe)
+        print_view(arguments_view(arguments), arguments_json(arguments), as_json)
+    else:
+        print_view(plan_view(plan), plan.model_dump(mode="json"), as_json)
+
+
+@app.command(rich_help_panel=RECIPES)
+def schema() -> None:
+    """The JSON schema of a recipe file, for editors."""
+    from moe_bench.spec.schema import recipe_file_schema
+
+    typer.echo(json.dumps(recipe_file_schema(), indent=2))
