@@ -133,7 +133,7 @@ def _differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Ite
     """One row per leaf that differs; the system is one row, for it is one choice."""
     left = _leaves({**asked.model_dump(mode="json", exclude=set(_NOT_COMPARED)), "system": asked.system.key})
     right = _leaves({**used.model_dump(mode="json", exclude=set(_NOT_COMPARED)), "system": used.system.key})
-    for field in sorted({*left, *right}, key=[*left, *right].index):
+    for field in dict.fromkeys((*left, *right)):
         if left.get(field) != right.get(field):
             yield Substitution(
                 field=field,
@@ -144,15 +144,15 @@ def _differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Ite
 
 
 def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Every leaf by its dotted path, as text."""
+    """Every leaf that says something by its dotted path, as text."""
     leaves: dict[str, str] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             leaves |= _leaves(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             leaves[prefix + key] = ",".join(str(item) for item in value) or "none"
-        else:
-            leaves[prefix + key] = "none" if value is None or value == {} else str(value)
+        elif value is not None:
+            leaves[prefix + key] = str(value)
     return leaves
 
 
