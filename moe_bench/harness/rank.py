@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -15,30 +13,19 @@ from megatron.core import parallel_state
 
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness import device_facts, sanity
-from moe_bench.harness.batches import BatchPlan, Device, MicroBatch, step_batches
+from moe_bench.harness.batches import BatchPlan, Device
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
 from moe_bench.harness.implementations import implementations
-from moe_bench.harness.loop import timed_steps
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.patches import AppliedPatch, patch_names, patches
 from moe_bench.harness.process_groups import Rendezvous, process_groups
 from moe_bench.harness.routing import ExpertLoad, LoadCounter
 from moe_bench.harness.settings import Settings, settings_of
-from moe_bench.harness.step import StepOutcome, train_step
+from moe_bench.harness.trainer import Trainer, Watch, speaks_for_job, speaks_for_stage
 from moe_bench.harness.weights import initialise_by_name
 from moe_bench.results.record import GpuFacts, Implementations
 
 _BYTES_PER_KIB = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """Progress for whoever watches, from the one rank that knows the loss."""
-
-    step: int
-    """Counted from 1, warm-up included."""
-    num_steps: int
-    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +45,6 @@ class RankReport:
     peak_memory_bytes: int
     implementations: Implementations
     patches: tuple[AppliedPatch, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watch:
-    """What a rank is given to measure with and to report to."""
-
-    now_s: Callable[[], float]
-    on_step: Callable[[int], None]
-    """Called on every rank as a step begins, with its number from 1."""
-    on_report: Callable[[StepReport], None]
-    """Called after each step on the rank that speaks for the job."""
 
 
 def run_rank(
@@ -151,11 +127,11 @@ def _measure(
         raise MissingRequirementError(f"Megatron-Core cannot build the recipe here: {error}") from error
     counter = LoadCounter(built.chunks, num_steps=settings.num_steps, device=device)
     plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
-    steps = _Steps(built, plan, counter, rank=rendezvous.rank, num_steps=settings.num_steps, watch=watch)
+    trainer = Trainer(built, plan, counter, rank=rendezvous.rank, num_steps=settings.num_steps, watch=watch)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    warmup_s = steps.run(range(settings.num_warmup_steps))
-    timed_s = steps.run(range(settings.num_warmup_steps, settings.num_steps))
+    warmup_s = trainer.run(range(settings.num_warmup_steps))
+    timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
     loads = counter.loads()
     _require_sound_routing(built, settings, plan, loads)
     return RankReport(
@@ -164,9 +140,9 @@ def _measure(
         gpu=device_facts.gpu_facts(rendezvous.local_rank) if device == "cuda" else None,
         warmup_step_times_s=warmup_s,
         step_times_s=timed_s,
-        losses=tuple(steps.losses) if _speaks_for_job() else None,
-        grad_norms=tuple(steps.grad_norms),
-        loads=loads if _speaks_for_stage() else (),
+        losses=tuple(trainer.losses) if speaks_for_job() else None,
+        grad_norms=tuple(trainer.grad_norms),
+        loads=loads if speaks_for_stage() else (),
         peak_memory_bytes=_peak_memory_bytes(device),
         implementations=implementations(built),
         patches=applied,
@@ -200,74 +176,6 @@ def batch_plan(settings: Settings, *, vocab_size: int, device: Device) -> BatchP
         context_group=parallel_state.get_context_parallel_group(),
         device=device,
     )
-
-
-class _Steps:
-    """Runs steps and keeps what they leave behind."""
-
-    def __init__(
-        self,
-        built: Training,
-        plan: BatchPlan,
-        counter: LoadCounter,
-        *,
-        rank: int,
-        num_steps: int,
-        watch: Watch,
-    ) -> None:
-        self._built, self._plan, self._counter = built, plan, counter
-        self._rank, self._num_steps, self._watch = rank, num_steps, watch
-        self.losses: list[float] = []
-        """Of the steps so far; empty but on the last pipeline stage."""
-        self.grad_norms: list[float] = []
-
-    def run(self, steps: range) -> tuple[float, ...]:
-        """Wall times of `steps` in seconds."""
-        return timed_steps(
-            steps,
-            prepare=self._prepare,
-            run=partial(train_step, self._built),
-            finish=self._finish,
-            now_s=self._watch.now_s,
-            synchronize=torch.cuda.synchronize,
-        )
-
-    def _prepare(self, step: int) -> list[MicroBatch]:
-        self._watch.on_step(step + 1)
-        self._counter.start_step(step)
-        return step_batches(self._plan, step)
-
-    def _finish(self, step: int, outcome: StepOutcome) -> None:
-        loss = None if outcome.loss is None else float(outcome.loss)
-        grad_norm = outcome.grad_norm
-        if grad_norm is None:
-            # Outside the timed interval: the gradients stay until the next step zeroes them.
-            grad_norm = float(self._built.optimizer.get_grad_norm())
-        sanity.require_finite(
-            rank=self._rank,
-            step=step + 1,
-            loss=loss,
-            grad_norm=grad_norm,
-            was_applied=outcome.was_applied,
-        )
-        self.grad_norms.append(grad_norm)
-        if loss is not None:
-            self.losses.append(loss)
-            if _speaks_for_job():
-                self._watch.on_report(StepReport(step=step + 1, num_steps=self._num_steps, loss=loss))
-
-
-def _speaks_for_stage() -> bool:
-    """Whether this is the first rank of its pipeline stage."""
-    return bool(
-        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
-
-
-def _speaks_for_job() -> bool:
-    """Whether this is the first rank of the last pipeline stage, which knows the loss."""
-    return _speaks_for_stage() and bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
 
 def _require_sound_routing(
