@@ -60,6 +60,9 @@ def full_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:
 def smoke_plan(recipe: Recipe, *, host: SystemSpec, modified: tuple[str, ...]) -> Plan:
     """A toy of `recipe` for machines without GPUs: same structure, every size above one becomes two."""
     toy = _smoke_recipe(recipe, host)
+    if any(change.startswith("steps.") for change in modified):
+        # whoever sets the number of steps means the run at hand
+        toy = toy.model_copy(update={"steps": recipe.steps})
     return Plan(
         recipe=toy,
         asked=recipe.name,

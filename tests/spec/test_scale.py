@@ -70,6 +70,14 @@ def test_a_plan_survives_its_record(recipe: Recipe) -> None:
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
+def test_steps_that_the_user_sets_stay() -> None:
+    path = LOADER.root / "deepseek_v3" / "h100_sxm_256g_bf16.yaml"
+    change = "steps.num_timed=200"
+    plan = smoke_plan(LOADER.recipe(path, changes=(change,)), host=HOST, modified=(change,))
+    assert plan.recipe.steps.num_timed == 200
+    assert not [row for row in plan.substitutions if row.field.startswith("steps.")]
+
+
 def test_at_full_scale_nothing_is_substituted() -> None:
     recipe = LOADER.recipe(LOADER.root / "deepseek_v3" / "h100_sxm_256g_bf16.yaml")
     plan = full_plan(recipe, modified=())
