@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 
+import pynvml
 import torch
 
 from moe_bench.results.record import GpuFacts
@@ -20,6 +21,7 @@ _QUERY = (
 )
 _FORMAT = "--format=csv,noheader,nounits"
 _HZ_PER_MHZ = 1e6
+_J_PER_MJ = 1e-3
 _BYTES_PER_MIB = 1024**2
 
 
@@ -48,6 +50,22 @@ def facts_from_answer(name: str, answer: str) -> GpuFacts:
         ecc_enabled={"Enabled": True, "Disabled": False}.get(ecc or ""),
         compute_mode=compute_mode,
     )
+
+
+def energy_counter_j(device_index: int) -> float | None:
+    """Joules that the GPU has used since its driver was loaded; None where it does not count them.
+
+    NVML counts in millijoules, from Volta on (nvmlDeviceGetTotalEnergyConsumption).
+    """
+    uuid = f"GPU-{torch.cuda.get_device_properties(device_index).uuid}"
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * _J_PER_MJ
+    except pynvml.NVMLError_NotSupported:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def nccl_version() -> str | None:

@@ -43,6 +43,8 @@ class RankReport:
     loads: tuple[ExpertLoad, ...]
     """Of the expert layers of a pipeline stage, over all its ranks; empty but on the stage's first rank."""
     peak_memory_bytes: int
+    energy_j: float | None
+    """Over the timed steps; None where the GPU does not count it."""
     implementations: Implementations
     patches: tuple[AppliedPatch, ...]
 
@@ -131,7 +133,9 @@ def _measure(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     warmup_s = trainer.run(range(settings.num_warmup_steps))
+    before_j = device_facts.energy_counter_j(rendezvous.local_rank) if device == "cuda" else None
     timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
+    after_j = device_facts.energy_counter_j(rendezvous.local_rank) if device == "cuda" else None
     loads = counter.loads()
     _require_sound_routing(built, settings, plan, loads)
     return RankReport(
@@ -144,6 +148,7 @@ def _measure(
         grad_norms=tuple(trainer.grad_norms),
         loads=loads if speaks_for_stage() else (),
         peak_memory_bytes=_peak_memory_bytes(device),
+        energy_j=None if before_j is None or after_j is None else after_j - before_j,
         implementations=implementations(built),
         patches=applied,
     )

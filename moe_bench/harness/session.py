@@ -99,7 +99,7 @@ def _outcome(reports: tuple[RankReport, ...], world_size: int) -> Outcome:
             grad_norms=speaker.grad_norms,
             peak_memory_bytes=tuple(report.peak_memory_bytes for report in reports),
             tokens_per_expert=_tokens_per_expert(reports, num_warmup=len(first.warmup_step_times_s)),
-            energy_j=None,
+            energy_j=_energies_j(reports),
             implementations=_joined_implementations(reports),
             patches=tuple(patch.name for patch in first.patches),
         ),
@@ -109,6 +109,12 @@ def _outcome(reports: tuple[RankReport, ...], world_size: int) -> Outcome:
         nccl_version=device_facts.nccl_version() if gpus else None,
         cuda_version=device_facts.cuda_version() if gpus else None,
     )
+
+
+def _energies_j(reports: tuple[RankReport, ...]) -> tuple[float, ...] | None:
+    """Energy of every rank; None unless all of them count it."""
+    counted = tuple(report.energy_j for report in reports if report.energy_j is not None)
+    return counted if len(counted) == len(reports) else None
 
 
 def _tokens_per_expert(

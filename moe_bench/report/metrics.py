@@ -34,6 +34,8 @@ class RunMetrics:
     last_loss: float
     slowest_rank: int
     slowest_host: str
+    energy_per_token_j: float | None
+    """Of all GPUs over the timed steps; None where they do not count it."""
     max_over_mean_load_ratio: float | None
     """Tokens of the busiest expert over the mean, the worst layer and step; None without experts."""
 
@@ -67,6 +69,9 @@ def run_metrics(record: Record) -> RunMetrics:
         last_loss=samples.losses[-1],
         slowest_rank=slowest_rank,
         slowest_host=record.provenance.hosts[slowest_rank],
+        energy_per_token_j=None
+        if samples.energy_j is None
+        else sum(samples.energy_j) / (recipe.tokens_per_step * len(samples.step_times_s[0])),
         max_over_mean_load_ratio=_worst_load(samples.tokens_per_expert),
     )
 

@@ -51,6 +51,7 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
         else f"{metrics.mfu_fraction:.1%}"
     )
     load = metrics.max_over_mean_load_ratio
+    energy_j = metrics.energy_per_token_j
     used = samples.implementations
     return [
         (
@@ -63,6 +64,7 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
         ("MFU", mfu),
         ("loss", f"{metrics.first_loss:.4f} -> {metrics.last_loss:.4f}"),
         ("peak memory", f"{metrics.peak_memory_bytes / GIB:.2f} GiB (rank {metrics.peak_memory_rank})"),
+        ("energy", "not counted" if energy_j is None else f"{energy_j:.3g} J per token"),
         ("slowest rank", f"{metrics.slowest_rank} on {metrics.slowest_host}"),
         (
             "expert load",

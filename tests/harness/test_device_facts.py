@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
-from moe_bench.harness.device_facts import facts_from_answer, topology
+from moe_bench.harness import device_facts
+from moe_bench.harness.device_facts import energy_counter_j, facts_from_answer, topology
 
 
 def test_units_become_si() -> None:
@@ -40,3 +43,34 @@ def test_an_answer_of_another_shape_leaves_the_name_alone() -> None:
 def test_without_nvidia_smi_there_is_no_topology(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: None)
     assert topology() is None
+
+
+def fake_nvml(monkeypatch: pytest.MonkeyPatch, consumption: object) -> list[str]:
+    """Stands in for the driver's library, which this machine need not have; returns the calls made."""
+    calls: list[str] = []
+
+    def count(handle: object) -> int:
+        calls.append(f"count {handle}")
+        if isinstance(consumption, Exception):
+            raise consumption
+        return int(str(consumption))
+
+    properties = SimpleNamespace(uuid="0123")
+    monkeypatch.setattr(device_facts.torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: calls.append("init"))
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", count)
+    return calls
+
+
+def test_energy_is_counted_in_joules_for_the_gpu_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_nvml(monkeypatch, 1_234_567)
+    assert energy_counter_j(0) == pytest.approx(1234.567)
+    assert calls == ["init", "count GPU-0123", "shutdown"]
+
+
+def test_a_gpu_that_does_not_count_energy_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_nvml(monkeypatch, pynvml.NVMLError_NotSupported())
+    assert energy_counter_j(0) is None
+    assert calls[-1] == "shutdown"

@@ -36,3 +36,11 @@ def test_memory_and_slowness_name_their_rank() -> None:
     metrics = run_metrics(record(step_times_s=((0.1,), (0.3,))))
     assert (metrics.peak_memory_bytes, metrics.peak_memory_rank) == (2**30 + 1, 1)
     assert (metrics.slowest_rank, metrics.slowest_host) == (1, "node1")
+
+
+def test_energy_is_that_of_all_gpus_per_token_of_the_timed_steps() -> None:
+    counted = record(full(), step_times_s=((10.0, 10.0),) * 8)
+    samples = counted.samples.model_copy(update={"energy_j": (7000.0,) * 8})
+    metrics = run_metrics(counted.model_copy(update={"samples": samples}))
+    assert metrics.energy_per_token_j == pytest.approx(56000.0 / (2 * RECIPE.tokens_per_step))
+    assert run_metrics(counted).energy_per_token_j is None
