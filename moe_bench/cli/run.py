@@ -36,8 +36,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Train a few steps through Megatron-Core, write a record and print its table."""
+    from moe_bench.harness.mcore_config import megatron_arguments
+    from moe_bench.harness.requirements import require_runnable
     from moe_bench.launch.environment import current_environment
-    from moe_bench.launch.here import start_ranks_here
+    from moe_bench.launch.here import require_gpus_here, start_ranks_here
     from moe_bench.launch.rendezvous import rendezvous_from
     from moe_bench.launch.runner import run_captured
 
@@ -45,7 +47,10 @@ def run(
     environment = current_environment()
     place = rendezvous_from(environment, run_captured)
     if place is None and plan.recipe.system.gpu is not None:
-        start_ranks_here(plan.recipe, asked=plan.asked, run_args=tuple(sys.argv[2:]), run=run_captured)
+        # torchrun ends with 1 whatever a rank ends with, so what is missing is found before it starts
+        require_gpus_here(plan.recipe, asked=plan.asked, run=run_captured)
+        require_runnable(megatron_arguments(plan.recipe))
+        start_ranks_here(plan.recipe, run_args=tuple(sys.argv[2:]))
     from moe_bench.harness.start import load_measure
     from moe_bench.report.progress import announce, step_progress
     from moe_bench.report.tables import run_json, run_view

@@ -14,13 +14,8 @@ from moe_bench.spec.recipe import Recipe
 Execute = Callable[[str, tuple[str, ...]], object]
 
 
-def start_ranks_here(
-    recipe: Recipe, *, asked: str, run_args: tuple[str, ...], run: Runner, execute: Execute = os.execvp
-) -> None:
-    """Replace this process by torchrun with one rank per GPU; `run_args` is what followed `moe-bench run`.
-
-    Raises MissingRequirementError where this machine has fewer GPUs than `recipe`, called `asked`, needs.
-    """
+def require_gpus_here(recipe: Recipe, *, asked: str, run: Runner) -> None:
+    """Raise MissingRequirementError where this machine has fewer GPUs than `recipe`, called `asked`, needs."""
     num_needed, num_here = recipe.parallel.num_gpus, num_gpus_here(run)
     if num_here < num_needed:
         smaller = f"--scale node --num-gpus {num_here}" if num_here else "--scale smoke"
@@ -28,6 +23,10 @@ def start_ranks_here(
             f"{asked} needs {num_needed} GPUs and this machine has {num_here}; "
             f"run a smaller one with {smaller}, or this one with `sbatch slurm/run_recipe.sh {asked}`"
         )
+
+
+def start_ranks_here(recipe: Recipe, *, run_args: tuple[str, ...], execute: Execute = os.execvp) -> None:
+    """Replace this process by torchrun with one rank per GPU; `run_args` is what followed `moe-bench run`."""
     command = local_command(recipe, run_args=run_args, python=sys.executable)
     execute(command[0], command)
 

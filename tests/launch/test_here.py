@@ -1,7 +1,7 @@
 import pytest
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.launch.here import num_gpus_here, start_ranks_here
+from moe_bench.launch.here import num_gpus_here, require_gpus_here, start_ranks_here
 from tests.launch.conftest import FakeRunner, recipe_of
 
 TWO_GPUS = FakeRunner(
@@ -25,7 +25,8 @@ def test_enough_gpus_make_this_process_torchrun() -> None:
         started.append(f"{program}: {' '.join(command[1:])}")
 
     recipe = recipe_of(parallel={"num_gpus": 2}, env={"A": "1"})
-    start_ranks_here(recipe, asked="tiny", run_args=("tiny",), run=TWO_GPUS, execute=execute)
+    require_gpus_here(recipe, asked="tiny", run=TWO_GPUS)
+    start_ranks_here(recipe, run_args=("tiny",), execute=execute)
     assert len(started) == 1
     assert started[0].startswith("env: A=1 ")
     assert started[0].endswith("--nproc-per-node=2 --standalone -m moe_bench run tiny")
@@ -39,4 +40,4 @@ def test_too_few_gpus_are_a_missing_requirement_that_says_what_would_run(
     machine: FakeRunner, advice: str
 ) -> None:
     with pytest.raises(MissingRequirementError, match=f"tiny needs 16 GPUs and this machine .*{advice}"):
-        start_ranks_here(recipe_of(), asked="tiny", run_args=("tiny",), run=machine)
+        require_gpus_here(recipe_of(), asked="tiny", run=machine)
