@@ -25,7 +25,7 @@ HOST = "cpu"
 def host_device() -> Iterator[None]:
     """Let code that was written for CUDA and NCCL run on the CPU over gloo, until the block ends."""
     with contextlib.ExitStack() as stack:
-        for substitution in (*_cuda_substitutions(), *_gloo_substitutions()):
+        for substitution in (*cuda_substitutions(HOST), *_gloo_substitutions()):
             stack.enter_context(substituted(substitution))
         # jit_fuser is torch.compile, and inductor asks for the properties of a CUDA device.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -98,17 +98,22 @@ class CudaMeansHost(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run `func` with every CUDA device among its arguments replaced by the host."""
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = HOST
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if func is torch.device and args and _is_cuda(args[0]):
+        # Called thousands of times per step: what needs no change goes straight through.
+        if kwargs:
+            if is_cuda(kwargs.get("device")):
+                kwargs = kwargs | {"device": HOST}
+            if kwargs.get("pin_memory"):
+                kwargs = kwargs | {"pin_memory": False}
+        else:
+            kwargs = {}
+        name = getattr(func, "__name__", None)
+        if name not in _MAY_NAME_CUDA:
+            return func(*args, **kwargs)
+        if func is torch.device and args and is_cuda(args[0]):
             return torch.device(HOST)
-        name = getattr(func, "__name__", "")
         if name in ("cuda", "pin_memory"):
             return args[0]
-        if name == "to" and len(args) > 1 and _is_cuda(args[1]):
+        if name == "to" and len(args) > 1 and is_cuda(args[1]):
             args = (args[0], HOST, *args[2:])
         if name == "type" and len(args) == 1 and not kwargs:
             # The optimizers sort parameters by the names that CUDA tensors have (distrib_optimizer.py:384).
@@ -116,19 +121,24 @@ class CudaMeansHost(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_cuda(device: object) -> bool:
+_MAY_NAME_CUDA = frozenset(("cuda", "device", "pin_memory", "to", "type"))
+"""Functions that take a device by position, or give one back."""
+
+
+def is_cuda(device: object) -> bool:
+    """Whether a device, given as torch takes it, is a GPU."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
 
 
-def _cuda_substitutions() -> tuple[Substitution, ...]:
-    """Stand-ins for `torch.cuda`: one idle stream, no device memory, the CPU's random generator."""
+def cuda_substitutions(device: str) -> tuple[Substitution, ...]:
+    """Stand-ins for `torch.cuda`: `device` as its device, one idle stream, the CPU's random generator."""
     stream = HostStream()
     return (
         Substitution(torch.cuda, "Stream", HostStream),
         Substitution(torch.cuda, "Event", HostEvent),
-        Substitution(torch.cuda, "current_device", _current_device),
+        Substitution(torch.cuda, "current_device", lambda: device),
         Substitution(torch.cuda, "current_stream", lambda device=None: stream),
         Substitution(torch.cuda, "default_stream", lambda device=None: stream),
         Substitution(torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
@@ -147,10 +157,6 @@ def _cuda_substitutions() -> tuple[Substitution, ...]:
         Substitution(torch.nn.Module, "cuda", lambda module, device=None: module),
         Substitution(torch.Tensor, "record_stream", _nothing),
     )
-
-
-def _current_device() -> str:
-    return HOST
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
