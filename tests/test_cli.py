@@ -135,6 +135,7 @@ def test_the_schema_knows_every_key_and_refuses_others(capsys: pytest.CaptureFix
     [
         ["list"],
         ["show", "deepseek_v3"],
+        ["audit", "deepseek_v3"],
         ["submit", "deepseek_v3", "--dry-run", "--set", "container=null"],
     ],
 )

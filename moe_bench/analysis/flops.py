@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moe_bench.analysis.params import Part
+from moe_bench.errors import BadInputError
 from moe_bench.spec.model import Attention, GroupedQueryAttention, ModelSpec
 from moe_bench.spec.recipe import Recipe
 
@@ -29,6 +30,7 @@ class FlopsCounting(StrEnum):
     MCORE_FULL_ATTENTION = "mcore-old-fullattn"
     MCORE_UNGATED_EXPERTS = "mcore-bridge-gptoss-old"
     AUTOMODEL = "automodel"
+    DGXC = "dgxc"
     TORCHTITAN = "torchtitan"
 
 
@@ -48,6 +50,10 @@ class CountingRule:
     """
     num_expert_matrices: int
     """Matrices per routed expert: 3, or 2 where the gate was forgotten."""
+    idealised: bool = False
+    """Whether heads are taken to fill the hidden size and every layer to hold routed experts alone; the
+    formula then says nothing of multi-head latent attention.
+    """
     source: str
 
 
@@ -96,6 +102,16 @@ RULES: Mapping[FlopsCounting, CountingRule] = {
         latent_norms=False,
         num_expert_matrices=3,
         source="NVIDIA-NeMo/Automodel nemo_automodel/components/utils/flops_utils.py",
+    ),
+    FlopsCounting.DGXC: CountingRule(
+        causal_half=True,
+        windows=False,
+        mtp=False,
+        router=False,
+        latent_norms=False,
+        num_expert_matrices=3,
+        idealised=True,
+        source="NVIDIA/dgxc-benchmarking grok1/README.md and llama4/pretrain/README.md, Notes",
     ),
     FlopsCounting.TORCHTITAN: CountingRule(
         causal_half=False,
@@ -210,8 +226,18 @@ def norm_flops_as_product(*, tokens: int, width: int) -> int:
 def forward_flops_by_part(
     model: ModelSpec, *, num_seqs: int, seq_len: int, num_mtp_layers: int, counting: FlopsCounting
 ) -> FlopsByPart:
-    """Forward FLOPs of `num_seqs` sequences over the whole model, by `Part` and for the core of attention."""
+    """Forward FLOPs of `num_seqs` sequences over the whole model, by `Part` and for the core of attention.
+
+    Raises BadInputError where the convention says nothing of the model's attention (`defines`).
+    """
     rule = RULES[counting]
+    if not defines(counting, model):
+        raise BadInputError(
+            f"{counting}: its formula ({rule.source}) knows grouped-query attention only, {model.key} has "
+            "multi-head latent attention; use another convention"
+        )
+    if rule.idealised:
+        model = _idealised(model)
     tokens = num_seqs * seq_len
     num_mtp = num_mtp_layers if rule.mtp else 0
     num_attention = model.num_layers + num_mtp
@@ -237,6 +263,27 @@ def forward_flops_by_part(
         width = num_attention * _latent_width(model.attention) + num_mtp * 3 * model.hidden_size
         parts[Part.NORMS] = norm_flops_as_product(tokens=tokens, width=width)
     return {part: flops for part, flops in parts.items() if flops}
+
+
+def defines(counting: FlopsCounting, model: ModelSpec) -> bool:
+    """Whether a convention says how to count this model."""
+    return not (RULES[counting].idealised and model.attention.kind == "mla")
+
+
+def _idealised(model: ModelSpec) -> ModelSpec:
+    """The model as dgxc-benchmarking counts it: 12 L H^2 (1 + g / n + S / 2 H) + 18 L H F k + 6 V H a token.
+
+    So n d = H, and each of the L layers has k routed experts of width F, no shared and no dense MLP beside.
+    """
+    attention, moe = model.attention, model.moe
+    changes: dict[str, object] = {}
+    if attention.kind == "gqa":
+        head_dim = model.hidden_size // attention.num_heads
+        changes["attention"] = attention.model_copy(update={"head_dim": head_dim})
+    if moe is not None:
+        routed_alone = {"num_leading_dense_layers": 0, "shared_expert_ffn_hidden_size": 0}
+        changes["moe"] = moe.model_copy(update=routed_alone)
+    return model.model_copy(update=changes)
 
 
 def step_flops_by_part(recipe: Recipe, *, counting: FlopsCounting) -> Mapping[str, PassFlops]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import typer
 
-from moe_bench.cli import read, recipes, run
+from moe_bench.cli import predict, read, recipes, run
 from moe_bench.cli.app import app
 from moe_bench.errors import BadInputError, MoeBenchError
 
 __all__ = ["app", "main"]
 
-_VERBS = (recipes, run, read)
+_VERBS = (recipes, predict, run, read)
 """Modules whose import registers the verbs, in the order of `--help`."""
 
 

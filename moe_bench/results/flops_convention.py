@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from moe_bench.analysis.flops import FlopsCounting
+
 
 class FlopsConvention(StrEnum):
     """The count behind a printed TFLOPs or MFU. `CONVENTIONS` says what each one means."""
@@ -35,6 +37,8 @@ class Convention:
     """Attention of a windowed layer is counted over its window."""
     meaning: str
     source: str
+    counting: FlopsCounting | None = None
+    """How our arithmetic counts so; None where the source gives no formula."""
 
 
 CONVENTIONS: dict[FlopsConvention, Convention] = {
@@ -44,6 +48,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=None,
         meaning="GEMMs and LM head (padded vocabulary), no embedding, no router; windows in Bridge only",
         source="NVIDIA/Megatron-LM num_floating_point_operations since 8873b55d6a (MLA since d4f9a6f7b4)",
+        counting=FlopsCounting.MCORE,
     ),
     FlopsConvention.BRIDGE_GPTOSS_OLD: Convention(
         causal_half=True,
@@ -51,6 +56,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=False,
         meaning="gated experts counted as two matrices, not three: 27.1 GFLOP/token for GPT-OSS-120B at 4k",
         source="NVIDIA-NeMo/Megatron-Bridge tables 25.11 to 26.04.01, corrected in pull request 3947",
+        counting=FlopsCounting.MCORE_UNGATED_EXPERTS,
     ),
     FlopsConvention.BRIDGE_GPTOSS_INTERMEDIATE: Convention(
         causal_half=None,
@@ -65,6 +71,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=True,
         meaning="as mcore, with windows: 32.6 GFLOP/token for GPT-OSS-120B at 4k",
         source="NVIDIA-NeMo/Megatron-Bridge tables 26.06 and later",
+        counting=FlopsCounting.MCORE_WINDOWED,
     ),
     FlopsConvention.MCORE_FULL_ATTENTION: Convention(
         causal_half=False,
@@ -72,6 +79,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=False,
         meaning="mcore before the causal half was introduced; for arXiv:2504.14960 inferred, not stated",
         source="NVIDIA/Megatron-LM before 8873b55d6a (2025-03-06), core_v0.8 to v0.10; MoE Parallel Folding",
+        counting=FlopsCounting.MCORE_FULL_ATTENTION,
     ),
     FlopsConvention.AUTOMODEL: Convention(
         causal_half=True,
@@ -79,6 +87,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=True,
         meaning="as mcore without MTP; the GPT-OSS rows of 2025-10 imply 7 % less than the formula gives",
         source="NVIDIA-NeMo/Automodel nemo_automodel/components/utils/flops_utils.py",
+        counting=FlopsCounting.AUTOMODEL,
     ),
     FlopsConvention.DGXC: Convention(
         causal_half=True,
@@ -86,6 +95,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=None,
         meaning="closed formula per model; DeepSeek and Qwen rows of the same repository are mcore",
         source="NVIDIA/dgxc-benchmarking README files of Grok-1, Llama and Nemotron-H",
+        counting=FlopsCounting.DGXC,
     ),
     FlopsConvention.TORCHTITAN: Convention(
         causal_half=False,
@@ -93,6 +103,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=False,
         meaning="full attention on purpose, with router: DeepSeek-V3 281 GFLOP/token at 4k, mcore 250",
         source="pytorch/torchtitan models/utils.py",
+        counting=FlopsCounting.TORCHTITAN,
     ),
     FlopsConvention.PRIMUS: Convention(
         causal_half=None,
