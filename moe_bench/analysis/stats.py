@@ -1,7 +1,9 @@
-"""What a series of step times says: the slowest rank of each step, the median, its interval, the outliers."""
+"""What a series of step times says: where it is steady, its median and interval, slow ranks, outliers."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -11,6 +13,13 @@ OUTLIER_DEVIATIONS = 5.0
 """Scaled median absolute deviations beyond which a step is marked; about five sigma for normal noise."""
 _NORMAL_CONSISTENCY = 1.4826
 """Factor that makes the median absolute deviation of normal samples estimate their standard deviation."""
+STEADY_WINDOW = 5
+"""Steps of a running median: two slow ones in a row do not move it."""
+STEADY_FRACTION = 0.01
+"""Distance from the final level that is never called unsteady, however quiet the steps are."""
+_STEADY_DEVIATIONS = 4.0
+"""Standard errors of a running median that noise may move it. Of 2,000 simulated runs of 40 normal steps, 1 %
+lost steps for it and 0.6 % were called unsettled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +57,46 @@ def median_interval(
         high_s=medians[-1 - int(tail * (num_resamples - 1))],
         confidence_fraction=confidence_fraction,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyState:
+    """Which steps of a series a number may be taken from."""
+
+    first_step: int
+    """Counted from 0; 0 as well where the series does not settle or is too short to tell."""
+    has_settled: bool | None
+    """None where the series is too short to tell."""
+
+
+def steady_state(samples_s: Sequence[float]) -> SteadyState:
+    """The first step from which on every running median stays near the level of the second half.
+
+    Running medians m_i are over STEADY_WINDOW steps and the level L is the median of the second half of all
+    steps. Steady from the first i with |m_j - L| <= max(STEADY_FRACTION L, 4 SE) for all j >= i, where
+    SE = 1.2533 sigma / sqrt(STEADY_WINDOW) is the standard error of a median of normal samples, and
+    sigma = 1.4826 median|x_(i+1) - x_i| / sqrt(2) is taken from successive differences, which a drift does
+    not widen (von Neumann 1941, made robust). A series that is steady only in its second half has not
+    settled: L itself is then in doubt. Fewer than 2 STEADY_WINDOW samples are too few to tell.
+    """
+    if len(samples_s) < 2 * STEADY_WINDOW:
+        return SteadyState(first_step=0, has_settled=None)
+    half = len(samples_s) // 2
+    level_s = statistics.median(samples_s[half:])
+    jumps_s = [abs(after - before) for before, after in itertools.pairwise(samples_s)]
+    sigma_s = _NORMAL_CONSISTENCY * statistics.median(jumps_s) / math.sqrt(2)
+    error_s = math.sqrt(math.pi / 2) * sigma_s / math.sqrt(STEADY_WINDOW)
+    limit_s = max(STEADY_FRACTION * level_s, _STEADY_DEVIATIONS * error_s)
+    num_windows = len(samples_s) - STEADY_WINDOW + 1
+    first = num_windows
+    while first > 0:
+        window = samples_s[first - 1 : first - 1 + STEADY_WINDOW]
+        if abs(statistics.median(window) - level_s) > limit_s:
+            break
+        first -= 1
+    if first > half:
+        return SteadyState(first_step=0, has_settled=False)
+    return SteadyState(first_step=first, has_settled=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

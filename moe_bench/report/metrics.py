@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_bench.analysis.flops import FlopsCounting, step_flops
-from moe_bench.analysis.stats import median_interval
+from moe_bench.analysis.stats import median_interval, outliers, steady_state
 from moe_bench.results.record import Record
 
 COUNTING = FlopsCounting.MCORE_WINDOWED
@@ -17,10 +17,16 @@ class RunMetrics:
     """The numbers that tables show; a rate that cannot exist is None, never zero."""
 
     step_time_s: float
-    """Median over timed steps of the slowest rank's time."""
+    """Median over the steady steps of the slowest rank's time."""
     step_time_low_s: float
     step_time_high_s: float
     """Ends of the 95 % bootstrap interval of the median."""
+    first_steady_step: int
+    """First timed step, from 0, that the numbers are taken from."""
+    has_settled: bool | None
+    """None where there are too few steps to tell; all of them count then, and where they have not settled."""
+    outlier_steps: tuple[int, ...]
+    """Timed steps far from the median; they count like all others."""
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     """Per process where there is no GPU."""
@@ -48,7 +54,9 @@ def run_metrics(record: Record) -> RunMetrics:
     FP8 runs too: one denominator keeps them comparable, though several publishers divide by the FP8 peak.
     """
     recipe, samples = record.plan.recipe, record.samples
-    interval = median_interval(record.slowest_step_times_s())
+    times_s = record.slowest_step_times_s()
+    steady = steady_state(times_s)
+    interval = median_interval(times_s[steady.first_step :])
     num_gpus = record.num_ranks
     tokens_per_s = recipe.tokens_per_step / interval.median_s
     flops_per_s_per_gpu = step_flops(recipe, counting=COUNTING) / (num_gpus * interval.median_s)
@@ -59,6 +67,9 @@ def run_metrics(record: Record) -> RunMetrics:
         step_time_s=interval.median_s,
         step_time_low_s=interval.low_s,
         step_time_high_s=interval.high_s,
+        first_steady_step=steady.first_step,
+        has_settled=steady.has_settled,
+        outlier_steps=tuple(step for step, is_far in enumerate(outliers(times_s)) if is_far),
         tokens_per_s=tokens_per_s,
         tokens_per_s_per_gpu=tokens_per_s / num_gpus,
         flops_per_s_per_gpu=flops_per_s_per_gpu,
@@ -74,6 +85,12 @@ def run_metrics(record: Record) -> RunMetrics:
         else sum(samples.energy_j) / (recipe.tokens_per_step * len(samples.step_times_s[0])),
         max_over_mean_load_ratio=_worst_load(samples.tokens_per_expert),
     )
+
+
+def steady_times_s(record: Record) -> tuple[float, ...]:
+    """Times of the steady steps, each that of its slowest rank."""
+    times_s = record.slowest_step_times_s()
+    return times_s[steady_state(times_s).first_step :]
 
 
 def _worst_load(tokens_per_expert: tuple[tuple[tuple[int, ...], ...], ...]) -> float | None:

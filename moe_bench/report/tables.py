@@ -15,6 +15,7 @@ from moe_bench.report.show import GIB, substitution_table
 from moe_bench.results.record import Record
 
 TFLOPS = 1e12
+MAX_OUTLIERS_SHOWN = 5
 
 
 def run_view(record: Record, path: Path) -> RenderableType:
@@ -58,7 +59,8 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
             "ran on",
             f"{record.num_ranks} {unit}{'es' if unit == 'process' else 's'}, {layout_label(recipe) or 'DP1'}",
         ),
-        ("step time", f"{step_time_text(metrics)}, median of {len(samples.step_times_s[0])} steps"),
+        ("step time", f"{step_time_text(metrics)}, {steps_text(metrics, len(samples.step_times_s[0]))}"),
+        *outlier_rows(record, metrics),
         ("tokens/s", f"{metrics.tokens_per_s:,.0f} ({metrics.tokens_per_s_per_gpu:,.0f} per {unit})"),
         (f"TFLOPs/{unit}", f"{metrics.flops_per_s_per_gpu / TFLOPS:.4g} (counted: {COUNTING})"),
         ("MFU", mfu),
@@ -81,6 +83,27 @@ def step_time_text(metrics: RunMetrics) -> str:
     scale, unit = (1.0, "s") if metrics.step_time_s >= 1 else (1e3, "ms")
     low, high = metrics.step_time_low_s * scale, metrics.step_time_high_s * scale
     return f"{metrics.step_time_s * scale:.4g} {unit} ({low:.4g} to {high:.4g})"
+
+
+def steps_text(metrics: RunMetrics, num_timed: int) -> str:
+    """Which steps the median is of."""
+    if metrics.has_settled is None:
+        return f"median of {num_timed} steps, too few to tell whether it is steady"
+    if not metrics.has_settled:
+        return f"median of {num_timed} steps, which drift: NOT STEADY"
+    if not metrics.first_steady_step:
+        return f"median of {num_timed} steps, steady from the first"
+    num_steady = num_timed - metrics.first_steady_step
+    return f"median of {num_steady} of {num_timed} steps, steady from step {metrics.first_steady_step + 1}"
+
+
+def outlier_rows(record: Record, metrics: RunMetrics) -> list[tuple[str, str]]:
+    """The steps that lie far from the median, with their times; none where there are none."""
+    times_s = record.slowest_step_times_s()
+    shown = [f"{step + 1}: {times_s[step]:.4g} s" for step in metrics.outlier_steps[:MAX_OUTLIERS_SHOWN]]
+    num_hidden = len(metrics.outlier_steps) - len(shown)
+    shown += [f"and {num_hidden} more"] if num_hidden else []
+    return [("outlier steps", f"{', '.join(shown)} (counted)")] if shown else []
 
 
 def run_json(record: Record, path: Path) -> dict[str, object]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_bench.analysis.stats import median_interval, outliers, slowest_ranks
+from moe_bench.analysis.stats import SteadyState, median_interval, outliers, slowest_ranks, steady_state
 
 times = st.lists(st.floats(0.1, 100), min_size=1, max_size=30)
 
@@ -60,3 +60,37 @@ def test_a_far_step_is_marked_and_noise_is_not() -> None:
     samples = [1.00, 1.01, 0.99, 1.02, 0.98, 1.00, 1.01, 2.50]
     assert outliers(samples) == (False,) * 7 + (True,)
     assert outliers([]) == ()
+
+
+def test_steps_that_settle_are_steady_from_the_window_at_which_they_have() -> None:
+    # windows of five: 2.0 1.5 1.2 1.1 1.0 has median 1.2; the one from step 2 on has median 1.0
+    samples = [2.0, 1.5, 1.2, 1.1, 1.0, *[1.0] * 25]
+    assert steady_state(samples) == SteadyState(first_step=2, has_settled=True)
+
+
+def test_quiet_steps_are_steady_from_the_first() -> None:
+    assert steady_state([1.0] * 10) == SteadyState(first_step=0, has_settled=True)
+
+
+def test_one_slow_step_does_not_end_a_steady_state() -> None:
+    samples = [1.0] * 40
+    samples[20] = 9.0
+    assert steady_state(samples) == SteadyState(first_step=0, has_settled=True)
+
+
+@pytest.mark.parametrize("samples", [[1 + 0.01 * step for step in range(40)], [1.0] * 30 + [1.1] * 10])
+def test_a_drift_or_a_late_change_has_not_settled(samples: list[float]) -> None:
+    assert steady_state(samples) == SteadyState(first_step=0, has_settled=False)
+
+
+def test_too_few_steps_cannot_tell() -> None:
+    assert steady_state([3.0, 1.0, 1.0, 1.0, 1.0]) == SteadyState(first_step=0, has_settled=None)
+
+
+def test_noise_is_seldom_taken_for_a_drift() -> None:
+    import random
+
+    generator = random.Random(5)
+    found = [steady_state([generator.gauss(1.0, 0.1) for _ in range(40)]) for _ in range(300)]
+    assert sum(steady.has_settled is False for steady in found) <= 6
+    assert sum(steady.first_step > 0 for steady in found) <= 9
