@@ -400,6 +400,8 @@ def _ddp(recipe: Recipe) -> Arguments:
 
 def _optimizer(recipe: Recipe) -> Arguments:
     optimizer, overlap = recipe.optimizer, recipe.overlap
+    # Offloading reuses the code path of low-precision state, and refuses without it (training/arguments.py:1804).
+    is_precision_aware = optimizer.is_precision_aware or recipe.offload.optimizer_fraction > 0
     return {
         "optimizer": optimizer.name,
         "lr": optimizer.learning_rate,
@@ -411,9 +413,9 @@ def _optimizer(recipe: Recipe) -> Arguments:
         "bf16": recipe.precision != "fp32",
         "params_dtype": "fp32" if recipe.precision == "fp32" else "bf16",
         "use_distributed_optimizer": recipe.parallel.data_sharding != "none",
-        "use_precision_aware_optimizer": optimizer.is_precision_aware,
+        "use_precision_aware_optimizer": is_precision_aware,
         # read by the precision-aware optimizer only; the plain one keeps FP32 main gradients
-        "main_grads_dtype": optimizer.gradient_dtype if optimizer.is_precision_aware else "fp32",
+        "main_grads_dtype": optimizer.gradient_dtype if is_precision_aware else "fp32",
         "main_params_dtype": optimizer.main_params_dtype,
         "exp_avg_dtype": optimizer.exp_avg_dtype,
         "exp_avg_sq_dtype": optimizer.exp_avg_sq_dtype,

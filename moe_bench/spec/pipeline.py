@@ -25,6 +25,17 @@ class LayoutError(ValueError):
     """A layout that cannot exist; the message says why and what would."""
 
 
+class StageCountError(LayoutError):
+    """A layout string with more or fewer stages than the pipeline has."""
+
+    def __init__(self, num_stages: int, parallel: ParallelSpec) -> None:
+        fix = f"write {parallel.num_chunks} stages"
+        if num_stages % parallel.pipeline == 0:
+            fix += f", or virtual_pipeline: {num_stages // parallel.pipeline}"
+        have = f"PP{parallel.pipeline} x {parallel.virtual_pipeline} virtual stages"
+        super().__init__(f"{num_stages} stages, {have}; {fix}")
+
+
 def expand_layout(text: str) -> tuple[str, ...]:
     """The stages of a Megatron-Core layout string, one string of the letters E, t, m, L per stage.
 
@@ -85,11 +96,6 @@ def embedding_pipeline_ranks(
 def _require_layout(
     stages: tuple[str, ...], parallel: ParallelSpec, *, num_layers: int, num_mtp_layers: int
 ) -> None:
-    if len(stages) != parallel.num_chunks:
-        raise LayoutError(
-            f"{len(stages)} stages, but pipeline x virtual_pipeline = {parallel.num_chunks}; "
-            "make the two agree"
-        )
     letters = "".join(stages)
     for letter, what, wanted in (
         ("E", "embedding", 1),
@@ -102,6 +108,8 @@ def _require_layout(
             raise LayoutError(f"{found} {what} letters {letter!r}, the model has {wanted}; change the layout")
     if not stages[0].startswith("E") or not stages[-1].endswith("L"):
         raise LayoutError("the first stage must begin with E and the last end with L; move the letter")
+    if len(stages) != parallel.num_chunks:
+        raise StageCountError(len(stages), parallel)
 
 
 def _even_stages(parallel: ParallelSpec, *, num_layers: int, num_mtp_layers: int) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_bench.spec.legality.rule import Found, rule
-from moe_bench.spec.pipeline import LayoutError, expand_layout, pipeline_chunks
+from moe_bench.spec.pipeline import LayoutError, StageCountError, expand_layout, pipeline_chunks
 from moe_bench.spec.recipe import Recipe
 
 _CONFIG = "megatron/core/transformer/transformer_config.py"
@@ -13,11 +13,23 @@ _LAYOUT = "megatron/core/transformer/pipeline_parallel_layer_layout.py"
 
 
 @rule(
-    "every layer needs exactly one stage",
-    f"{_CONFIG}:1974",
+    "the stages of a layout string are the virtual stages of all ranks",
     "megatron/training/arguments.py:911",
-    "megatron/training/arguments.py:963",
+    "megatron/training/arguments.py:968",
+    "megatron/training/arguments.py:972",
     f"{_LAYOUT}:40",
+    f"{_CONFIG}:1974",
+)
+def layout_stages(recipe: Recipe) -> Iterator[Found]:
+    stages = _stages(recipe)
+    if stages and len(stages) != recipe.parallel.num_chunks:
+        values, _, fix = str(StageCountError(len(stages), recipe.parallel)).rpartition("; ")
+        yield "parallel.layout", values, fix
+
+
+@rule(
+    "every layer needs exactly one stage",
+    "megatron/training/arguments.py:963",
     f"{_LAYOUT}:94",
     f"{_LAYOUT}:97",
     f"{_LAYOUT}:102",
@@ -37,12 +49,10 @@ _LAYOUT = "megatron/core/transformer/pipeline_parallel_layer_layout.py"
     "megatron/core/transformer/transformer_block.py:169",
 )
 def pipeline_layers(recipe: Recipe) -> Iterator[Found]:
-    parallel = recipe.parallel
-    try:
-        pipeline_chunks(parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers)
-    except LayoutError as error:
+    error = _layout_error(recipe)
+    if error is not None and not isinstance(error, StageCountError):
         values, _, fix = str(error).rpartition("; ")
-        yield "parallel.layout" if parallel.layout is not None else "parallel.pipeline", values, fix
+        yield "parallel.layout" if recipe.parallel.layout is not None else "parallel.pipeline", values, fix
 
 
 @rule("one split of the layers at a time", f"{_CONFIG}:1946", f"{_CONFIG}:1929")
@@ -84,17 +94,11 @@ def virtual_stages_need_a_pipeline(recipe: Recipe) -> Iterator[Found]:
     f"{_LAYOUT}:128",
 )
 def mtp_stage(recipe: Recipe) -> Iterator[Found]:
-    parallel = recipe.parallel
-    if parallel.layout is None or not recipe.num_mtp_layers:
-        return
-    try:
-        stages = expand_layout(parallel.layout)
-    except LayoutError:
-        return
+    stages = _stages(recipe)
     letters = "".join(stages)
     with_mtp = [index for index, stage in enumerate(stages) if "m" in stage]
-    last_virtual = len(stages) - parallel.pipeline
-    if "t" in letters[letters.find("m") :] and "m" in letters:
+    last_virtual = len(stages) - recipe.parallel.pipeline
+    if with_mtp and "t" in letters[letters.index("m") :]:
         yield "parallel.layout", "a decoder layer after an MTP layer", "move the letters m behind every t"
     elif len(with_mtp) > 1:
         yield "parallel.layout", f"letters m in stages {with_mtp}", "put all in one stage"
@@ -112,14 +116,8 @@ def mtp_stage(recipe: Recipe) -> Iterator[Found]:
     f"{_LAYOUT}:122",
 )
 def mtp_not_on_the_first_rank(recipe: Recipe) -> Iterator[Found]:
-    parallel = recipe.parallel
-    if parallel.layout is None or parallel.pipeline == 1:
-        return
-    try:
-        stages = expand_layout(parallel.layout)
-    except LayoutError:
-        return
-    if any("m" in stage for stage in stages[:: parallel.pipeline]):
+    pipeline = recipe.parallel.pipeline
+    if pipeline > 1 and any("m" in stage for stage in _stages(recipe)[::pipeline]):
         yield (
             "parallel.layout",
             "an MTP layer on the first pipeline rank",
@@ -145,6 +143,25 @@ def mtp_position_embedding(recipe: Recipe) -> Iterator[Found]:
 
 
 RULES = (
-    pipeline_layers, one_split, virtual_stages_need_a_pipeline, mtp_stage, mtp_not_on_the_first_rank,
-    mtp_of_the_model, mtp_position_embedding,
+    layout_stages, pipeline_layers, one_split, virtual_stages_need_a_pipeline, mtp_stage,
+    mtp_not_on_the_first_rank, mtp_of_the_model, mtp_position_embedding,
 )  # fmt: skip
+
+
+def _layout_error(recipe: Recipe) -> LayoutError | None:
+    """Why the layers cannot be divided as the recipe says."""
+    try:
+        pipeline_chunks(
+            recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
+        )
+    except LayoutError as error:
+        return error
+    return None
+
+
+def _stages(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of the layout string; none without one, or where it cannot be read."""
+    try:
+        return () if recipe.parallel.layout is None else expand_layout(recipe.parallel.layout)
+    except LayoutError:
+        return ()

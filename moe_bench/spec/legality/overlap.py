@@ -28,6 +28,7 @@ def param_gather_needs_grad_reduce(recipe: Recipe) -> Iterator[Found]:
     f"{_ARGUMENTS}:1033",
     f"{_ARGUMENTS}:1035",
     f"{_ARGUMENTS}:1037",
+    f"{_ARGUMENTS}:1039",
 )
 def param_gather_with_step(recipe: Recipe) -> Iterator[Found]:
     overlap, key = recipe.overlap, "overlap.param_gather_with_optimizer_step"
@@ -107,7 +108,7 @@ def expert_overlap_precision(recipe: Recipe) -> Iterator[Found]:
 
 @rule("both would run in the gap of one exchange", f"{_CONFIG}:2706")
 def two_overlaps(recipe: Recipe) -> Iterator[Found]:
-    if recipe.overlap.expert_parallel and recipe.overlap.shared_experts and _has_shared_experts(recipe):
+    if recipe.overlap.expert_parallel and recipe.overlap.shared_experts:
         yield "overlap.shared_experts", "true with overlap.expert_parallel", "write false"
 
 

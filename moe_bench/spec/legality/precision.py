@@ -160,6 +160,10 @@ def torch_native_states(recipe: Recipe) -> Iterator[Found]:
     optimizer = recipe.optimizer
     if recipe.kernels.family == "transformer_engine":
         return
+    if recipe.offload.optimizer_fraction:
+        yield "offload.optimizer_fraction", f"set with {recipe.kernels.family}", "write 0"
+    if optimizer.is_precision_aware and recipe.parallel.data_sharding == "megatron_fsdp":
+        yield "optimizer", "states below FP32 with megatron_fsdp", "keep them in fp32"
     for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
         dtype = getattr(optimizer, name)
         allowed = ("fp32",) if name == "main_params_dtype" else ("fp32", "bf16")
