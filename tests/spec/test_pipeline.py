@@ -30,7 +30,7 @@ def test_deepseek_v3_on_32_stages_is_counted_right() -> None:
     [
         ("Ett|tL", "3 decoder layer letters"),
         ("Ett|ttx", "unknown layout letters x"),
-        ("Ett|tt|L", "3 stages, but pipeline x virtual_pipeline = 2"),
+        ("Ett|tt|L", "3 stages, PP"),
         ("tEt|ttL", "the first stage must begin with E"),
     ],
 )
