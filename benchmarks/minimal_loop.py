@@ -1,4 +1,4 @@
-"""The least that trains an MoE model with Megatron-Core on one CPU process: the harness is measured against it.
+"""The least that trains an MoE model with Megatron-Core on one CPU process, to measure the harness against.
 
 It imports nothing of moe_bench, and has its own few lines that let Megatron-Core run without a GPU. Started
 by harness_overhead.py, it runs a block of steps for every number of steps that it reads, and prints the time.

@@ -25,9 +25,9 @@ _J_PER_MJ = 1e-3
 _BYTES_PER_MIB = 1024**2
 
 
-def gpu_facts(device_index: int) -> GpuFacts:
-    """Name of the GPU, and what nvidia-smi knows about it where that program is installed."""
-    properties = torch.cuda.get_device_properties(device_index)
+def gpu_facts() -> GpuFacts:
+    """Name of this rank's GPU, and what nvidia-smi knows about it where that program is installed."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     answer = _nvidia_smi(f"--id=GPU-{properties.uuid}", f"--query-gpu={','.join(_QUERY)}", _FORMAT)
     return GpuFacts(name=properties.name) if answer is None else facts_from_answer(properties.name, answer)
 
@@ -52,12 +52,12 @@ def facts_from_answer(name: str, answer: str) -> GpuFacts:
     )
 
 
-def energy_counter_j(device_index: int) -> float | None:
-    """Joules that the GPU has used since its driver was loaded; None where it does not count them.
+def energy_counter_j() -> float | None:
+    """Joules that this rank's GPU has used since its driver was loaded; None where it does not count them.
 
     NVML counts in millijoules, from Volta on (nvmlDeviceGetTotalEnergyConsumption).
     """
-    uuid = f"GPU-{torch.cuda.get_device_properties(device_index).uuid}"
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     pynvml.nvmlInit()
     try:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)

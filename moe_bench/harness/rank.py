@@ -97,14 +97,25 @@ def wanted_patches(settings: Settings) -> tuple[str, ...]:
 
 
 def _take_gpu(rendezvous: Rendezvous, name: str) -> None:
-    if rendezvous.local_rank >= torch.cuda.device_count():
+    device = gpu_index(rendezvous, num_visible=torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    sanity.require_gpu(rank=rendezvous.rank, expected=name, found=torch.cuda.get_device_name(device))
+
+
+def gpu_index(rendezvous: Rendezvous, *, num_visible: int) -> int:
+    """Which of the GPUs that it sees a rank takes.
+
+    A launcher that shows each rank its own GPU alone (srun --gpus-per-task) makes that number 0 for all of
+    them; where two ranks take the same one, NCCL refuses.
+    """
+    if num_visible == 1:
+        return 0
+    if rendezvous.local_rank >= num_visible:
         raise MissingRequirementError(
             f"rank {rendezvous.rank}: no GPU {rendezvous.local_rank} on {socket.gethostname()}, "
-            f"which shows {torch.cuda.device_count()}"
+            f"which shows {num_visible}"
         )
-    torch.cuda.set_device(rendezvous.local_rank)
-    found = torch.cuda.get_device_name(rendezvous.local_rank)
-    sanity.require_gpu(rank=rendezvous.rank, expected=name, found=found)
+    return rendezvous.local_rank
 
 
 def _gathered(report: RankReport, rendezvous: Rendezvous) -> tuple[RankReport, ...] | None:
@@ -133,15 +144,15 @@ def _measure(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     warmup_s = trainer.run(range(settings.num_warmup_steps))
-    before_j = device_facts.energy_counter_j(rendezvous.local_rank) if device == "cuda" else None
+    before_j = device_facts.energy_counter_j() if device == "cuda" else None
     timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
-    after_j = device_facts.energy_counter_j(rendezvous.local_rank) if device == "cuda" else None
+    after_j = device_facts.energy_counter_j() if device == "cuda" else None
     loads = counter.loads()
     _require_sound_routing(built, settings, plan, loads)
     return RankReport(
         rank=rendezvous.rank,
         host=socket.gethostname(),
-        gpu=device_facts.gpu_facts(rendezvous.local_rank) if device == "cuda" else None,
+        gpu=device_facts.gpu_facts() if device == "cuda" else None,
         warmup_step_times_s=warmup_s,
         step_times_s=timed_s,
         losses=tuple(trainer.losses) if speaks_for_job() else None,

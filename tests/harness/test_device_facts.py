@@ -56,6 +56,7 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch, consumption: object) -> list[str]
         return int(str(consumption))
 
     properties = SimpleNamespace(uuid="0123")
+    monkeypatch.setattr(device_facts.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(device_facts.torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: calls.append("init"))
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: calls.append("shutdown"))
@@ -66,11 +67,11 @@ def fake_nvml(monkeypatch: pytest.MonkeyPatch, consumption: object) -> list[str]
 
 def test_energy_is_counted_in_joules_for_the_gpu_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_nvml(monkeypatch, 1_234_567)
-    assert energy_counter_j(0) == pytest.approx(1234.567)
+    assert energy_counter_j() == pytest.approx(1234.567)
     assert calls == ["init", "count GPU-0123", "shutdown"]
 
 
 def test_a_gpu_that_does_not_count_energy_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_nvml(monkeypatch, pynvml.NVMLError_NotSupported())
-    assert energy_counter_j(0) is None
+    assert energy_counter_j() is None
     assert calls[-1] == "shutdown"

@@ -131,6 +131,22 @@ def test_overlapped_data_parallelism_trains_like_one_process(trainer: Trainer, s
     assert_same_training(trainer.train(laid), trainer.on_one_process(structure))
 
 
+@pytest.mark.parametrize("layout", ["EP2", "PP2xVPP2xEP2"])
+def test_hiding_dispatch_under_computation_changes_no_bit(trainer: Trainer, layout: str) -> None:
+    recipe = structure_of("qwen3_30b_a3b").model_copy(update={"precision": "bf16"})
+    has_pipeline = layout != "EP2"
+    parallel = LAYOUTS["PP2xVPP2"] | {"num_gpus": 4, "expert": 2} if has_pipeline else LAYOUTS["EP2"]
+    plain, hidden = (
+        trainer.train(
+            laid_out(recipe, parallel=parallel, overlap=Overlap(expert_parallel=is_hidden, p2p=has_pipeline))
+        )
+        for is_hidden in (False, True)
+    )
+    assert hidden.losses == plain.losses
+    assert hidden.grad_norms == plain.grad_norms
+    assert hidden.tokens_per_expert == plain.tokens_per_expert
+
+
 def test_the_allgather_dispatcher_trains_like_one_process(trainer: Trainer) -> None:
     recipe = structure_of("qwen3_30b_a3b")
     dispatch = recipe.dispatch.model_copy(update={"dispatcher": "allgather"})

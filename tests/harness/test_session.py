@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from moe_bench.errors import BadInputError, MeasurementError, MissingRequirement
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.process_groups import Rendezvous
 from moe_bench.harness.session import run
+from moe_bench.harness.workers import Seat
 from moe_bench.spec.catalogue import recipes_root
+from moe_bench.spec.recipe import Recipe
 from tests.harness.toys import laid_out, parity_recipe, smoke_recipe
 from tests.harness.zygote import Zygote
 
@@ -63,6 +67,24 @@ def test_what_megatron_core_refuses_is_told_in_its_words(zygote: Zygote) -> None
     odd = dataclasses.replace(arguments, transformer=arguments.transformer | recompute)
     with pytest.raises(BadInputError, match=r"^Megatron-Core refuses the recipe: .*softmax"):
         zygote.train(odd)
+
+
+def started_rank(port: int, seat: Seat) -> bool:
+    """One rank as torchrun or srun starts it: it is told where to meet, and inherits nothing."""
+    arguments = megatron_arguments(started_recipe())
+    rendezvous = dataclasses.replace(seat.rendezvous, master_port=port)
+    outcome = run(arguments, rendezvous=rendezvous, on_report=lambda report: None)
+    return outcome is not None and len(outcome.samples.step_times_s) == seat.rendezvous.world_size
+
+
+def started_recipe() -> Recipe:
+    return laid_out(parity_recipe("qwen3_30b_a3b"), parallel={"num_gpus": 2, "pipeline": 2})
+
+
+def test_of_ranks_that_somebody_started_the_first_reports_for_all(zygote: Zygote) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert zygote.fork(2, functools.partial(started_rank, port)) == [True, False]
 
 
 def test_a_job_of_another_size_is_refused() -> None:
