@@ -69,12 +69,13 @@ def harness_loop() -> None:
     from moe_bench.harness.host_device import host_device
     from moe_bench.harness.mcore_config import megatron_arguments
     from moe_bench.harness.patches import patches
-    from moe_bench.harness.process_groups import Rendezvous, process_groups
+    from moe_bench.harness.process_groups import process_groups
     from moe_bench.harness.rank import batch_plan, build, wanted_patches
     from moe_bench.harness.routing import LoadCounter
     from moe_bench.harness.settings import settings_of
     from moe_bench.harness.trainer import Trainer, Watch
     from moe_bench.harness.workers import LOOPBACK
+    from moe_bench.spec.rendezvous import Rendezvous
 
     torch.set_num_threads(1)
     arguments = megatron_arguments(recipe())

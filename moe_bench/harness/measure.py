@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.process_groups import Rendezvous
 from moe_bench.harness.session import Outcome, run
 from moe_bench.harness.trainer import StepReport
 from moe_bench.results.provenance import (
@@ -20,6 +19,7 @@ from moe_bench.results.provenance import (
     recorded_environment,
 )
 from moe_bench.results.record import Provenance, Record
+from moe_bench.spec.rendezvous import Rendezvous
 from moe_bench.spec.scale import Plan
 
 

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 
+from moe_bench.spec.rendezvous import Rendezvous
+
 Backend = Literal["gloo", "nccl"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
-    """Which rank this process is, and where the ranks of the job meet."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    """Number of this process on its host; the GPU that it uses."""
-    master_addr: str
-    master_port: int
 
 
 @contextlib.contextmanager

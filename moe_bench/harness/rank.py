@@ -18,12 +18,13 @@ from moe_bench.harness.build import Training, model_chunks, set_seeds, training,
 from moe_bench.harness.implementations import implementations
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.patches import AppliedPatch, patch_names, patches
-from moe_bench.harness.process_groups import Rendezvous, process_groups
+from moe_bench.harness.process_groups import process_groups
 from moe_bench.harness.routing import ExpertLoad, LoadCounter
 from moe_bench.harness.settings import Settings, settings_of
 from moe_bench.harness.trainer import Trainer, Watch, speaks_for_job, speaks_for_stage
 from moe_bench.harness.weights import initialise_by_name
 from moe_bench.results.record import GpuFacts, Implementations
+from moe_bench.spec.rendezvous import Rendezvous
 
 _BYTES_PER_KIB = 1024
 

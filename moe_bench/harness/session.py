@@ -11,13 +11,13 @@ from moe_bench.errors import MissingRequirementError
 from moe_bench.harness import device_facts, sanity
 from moe_bench.harness.implementations import NONE_HERE
 from moe_bench.harness.mcore_config import MegatronArguments
-from moe_bench.harness.process_groups import Rendezvous
 from moe_bench.harness.rank import RankReport, run_rank
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.trainer import StepReport, Watch
 from moe_bench.harness.workers import Message, Seat, run_forked
 from moe_bench.results.record import GpuFacts, Implementations, Samples
+from moe_bench.spec.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_bench.errors import MeasurementError, MoeBenchError
-from moe_bench.harness.process_groups import Rendezvous
+from moe_bench.spec.rendezvous import Rendezvous
 
 LOOPBACK = "127.0.0.1"
 GATHER_CAUSES_S = 1.0

@@ -15,7 +15,7 @@ Execute = Callable[[str, tuple[str, ...]], object]
 
 
 def require_gpus_here(recipe: Recipe, *, asked: str, run: Runner) -> None:
-    """Raise MissingRequirementError where this machine has fewer GPUs than `recipe`, called `asked`, needs."""
+    """Raise MissingRequirementError where this machine has fewer GPUs than `recipe`, named `asked`, needs."""
     num_needed, num_here = recipe.parallel.num_gpus, num_gpus_here(run)
     if num_here < num_needed:
         smaller = f"--scale node --num-gpus {num_here}" if num_here else "--scale smoke"

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.launch.runner import Runner
+from moe_bench.spec.rendezvous import Rendezvous
 
 FIRST_PORT = 10_000
 NUM_PORTS = 20_000
 """Ports 10000 to 29999: below the kernel's range for outgoing connections (32768 to 60999 on Linux)."""
 NUM_ORDINARY_STEPS = 0xFFFFFFF0
 """Step ids from here on are Slurm's own: interactive, batch, extern (slurm.h, SLURM_MAX_NORMAL_STEP_ID)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
-    """One rank's place in a job that somebody else has started."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    num_nodes: int
-    node_rank: int
-    master_addr: str
-    master_port: int
 
 
 def rendezvous_from(env: Mapping[str, str], run: Runner) -> Rendezvous | None:
@@ -39,8 +26,6 @@ def rendezvous_from(env: Mapping[str, str], run: Runner) -> Rendezvous | None:
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env["LOCAL_RANK"]),
-            num_nodes=int(env["GROUP_WORLD_SIZE"]),
-            node_rank=int(env["GROUP_RANK"]),
             master_addr=env["MASTER_ADDR"],
             master_port=int(env["MASTER_PORT"]),
         )
@@ -50,8 +35,6 @@ def rendezvous_from(env: Mapping[str, str], run: Runner) -> Rendezvous | None:
         rank=int(env["SLURM_PROCID"]),
         world_size=int(env["SLURM_STEP_NUM_TASKS"]),
         local_rank=int(env["SLURM_LOCALID"]),
-        num_nodes=int(env["SLURM_STEP_NUM_NODES"]),
-        node_rank=int(env["SLURM_NODEID"]),
         master_addr=env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"], run),
         master_port=int(env.get("MASTER_PORT") or master_port(int(env["SLURM_JOB_ID"]))),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.process_groups import Rendezvous
 from moe_bench.harness.rank import gpu_index
+from moe_bench.spec.rendezvous import Rendezvous
 
 
 def rank(local_rank: int) -> Rendezvous:

@@ -14,11 +14,11 @@ import pytest
 
 from moe_bench.errors import BadInputError, MeasurementError, MissingRequirementError
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.process_groups import Rendezvous
 from moe_bench.harness.session import run
 from moe_bench.harness.workers import Seat
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.rendezvous import Rendezvous
 from tests.harness.toys import laid_out, parity_recipe, smoke_recipe
 from tests.harness.zygote import Zygote
 

@@ -2,12 +2,12 @@ import pytest
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.launch.rendezvous import (
-    Rendezvous,
     first_host,
     master_port,
     node_address,
     rendezvous_from,
 )
+from moe_bench.spec.rendezvous import Rendezvous
 from tests.launch.conftest import FakeRunner
 
 BATCH_SCRIPT = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -39,8 +39,6 @@ def rank_11(master_addr: str, master_port: int) -> Rendezvous:
         rank=11,
         world_size=16,
         local_rank=3,
-        num_nodes=2,
-        node_rank=1,
         master_addr=master_addr,
         master_port=master_port,
     )

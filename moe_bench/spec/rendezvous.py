@@ -1,0 +1,17 @@
+"""Which rank a process is and where the ranks of its job meet: found by the launch layer, used by the harness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """One rank's place in a job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Number of this process on its host."""
+    master_addr: str
+    master_port: int
