@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_bench.analysis.flops import FlopsCounting, step_flops
+from moe_bench.analysis.flops import step_flops
 from moe_bench.analysis.stats import median_interval, outliers, steady_state
+from moe_bench.results.flops_convention import OUR_COUNTING
 from moe_bench.results.record import Record
 
-COUNTING = FlopsCounting.MCORE_WINDOWED
-"""How our TFLOPs are counted: Megatron-Core's way, sliding windows counted as windows."""
+COUNTING = OUR_COUNTING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from moe_bench.analysis.flops import FlopsCounting
 
+OUR_COUNTING = FlopsCounting.MCORE_WINDOWED
+"""How our TFLOPs are counted: Megatron-Core's way, sliding windows counted as windows."""
+
 
 class FlopsConvention(StrEnum):
     """The count behind a printed TFLOPs or MFU. `CONVENTIONS` says what each one means."""
@@ -39,6 +42,8 @@ class Convention:
     source: str
     counting: FlopsCounting | None = None
     """How our arithmetic counts so; None where the source gives no formula."""
+    meant: FlopsCounting | None = None
+    """What the source meant to count, where it was mistaken; None where it counted what it meant."""
 
 
 CONVENTIONS: dict[FlopsConvention, Convention] = {
@@ -57,13 +62,15 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         meaning="gated experts counted as two matrices, not three: 27.1 GFLOP/token for GPT-OSS-120B at 4k",
         source="NVIDIA-NeMo/Megatron-Bridge tables 25.11 to 26.04.01, corrected in pull request 3947",
         counting=FlopsCounting.MCORE_UNGATED_EXPERTS,
+        meant=FlopsCounting.MCORE_WINDOWED,
     ),
     FlopsConvention.BRIDGE_GPTOSS_INTERMEDIATE: Convention(
         causal_half=None,
         mtp=None,
         sliding_window=None,
-        meaning="neither old nor new count: 29.7 GFLOP/token (120B), 20.0 (20B) at 4k; use tokens/s",
+        meaning="as the new count with a vocabulary near 32,000 (inferred): 29.7 (120B), 20.0 (20B)",
         source="NVIDIA-NeMo/Megatron-Bridge verification cards of GPT-OSS, functional runs of 2026-08",
+        meant=FlopsCounting.MCORE_WINDOWED,
     ),
     FlopsConvention.BRIDGE_GPTOSS_NEW: Convention(
         causal_half=True,
@@ -85,7 +92,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         causal_half=True,
         mtp=False,
         sliding_window=True,
-        meaning="as mcore without MTP; the GPT-OSS rows of 2025-10 imply 7 % less than the formula gives",
+        meaning="as mcore without MTP; for GPT-OSS it takes a head size of 45, not 64, and gives 7 % less",
         source="NVIDIA-NeMo/Automodel nemo_automodel/components/utils/flops_utils.py",
         counting=FlopsCounting.AUTOMODEL,
     ),
@@ -111,6 +118,7 @@ CONVENTIONS: dict[FlopsConvention, Convention] = {
         sliding_window=None,
         meaning="Megatron's counter inside Primus; Qwen3-235B rows imply the same 148.0 GFLOP/token",
         source="AMD-AGI/Primus",
+        counting=FlopsCounting.MCORE,
     ),
     FlopsConvention.MAXTEXT: Convention(
         causal_half=None,

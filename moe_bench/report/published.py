@@ -1,0 +1,183 @@
+"""Published rows as a table: tokens/s/GPU first, TFLOPs/GPU as printed and as we count them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moe_bench.report.tables import TFLOPS
+from moe_bench.results.contradictions import Contradiction
+from moe_bench.results.flops_convention import OUR_COUNTING
+from moe_bench.results.published import PublishedRow, model_key
+from moe_bench.results.renormalised import renormalised
+from moe_bench.spec.model import ModelSpec
+
+Line = dict[str, str | int | float | None]
+
+_TERMINAL = {
+    "id": "row",
+    "hardware": "GPU",
+    "num_gpus": "GPUs",
+    "precision": "precision",
+    "layout": "layout",
+    "seq_len": "seq",
+    "gbs": "GBS",
+    "tokens_per_s_per_gpu": "tokens/s/GPU",
+    "tokens_per_s_basis": "from",
+    "printed_tflops_per_gpu": "TFLOPs printed",
+    "flops_convention": "counted as",
+    "tflops_per_gpu": "TFLOPs ours",
+    "trust": "trust",
+}
+"""Columns of the terminal's table and their headings."""
+
+
+def published_lines(rows: Iterable[PublishedRow], models: Mapping[str, ModelSpec]) -> tuple[Line, ...]:
+    """One line per row, by model, system and falling throughput."""
+    lines = [published_line(row, models.get(model_key(row.model))) for row in rows]
+    return tuple(
+        sorted(
+            lines,
+            key=lambda line: (
+                str(line["model"]),
+                str(line["hardware"]),
+                str(line["precision"]),
+                -float(line["tokens_per_s_per_gpu"] or 0),
+            ),
+        )
+    )
+
+
+def published_line(row: PublishedRow, model: ModelSpec | None) -> Line:
+    """What a table says of one row; `model` is None where `recipes/` has no such architecture."""
+    ours = renormalised(row, model)
+    return {
+        "id": row.id,
+        "model": row.model,
+        "hardware": row.hardware,
+        "num_gpus": row.num_gpus,
+        "precision": row.precision,
+        "layout": row_layout(row),
+        "seq_len": row.seq_len,
+        "mbs": row.mbs,
+        "gbs": row.gbs,
+        "dispatcher": row.dispatcher,
+        "tokens_per_s_per_gpu": ours.tokens_per_s_per_gpu,
+        "tokens_per_s_basis": ours.basis,
+        "step_time_s": row.step_time_s,
+        "printed_tflops_per_gpu": row.metrics.tflops_per_gpu,
+        "flops_convention": row.flops_convention,
+        "tflops_per_gpu": _tflops(ours.flops_per_s_per_gpu),
+        "flops_counting": None if ours.flops_per_s_per_gpu is None else OUR_COUNTING,
+        "trust": row.trust,
+        "framework": row.framework,
+        "version": row.version,
+        "source": ", ".join(text for text in (row.source.repo, row.source.paper, row.source.path) if text)
+        or row.source.url,
+        "note": row.note,
+    }
+
+
+def row_layout(row: PublishedRow) -> str:
+    """Printed parallel sizes above one, as `TP2 PP8 VPP4 EP32`."""
+    sizes = (
+        ("TP", row.tp),
+        ("PP", row.pp),
+        ("VPP", row.vpp),
+        ("CP", row.cp),
+        ("EP", row.ep),
+        ("ETP", row.etp),
+    )
+    label = " ".join(f"{name}{size}" for name, size in sizes if size is not None and size > 1)
+    return label + (f" {row.sharding.upper()}" if row.sharding in ("fsdp", "fsdp2") else "")
+
+
+def published_view(lines: Iterable[Line]) -> RenderableType:
+    """The lines for a terminal, and what a blank in the last columns means."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    numbers = {
+        "num_gpus",
+        "seq_len",
+        "gbs",
+        "tokens_per_s_per_gpu",
+        "printed_tflops_per_gpu",
+        "tflops_per_gpu",
+    }
+    for column, heading in _TERMINAL.items():
+        table.add_column(heading, justify="right" if column in numbers else "left", overflow="fold")
+    num_rows = num_ours = 0
+    for line in lines:
+        table.add_row(*(_text(line[column]) for column in _TERMINAL))
+        num_rows += 1
+        num_ours += line["tflops_per_gpu"] is not None
+    return Group(
+        table,
+        Text(
+            f"{num_rows} rows; {num_ours} renormalised to {OUR_COUNTING}, the others keep what was printed: "
+            "recipes/ has no architecture for them, or they print no sequence length or throughput",
+            style="dim",
+        ),
+    )
+
+
+def as_csv(lines: Iterable[Line]) -> str:
+    """The whole table, unrounded."""
+    rows = list(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["id"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def check_view(found: Iterable[Contradiction], *, num_rows: int) -> RenderableType:
+    """Contradictions by cause, those without one first; the first line counts them."""
+    ordered = sorted(found, key=lambda one: (one.known is not None, one.check, _cause(one)))
+    num_open = sum(one.known is None for one in ordered)
+    parts: list[RenderableType] = [
+        Text(
+            f"{num_rows} rows: {len({one.row_id for one in ordered})} contradict themselves in "
+            f"{len(ordered)} places; {num_open} without a known cause",
+            style="bold",
+        )
+    ]
+    for (check, cause), group in groupby(ordered, key=lambda one: (one.check, _cause(one))):
+        parts.append(Text(f"\n{check}: {cause}"))
+        parts += [Text(f"  {one.row_id}: {one.problem}", style="dim") for one in group]
+    return Group(*parts)
+
+
+def check_json(found: Iterable[Contradiction]) -> list[dict[str, str | None]]:
+    """The same for scripts."""
+    return [
+        {
+            "row": one.row_id,
+            "check": one.check,
+            "problem": one.problem,
+            "cause": None if one.known is None else one.known.cause,
+            "source": None if one.known is None else one.known.source,
+        }
+        for one in found
+    ]
+
+
+def _cause(one: Contradiction) -> str:
+    return "NO KNOWN CAUSE" if one.known is None else f"{one.known.cause} ({one.known.source})"
+
+
+def _tflops(flops_per_s: float | None) -> float | None:
+    return None if flops_per_s is None else flops_per_s / TFLOPS
+
+
+def _text(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return str(value)
