@@ -28,7 +28,7 @@ from moe_bench.spec.recipe import (
 )
 from moe_bench.spec.system import SystemSpec
 
-Scale = Literal["full", "node", "smoke"]
+Scale = Literal["full", "node", "smoke", "dryrun"]
 
 
 class Substitution(Spec):
@@ -67,7 +67,7 @@ def smoke_plan(recipe: Recipe, *, host: SystemSpec, modified: tuple[str, ...]) -
         recipe=toy,
         asked=recipe.name,
         scale="smoke",
-        substitutions=tuple(_differences(recipe, toy, _SMOKE_REASONS)),
+        substitutions=tuple(differences(recipe, toy, _SMOKE_REASONS)),
         modified=modified,
     )
 
@@ -93,7 +93,7 @@ def node_plan(
                 recipe=cut,
                 asked=recipe.name,
                 scale="node",
-                substitutions=tuple(_differences(recipe, cut, _NODE_REASONS)),
+                substitutions=tuple(differences(recipe, cut, _NODE_REASONS)),
                 modified=modified,
             )
     raise BadInputError(f"{recipe.name}: not even {fewest} layers fit {num_gpus} GPUs; use more of them")
@@ -132,7 +132,7 @@ _NODE_REASONS = {
 _NOT_COMPARED = ("reproduces", "differences", "variant")
 
 
-def _differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Iterator[Substitution]:
+def differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Iterator[Substitution]:
     """One row per leaf that differs; the system is one row, for it is one choice."""
     left = _leaves({**asked.model_dump(mode="json", exclude=set(_NOT_COMPARED)), "system": asked.system.key})
     right = _leaves({**used.model_dump(mode="json", exclude=set(_NOT_COMPARED)), "system": used.system.key})
@@ -186,7 +186,7 @@ def _smoke_recipe(recipe: Recipe, host: SystemSpec) -> Recipe:
             ),
             "cuda_graphs": CudaGraphs(),
             "offload": Offload(),
-            "optimizer": _smoke_optimizer(recipe.optimizer),
+            "optimizer": adam_with_plain_states(recipe.optimizer),
             "steps": Steps(num_warmup=2, num_timed=5),
             "env": {},
             "container": None,
@@ -325,7 +325,7 @@ def _smoke_dispatch(dispatch: DispatchSpec) -> DispatchSpec:
     )
 
 
-def _smoke_optimizer(optimizer: OptimizerSpec) -> OptimizerSpec:
+def adam_with_plain_states(optimizer: OptimizerSpec) -> OptimizerSpec:
     """BF16 moments stay: the torch-native family has an Adam for them."""
     return optimizer.model_copy(
         update={

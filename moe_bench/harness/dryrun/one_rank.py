@@ -1,0 +1,248 @@
+"""One rank of a job, built and stepped through real Megatron-Core on tensors without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.harness.batches import MicroBatch
+from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
+from moe_bench.harness.dryrun.accounting import Account, Category
+from moe_bench.harness.dryrun.findings import Findings
+from moe_bench.harness.dryrun.meta_device import META, meta_device
+from moe_bench.harness.dryrun.outcome import (
+    FlopsLine,
+    MemoryPeak,
+    RankDryRun,
+    StandInUse,
+    TrafficLine,
+)
+from moe_bench.harness.dryrun.phases import phases
+from moe_bench.harness.dryrun.places import Phase, Places, layer_of
+from moe_bench.harness.dryrun.schedule import num_micro_batches_to_run, over_the_step
+from moe_bench.harness.dryrun.stand_ins import StandIn, stand_ins
+from moe_bench.harness.dryrun.token_counts import SenderCounts, token_counts
+from moe_bench.harness.loopback import Ledger, Transfer, loopback_groups
+from moe_bench.harness.mcore_config import megatron_arguments
+from moe_bench.harness.patches import patch_names, patches
+from moe_bench.harness.settings import settings_of
+from moe_bench.harness.step import train_step
+from moe_bench.spec.recipe import Recipe
+
+TIMELINE_POINTS = 1000
+SHARED_STORAGE = "host_share_storage"
+"""A patch for hosts that copies; here the storage is handed over, as on a GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watch:
+    """What observes a run."""
+
+    places: Places
+    account: Account
+    ledger: Ledger
+    findings: Findings
+
+    def on_transfer(self, transfer: Transfer) -> None:
+        """Hear of one transfer."""
+        self.ledger.record(transfer)
+        self.findings.note(transfer, self.places.where()[0])
+
+
+def dry_run_rank(
+    recipe: Recipe,
+    rank: int,
+    *,
+    counts: SenderCounts | None = None,
+    num_micro_batches: int | None = None,
+) -> RankDryRun:
+    """Build rank `rank` of `recipe`, a recipe that `dryrun_plan` derived, and take one step.
+
+    `counts` is a routing matrix (None: balanced), `num_micro_batches` how many to run (None: the fewest that
+    reach the steady state).
+
+    Raises BadInputError for a rank that does not exist or a matrix that does not fit, MissingRequirementError
+    where the installed Megatron-Core cannot build what the recipe asks for.
+    """
+    if not 0 <= rank < recipe.parallel.num_gpus:
+        last = recipe.parallel.num_gpus - 1
+        raise BadInputError(f"--rank {rank}: {recipe.name} has ranks 0 to {last}; name one of them")
+    places = Places()
+    watch = _Watch(
+        places=places, account=Account(places), ledger=Ledger(places.where), findings=Findings(places)
+    )
+    num_run = num_micro_batches or num_micro_batches_to_run(recipe)
+    with _stage(recipe, rank, watch, counts) as used:
+        built = _built(recipe, watch)
+        _make_optimizer_states(built, watch)
+        return _stepped(recipe, rank, built, watch, used, num_run=num_run)
+
+
+@contextlib.contextmanager
+def _stage(
+    recipe: Recipe, rank: int, watch: _Watch, counts: SenderCounts | None
+) -> Iterator[tuple[StandIn, ...]]:
+    """Everything that the code of a rank meets: device, kernels, token counts, groups, and who watches."""
+    arguments = megatron_arguments(recipe)
+    mends = (*patch_names("host"), *patch_names("no_transformer_engine"), *recipe.patches)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(meta_device())
+        stack.enter_context(patches([name for name in mends if name != SHARED_STORAGE]))
+        used = stack.enter_context(stand_ins(recipe.kernels.fusions, watch.account.add_flops))
+        stack.enter_context(token_counts(counts))
+        stack.enter_context(
+            loopback_groups(
+                world_size=recipe.parallel.num_gpus,
+                rank=rank,
+                sizes=arguments.parallel_state,
+                on_transfer=watch.on_transfer,
+            )
+        )
+        stack.enter_context(watch.places.watched())
+        stack.enter_context(watch.account.watched())
+        yield used
+
+
+def _built(recipe: Recipe, watch: _Watch) -> Training:
+    """Model, gradient buffers and optimizer of the rank, each in its category."""
+    arguments, account = megatron_arguments(recipe), watch.account
+    settings = settings_of(arguments)
+    try:
+        config = transformer_config(arguments)
+        # There are no values to initialise.
+        config.perform_initialization = False
+        set_seeds(settings.seed)
+        chunks = model_chunks(arguments, settings, config, device="cuda")
+        watch.places.name_modules(chunks)
+        with account.holding(Category.OPTIMIZER):
+            built = training(arguments, settings, config, chunks, device="cuda")
+    except ImportError as error:
+        raise MissingRequirementError(f"Megatron-Core cannot build the recipe here: {error}") from error
+    for tensor, category in _buffers(built):
+        account.assign(tensor, category)
+    return built
+
+
+def _buffers(built: Training) -> Iterator[tuple[torch.Tensor, Category]]:
+    """The buffers that data parallelism keeps weights and gradients in."""
+    for chunk in built.chunks:
+        for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ())):
+            yield buffer.grad_data, Category.GRADIENTS
+            if buffer.param_data is not None:
+                yield buffer.param_data, Category.WEIGHTS
+
+
+def _make_optimizer_states(built: Training, watch: _Watch) -> None:
+    """Let the optimizer take a step first, as the moments are made in the first one."""
+    with watch.account.holding(Category.OPTIMIZER):
+        for chunk in built.chunks:
+            chunk.zero_grad_buffer()
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+
+
+def _stepped(
+    recipe: Recipe, rank: int, built: Training, watch: _Watch, used: tuple[StandIn, ...], *, num_run: int
+) -> RankDryRun:
+    places, account = watch.places, watch.account
+    watch.ledger.lines.clear()
+    account.flops.clear()
+    account.num_calls.clear()
+    with phases(places, built), places.during(Phase.FORWARD):
+        account.start_peak()
+        train_step(built, _micro_batches(recipe, num_run))
+    peak = account.peak
+    findings = watch.findings.conclude(built.chunks, account)
+    dense, expert = _num_params(built)
+    return RankDryRun(
+        rank=rank,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        num_dense_params=dense,
+        num_expert_params=expert,
+        peak=MemoryPeak(
+            num_bytes=peak.num_bytes,
+            bytes_by_category={category.value: size for category, size in peak.by_category.items()},
+            bytes_by_phase={phase.value: size for phase, size in account.peak_bytes_by_phase.items()},
+            phase=peak.phase.value,
+            module=peak.module,
+        ),
+        timeline_bytes=_sampled(account.timeline),
+        **_totals(recipe, watch, num_run=num_run),
+        num_micro_batches=recipe.num_micro_batches,
+        num_micro_batches_run=num_run,
+        findings=findings,
+        stand_ins=tuple(
+            StandInUse(kernel=e.kernel, keeps=e.keeps, source=e.source, is_verified=e.verified) for e in used
+        ),
+    )
+
+
+def _micro_batches(recipe: Recipe, num: int) -> list[MicroBatch]:
+    """Batches without values, each as wide as the part of a sequence that a context rank holds."""
+    shape = (recipe.micro_batch_size, recipe.seq_len // recipe.parallel.context)
+    return [
+        {
+            **{name: torch.zeros(shape, dtype=torch.int64, device=META) for name in _INTEGERS},
+            "loss_mask": torch.zeros(shape, device=META),
+        }
+        for _ in range(num)
+    ]
+
+
+_INTEGERS = ("tokens", "labels", "position_ids")
+
+
+def _num_params(built: Training) -> tuple[int, int]:
+    """Dense and expert parameters of the rank."""
+    num = Counter[bool]()
+    for chunk in built.chunks:
+        for name, parameter in chunk.named_parameters():
+            num[".experts." in name] += parameter.numel()
+    return num[False], num[True]
+
+
+def _totals(recipe: Recipe, watch: _Watch, *, num_run: int) -> dict[str, Any]:
+    """Operations, traffic and calls over the whole step."""
+
+    def whole(count: int, phase: Phase) -> int:
+        return over_the_step(count, phase, num_run=num_run, num_micro_batches=recipe.num_micro_batches)
+
+    flops = Counter[tuple[str, Phase, str]]()
+    for (phase, module, kind), num_flops in watch.account.flops.items():
+        flops[kind.value, phase, layer_of(module)] += num_flops
+    return {
+        "flops": tuple(
+            FlopsLine(kind=kind, phase=phase.value, layer=layer, num_flops=whole(num_flops, phase))
+            for (kind, phase, layer), num_flops in sorted(flops.items())
+        ),
+        "traffic": tuple(
+            TrafficLine(
+                op=key.op,
+                group=key.group,
+                group_size=key.group_size,
+                phase=key.phase,
+                layer=key.place,
+                num_calls=whole(line.num_calls, Phase(key.phase)),
+                num_bytes=whole(line.num_bytes, Phase(key.phase)),
+            )
+            for key, line in sorted(watch.ledger.lines.items())
+        ),
+        "num_operator_calls": {
+            phase.value: whole(num_calls, phase) for phase, num_calls in watch.account.num_calls.items()
+        },
+    }
+
+
+def _sampled(timeline: Any) -> tuple[int, ...]:
+    """The maxima of `TIMELINE_POINTS` equal parts."""
+    if len(timeline) <= TIMELINE_POINTS:
+        return tuple(timeline)
+    edges = [index * len(timeline) // TIMELINE_POINTS for index in range(TIMELINE_POINTS + 1)]
+    return tuple(max(timeline[start:end]) for start, end in zip(edges, edges[1:], strict=False))

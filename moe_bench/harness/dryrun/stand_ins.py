@@ -1,0 +1,336 @@
+"""The kernels that a dry run does not launch: what stands in for each, what it keeps, and who says so.
+
+One list per family. `verified` is true once the real kernel has been run under
+`torch.autograd.graph.saved_tensors_hooks` on a GPU and kept the same bytes; until then every figure that
+rests on the entry is marked. Only what a recipe uses is replaced: a fusion that is off runs as it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_bench.harness.dryrun import stand_in_kernels as kernels
+from moe_bench.harness.dryrun.stand_in_kernels import OnFlops
+from moe_bench.harness.substitution import Substitution, substituted
+from moe_bench.spec.recipe import Fusions
+
+Family = Literal["torch", "transformer_engine", "megatron"]
+Replacements = Callable[[OnFlops], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandIn:
+    """One kernel, where the code calls it, and what takes its place."""
+
+    kernel: str
+    keeps: str
+    """For the backward pass, beside its weights."""
+    source: str
+    """Where that was read."""
+    module: str
+    replacements: Replacements
+    """New values of the module's attributes."""
+    fusion: str | None = None
+    """Key of `kernels.fusions` that switches the kernel on; None for one that always runs."""
+    verified: bool = False
+
+
+@contextlib.contextmanager
+def stand_ins(fusions: Fusions, on_flops: OnFlops) -> Iterator[tuple[StandIn, ...]]:
+    """Put every stand-in that a recipe with these fusions needs in its place, and say which they are."""
+    enabled = {name for name, value in fusions.model_dump().items() if value not in (False, "none")}
+    wanted = tuple(
+        entry
+        for family in STAND_INS.values()
+        for entry in family
+        if entry.fusion is None or entry.fusion in enabled
+    )
+    with contextlib.ExitStack() as stack:
+        for entry in wanted:
+            owner = importlib.import_module(entry.module)
+            for name, replacement in entry.replacements(on_flops).items():
+                stack.enter_context(substituted(Substitution(owner, name, replacement)))
+        yield wanted
+
+
+def _flash(on_flops: OnFlops) -> dict[str, Any]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        output: Tensor = kernels.Attention.apply(query, key, value, None, on_flops)
+        return output
+
+    return {"scaled_dot_product_attention": attend}
+
+
+def _flex(on_flops: OnFlops) -> dict[str, Any]:
+    def mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> int | None:
+        # Our windows count the tokens before the query, the formula the query too.
+        return None if window is None else window + 1
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: int | None, sink: Tensor | None
+    ) -> Tensor:
+        heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        output: Tensor = kernels.Attention.apply(*heads_first, mask, on_flops)
+        if sink is not None:
+            output = kernels.Sink.apply(output, sink)
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+    return {"block_mask": mask, "blockwise_attention": attend}
+
+
+def _rms_norm(on_flops: OnFlops) -> dict[str, Any]:
+    def normalise(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
+        output: Tensor = kernels.RMSNorm.apply(x, weight)
+        return output
+
+    return {"rms_norm": normalise}
+
+
+def _gated(on_flops: OnFlops) -> dict[str, Any]:
+    def forward(x: Tensor, probabilities: Tensor, *numbers: object) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+    def backward(grad: Tensor, x: Tensor, probabilities: Tensor, *numbers: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(probabilities)
+
+    return {"gated_forward": forward, "gated_backward": backward}
+
+
+def _adam(on_flops: OnFlops) -> dict[str, Any]:
+    def update(params: list[Tensor], *states: object, **options: object) -> None:
+        for param in params:
+            param.add_(param)
+
+    return {"adam": update}
+
+
+def _low_precision_adam(on_flops: OnFlops) -> dict[str, Any]:
+    def update(param: Tensor, grad: Tensor, master: Tensor, *states: object) -> None:
+        param.copy_(master)
+
+    return {"adam_update": update}
+
+
+def _l2_norm(on_flops: OnFlops) -> dict[str, Any]:
+    def norm(
+        chunk: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
+    ) -> tuple[Tensor, Tensor]:
+        grads = tensor_lists[0]
+        return grads[0].new_empty(1, dtype=torch.float32), grads[0].new_empty(len(grads), dtype=torch.float32)
+
+    return {"l2_norm_impl": norm}
+
+
+def _permutation(on_flops: OnFlops) -> dict[str, Any]:
+    def permute(tokens: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: int) -> Any:
+        return kernels.Permute.apply(tokens, probs, int(num_out_tokens))
+
+    def unpermute(rows: Tensor, row_map: Tensor, restore_shape: torch.Size, **options: object) -> Any:
+        return kernels.Unpermute.apply(rows, row_map, restore_shape[0])
+
+    def sort(rows: Tensor, *order: object) -> Any:
+        return kernels.SortChunks.apply(rows, rows.new_empty(0))[0]
+
+    def sort_with_probs(rows: Tensor, probs: Tensor, *order: object) -> Any:
+        return kernels.SortChunks.apply(rows, probs)
+
+    return {
+        "HAVE_TE": True,
+        # Only asked for by a check that it exists: the all-to-all dispatcher permutes probabilities too.
+        "fused_permute": _not_reached,
+        "fused_permute_with_probs": permute,
+        "fused_unpermute": unpermute,
+        "fused_sort_chunks_by_index": sort,
+        "fused_sort_chunks_by_index_with_probs": sort_with_probs,
+    }
+
+
+def _router(on_flops: OnFlops) -> dict[str, Any]:
+    def topk(*, logits: Tensor, **options: object) -> Any:
+        return kernels.TopkScores.apply(logits)
+
+    def scores(*, logits: Tensor, **options: object) -> Any:
+        return kernels.AuxLossScores.apply(logits)
+
+    def loss(*, probs: Tensor, tokens_per_expert: Tensor, **options: object) -> Any:
+        return kernels.AuxLoss.apply(probs, tokens_per_expert)
+
+    return {
+        "HAVE_TE": True,
+        "fused_topk_with_score_function": topk,
+        "fused_compute_score_for_moe_aux_loss": scores,
+        "fused_moe_aux_loss": loss,
+    }
+
+
+def _rope(on_flops: OnFlops) -> dict[str, Any]:
+    def rotate(x: Tensor, angles: Tensor, **options: object) -> Any:
+        return kernels.Rope.apply(x, angles)
+
+    return {"fused_apply_rotary_pos_emb": rotate}
+
+
+def _cross_entropy(on_flops: OnFlops) -> dict[str, Any]:
+    def loss(logits: Tensor, labels: Tensor, tp_group: Any, *options: object) -> Any:
+        return kernels.CrossEntropy.apply(logits, labels, tp_group)
+
+    return {"te_parallel_cross_entropy": loss}
+
+
+def _swiglu(on_flops: OnFlops) -> dict[str, Any]:
+    def forward(x: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    return {"swiglu": forward, "swiglu_back": backward}
+
+
+def _mla_rope(on_flops: OnFlops) -> dict[str, Any]:
+    names = ("rotary_fwd_q_kernel", "rotary_bwd_q_kernel", "rotary_fwd_kv_kernel", "rotary_bwd_kv_kernel")
+    return {name: kernels.NoKernel() for name in names}
+
+
+def _share_storage(on_flops: OnFlops) -> dict[str, Any]:
+    def share(output: Tensor, recomputed: Tensor) -> None:
+        kept, source = output.untyped_storage(), recomputed.untyped_storage()
+        num_bytes = source.nbytes()
+        if num_bytes:  # 0 where another output of the same storage came first
+            source.resize_(0)
+            kept.resize_(num_bytes)
+
+    return {"_get_share_storage": lambda: share}
+
+
+def _not_reached(*args: object, **kwargs: object) -> None:
+    raise NotImplementedError("no dispatcher of a dry run permutes without probabilities")
+
+
+_TORCH = (
+    StandIn(
+        kernel="flash attention",
+        keeps="queries, keys, values (padded to the keys' width), output, FP32 log-sum-exp",
+        source="torch 2.15 derivatives.yaml, _scaled_dot_product_flash_attention; gradients of keys and"
+        " values per query head: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd",
+        module="torch.nn.functional",
+        replacements=_flash,
+    ),
+    StandIn(
+        kernel="flex attention (windows, sinks, context parallelism)",
+        keeps="queries, keys, values, output, FP32 log-sum-exp; with sinks the output again",
+        source="torch 2.15 torch/_higher_order_ops/flex_attention.py, FlexAttentionAutogradOp",
+        module="moe_bench.harness.kernels.attention",
+        replacements=_flex,
+    ),
+    StandIn(
+        kernel="RMSNorm",
+        keeps="input, FP32 1 / rms per row",
+        source="torch 2.15 derivatives.yaml, _fused_rms_norm",
+        module="torch.nn.functional",
+        replacements=_rms_norm,
+    ),
+    StandIn(
+        kernel="gated activation of the experts (compiled)",
+        keeps="nothing beyond what moe_bench/harness/kernels/grouped_linear.py saves",
+        source="moe_bench/harness/kernels/activation.py, one kernel each way when compiled",
+        module="moe_bench.harness.kernels.activation",
+        replacements=_gated,
+    ),
+    StandIn(
+        kernel="Adam",
+        keeps="nothing beyond its states; Transformer Engine's FusedAdam and torch's fused one update in"
+        " place, torch's default (foreach) makes copies of whole moments",
+        source="transformer_engine 2.20.2 pytorch/optimizers/fused_adam.py; torch 2.15 torch/optim/adam.py",
+        module="torch.optim.adam",
+        replacements=_adam,
+    ),
+    StandIn(
+        kernel="gradient norm over many tensors",
+        keeps="nothing; Megatron-Core's replacement without Transformer Engine reads every norm back",
+        source="transformer_engine 2.20.2 common/multi_tensor/l2norm.cu",
+        module="megatron.core.optimizer.clip_grads",
+        replacements=_l2_norm,
+    ),
+    StandIn(
+        kernel="Adam with low-precision moments (compiled)",
+        keeps="nothing beyond its states",
+        source="moe_bench/harness/kernels/adam.py, one kernel when compiled",
+        module="moe_bench.harness.kernels.adam",
+        replacements=_low_precision_adam,
+    ),
+)
+
+_TRANSFORMER_ENGINE = (
+    StandIn(
+        kernel="permutation of tokens and of chunks",
+        keeps="row maps: int32 [tokens, 2 experts + 1], and [rows] where chunks are sorted",
+        source="transformer_engine 2.20.2 pytorch/permutation.py, pytorch/triton/permutation.py",
+        module="megatron.core.transformer.moe.moe_utils",
+        replacements=_permutation,
+        fusion="permute",
+    ),
+    StandIn(
+        kernel="router",
+        keeps="scores of all experts in FP32 and the routing map; FP32 scores again for the auxiliary loss",
+        source="transformer_engine 2.20.2 pytorch/router.py",
+        module="megatron.core.transformer.moe.moe_utils",
+        replacements=_router,
+        fusion="router",
+    ),
+    StandIn(
+        kernel="rotary embedding",
+        keeps="the angles, which all layers share",
+        source="transformer_engine 2.20.2 pytorch/attention/rope.py, FusedRoPEFunc",
+        module="megatron.core.models.common.embeddings.rope_utils",
+        replacements=_rope,
+        fusion="rope",
+    ),
+    StandIn(
+        kernel="cross entropy",
+        keeps="a copy of the logits, which becomes their gradient (2.16 overwrote the logits themselves)",
+        source="transformer_engine 2.20.2 pytorch/triton/cross_entropy.py, cross_entropy_forward",
+        module="megatron.core.models.common.language_module.language_module",
+        replacements=_cross_entropy,
+        fusion="cross_entropy",
+    ),
+)
+
+_MEGATRON = (
+    StandIn(
+        kernel="SwiGLU of dense MLPs and shared experts (compiled)",
+        keeps="nothing beyond what the autograd functions around it save",
+        source="megatron-core 0.19.2 fusions/fused_bias_swiglu.py",
+        module="megatron.core.fusions.fused_bias_swiglu",
+        replacements=_swiglu,
+        fusion="activation",
+    ),
+    StandIn(
+        kernel="rotary embedding of multi-latent attention (Triton)",
+        keeps="nothing beyond what the autograd functions around it save",
+        source="megatron-core 0.19.2 fusions/fused_mla_yarn_rope_apply.py",
+        module="megatron.core.fusions.fused_mla_yarn_rope_apply",
+        replacements=_mla_rope,
+        fusion="rope",
+    ),
+    StandIn(
+        kernel="hand-over of recomputed storage (C++ extension)",
+        keeps="nothing: the recomputed tensor's memory becomes the released one's",
+        source="megatron-core 0.19.2 tensor_parallel/random.py:39, share_storage",
+        module="megatron.core.tensor_parallel.random",
+        replacements=_share_storage,
+    ),
+)
+
+STAND_INS: Mapping[Family, tuple[StandIn, ...]] = {
+    "torch": _TORCH,
+    "transformer_engine": _TRANSFORMER_ENGINE,
+    "megatron": _MEGATRON,
+}

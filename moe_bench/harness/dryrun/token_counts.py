@@ -1,0 +1,126 @@
+"""How many tokens go where, without data: balanced over the experts, or as a matrix of counts says.
+
+Megatron-Core reads the number of tokens per expert back to the host before it exchanges tokens. Without data
+there is nothing to read, so for that one method the all-to-all dispatcher is given a real routing map on the
+host; everything that it derives (splits, tokens per local expert, the gather of the counts) is its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from moe_bench.errors import BadInputError
+from moe_bench.harness.substitution import Substitution, substituted
+
+SenderCounts = Sequence[Sequence[int]]
+"""For each rank of the ETP x EP group, the tokens of one micro batch that it sends to each expert."""
+
+
+@contextlib.contextmanager
+def token_counts(counts: SenderCounts | None) -> Iterator[None]:
+    """Let the all-to-all dispatcher of every layer see these counts, until the block ends.
+
+    None balances: every expert gets as many tokens of a sender as any other, give or take one.
+    """
+    dispatcher = MoEAlltoAllTokenDispatcher
+    replacement = _with_host_map(dispatcher.preprocess, counts)
+    with substituted(Substitution(dispatcher, "preprocess", replacement)):
+        yield
+
+
+def balanced_counts(*, num_tokens: int, num_experts: int, top_k: int) -> tuple[int, ...]:
+    """Tokens for each expert when a sender's `num_tokens` choose `top_k` experts in turn."""
+    each, remainder = divmod(num_tokens * top_k, num_experts)
+    return tuple(each + (expert < remainder) for expert in range(num_experts))
+
+
+def host_routing_map(counts: Sequence[int], *, num_tokens: int) -> torch.Tensor:
+    """A boolean map [num_tokens, experts] on the host with these column sums and equal row sums.
+
+    Experts take tokens in turn, one after the other, so no token goes to one expert twice.
+    """
+    total = sum(counts)
+    expert = torch.repeat_interleave(torch.tensor(counts))
+    token = torch.arange(total) % num_tokens
+    routing_map = torch.zeros(num_tokens, len(counts), dtype=torch.bool)
+    routing_map[token, expert] = True
+    return routing_map
+
+
+def _with_host_map(
+    preprocess: Callable[..., torch.Tensor], counts: SenderCounts | None
+) -> Callable[..., torch.Tensor]:
+    maps: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
+
+    def call(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+        if self.drop_and_pad:
+            return preprocess(self, routing_map)
+        num_tokens = routing_map.shape[0]
+        senders = _senders(self, counts, num_tokens=num_tokens)
+        own = senders[self.tp_ep_group.rank()]
+        host_map = maps.setdefault((own, num_tokens), host_routing_map(own, num_tokens=num_tokens))
+        with _on_host(senders):
+            tokens_per_expert = preprocess(self, host_map)
+        for name in ("input_splits", "output_splits"):
+            splits = getattr(self, name, None)
+            if isinstance(splits, torch.Tensor):
+                # As on a GPU, whose splits arrive on the host as NumPy arrays (token_dispatcher.py:930).
+                setattr(self, name, splits.tolist())
+        return tokens_per_expert
+
+    return call
+
+
+def _senders(dispatcher: Any, counts: SenderCounts | None, *, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Counts of every rank of the group, with what exceeds an expert's capacity dropped."""
+    config, num_ranks = dispatcher.config, dispatcher.tp_ep_group.size()
+    num_experts, top_k = config.num_moe_experts, config.moe_router_topk
+    if counts is None:
+        senders = [balanced_counts(num_tokens=num_tokens, num_experts=num_experts, top_k=top_k)] * num_ranks
+    else:
+        senders = [tuple(row) for row in counts]
+        _require_counts(senders, num_ranks=num_ranks, num_experts=num_experts, num_choices=num_tokens * top_k)
+    if config.moe_expert_capacity_factor is None:
+        return tuple(senders)
+    capacity = math.ceil(num_tokens * top_k / num_experts * config.moe_expert_capacity_factor)
+    return tuple(tuple(min(count, capacity) for count in row) for row in senders)
+
+
+def _require_counts(
+    senders: Sequence[Sequence[int]], *, num_ranks: int, num_experts: int, num_choices: int
+) -> None:
+    """Raise BadInputError unless the matrix has one row per rank, one column per expert, and adds up."""
+    if len(senders) != num_ranks or any(len(row) != num_experts for row in senders):
+        widths = sorted({len(row) for row in senders})
+        raise BadInputError(
+            f"routing matrix: {len(senders)} rows of {widths} counts; one row for each of the {num_ranks} "
+            f"ranks of the ETP x EP group and one count for each of the {num_experts} experts are needed"
+        )
+    for rank, row in enumerate(senders):
+        if sum(row) != num_choices or min(row) < 0:
+            raise BadInputError(
+                f"routing matrix: row {rank} adds up to {sum(row)}; a micro batch makes {num_choices} choices"
+            )
+
+
+@contextlib.contextmanager
+def _on_host(senders: tuple[tuple[int, ...], ...]) -> Iterator[None]:
+    """Let the dispatcher work on the host, and find the other senders' counts where it gathers them."""
+    gather = token_dispatcher.gather_from_sequence_parallel_region
+
+    def gather_counts(*args: Any, **kwargs: Any) -> torch.Tensor:
+        gathered: torch.Tensor = gather(*args, **kwargs)
+        return gathered.copy_(torch.tensor(senders).flatten())
+
+    with (
+        substituted(Substitution(torch.cuda, "current_device", lambda: "cpu")),
+        substituted(Substitution(token_dispatcher, "gather_from_sequence_parallel_region", gather_counts)),
+    ):
+        yield

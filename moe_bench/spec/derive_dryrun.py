@@ -1,0 +1,87 @@
+"""The recipe that a dry run builds: the same layout and sizes on torch-native BF16 kernels, row by row."""
+
+from __future__ import annotations
+
+from moe_bench.spec.recipe import CudaGraphs, DispatchSpec, Fusions, KernelSpec, Offload, Overlap, Recipe
+from moe_bench.spec.scale import Plan, Substitution, adam_with_plain_states, differences
+
+_REASONS = {
+    "parallel": "torch-native attention gathers keys and values over the context ranks",
+    "precision": "FP8 and FP4 are Transformer Engine's",
+    "low_precision": "FP8 and FP4 are Transformer Engine's",
+    "kernels": "Transformer Engine does not load without a GPU; its fused kernels have stand-ins",
+    "dispatch": "DeepEP, HybridEP, NCCL EP need a GPU; the all-gather dispatcher reads values",
+    "overlap": "Transformer Engine's",
+    "cuda_graphs": "nothing is launched that could be captured",
+    "offload": "what is offloaded is counted on the device",
+    "optimizer": "Muon, FP16 and FP8 states are Transformer Engine's",
+    "mcore": "options of kernels that are not built",
+}
+
+
+def dryrun_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:
+    """What a dry run of `recipe` builds, and how it departs from what was asked."""
+    derived = _derived(recipe)
+    rows = tuple(differences(recipe, derived, _REASONS))
+    return Plan(
+        recipe=derived,
+        asked=recipe.name,
+        scale="dryrun",
+        substitutions=(*rows, _balanced(recipe)),
+        modified=modified,
+    )
+
+
+def _derived(recipe: Recipe) -> Recipe:
+    parallel = recipe.parallel
+    return recipe.model_copy(
+        update={
+            "parallel": parallel.model_copy(
+                update={"context_comm": "allgather" if parallel.context > 1 else parallel.context_comm}
+            ),
+            "precision": "fp32" if recipe.precision == "fp32" else "bf16",
+            "low_precision": None,
+            "kernels": _kernels(recipe.kernels),
+            "dispatch": _dispatch(recipe.dispatch),
+            "overlap": _overlap(recipe.overlap),
+            "cuda_graphs": CudaGraphs(),
+            "offload": Offload(),
+            "optimizer": adam_with_plain_states(recipe.optimizer),
+            "mcore": {},
+        }
+    )
+
+
+def _kernels(kernels: KernelSpec) -> KernelSpec:
+    """Fusions stay where the dry run has a stand-in; weight gradients are not accumulated in the GEMM."""
+    fusions = kernels.fusions
+    return KernelSpec(
+        family="torch_native",
+        grouped_gemm=kernels.grouped_gemm,
+        fusions=Fusions(
+            permute=fusions.permute,
+            router=fusions.router,
+            rope=fusions.rope,
+            activation=fusions.activation,
+            cross_entropy=fusions.cross_entropy,
+        ),
+    )
+
+
+def _dispatch(dispatch: DispatchSpec) -> DispatchSpec:
+    return dispatch.model_copy(
+        update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
+    )
+
+
+def _overlap(overlap: Overlap) -> Overlap:
+    return overlap.model_copy(update={"delayed_wgrad": False, "tensor_parallel": False})
+
+
+def _balanced(recipe: Recipe) -> Substitution:
+    return Substitution(
+        field="routing.mode",
+        asked=recipe.routing.mode,
+        used="balanced counts",
+        why="there are no values to route by; --routing takes a matrix of counts",
+    )
