@@ -1,4 +1,4 @@
-"""Which rank a process is and where the ranks of its job meet: found by the launch layer, used by the harness."""
+"""Which rank a process is and where its job meets: found by the launch layer, used by the harness."""
 
 from __future__ import annotations
 
