@@ -20,6 +20,8 @@ def test_help_groups_the_verbs_and_lists_the_exit_codes(capsys: pytest.CaptureFi
     text = " ".join(capsys.readouterr().out.split())
     for verb in ("list", "show", "schema", "run", "submit", "report"):
         assert f" {verb} " in text
+    panels = [text.index(f"─ {panel} ─") for panel in ("Recipes", "Predict", "Run", "Read")]
+    assert panels == sorted(panels)
     for code, meaning in EXIT_CODES:
         assert f"{code} {meaning}" in text
 

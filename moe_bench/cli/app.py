@@ -9,7 +9,8 @@ import typer
 from moe_bench import __version__
 from moe_bench.errors import EXIT_CODES
 
-RECIPES, PREDICT, RUN, READ = "Recipes", "Predict", "Run", "Read"
+PANELS = RECIPES, PREDICT, RUN, READ = ("Recipes", "Predict", "Run", "Read")
+"""Groups of `--help`, in its order: each answers a question that costs more than the one before."""
 
 app = typer.Typer(
     help="Recipes, measurements and published numbers of Mixture-of-Experts training on Megatron-Core.",
