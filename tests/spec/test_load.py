@@ -87,8 +87,9 @@ def test_a_legal_recipe_is_read_whole(loader: Loader, recipe_path: Path) -> None
         (
             "  expert: 4",
             "  expert: 3",
-            f"{FILE}:10: parallel.expert: ETP1 x EP3 x PP2 = 6 GPUs, num_gpus = 8: expert tensor, expert and "
-            "pipeline ranks must tile the job (megatron/core/parallel_state.py:882); use 6 or 12 GPUs, or EP2",
+            f"{FILE}:10: parallel.expert: ETP1 x EP3 x PP2 = 6 GPUs, num_gpus = 8: expert tensor, expert "
+            "and pipeline ranks must tile the job (megatron/core/parallel_state.py:882); "
+            "use 6 or 12 GPUs, or EP2",
         ),
         ("model: tiny", "model: [", f"{FILE}:3: -: not YAML"),
     ],

@@ -150,9 +150,11 @@ def hybridep_domains(recipe: Recipe) -> Iterator[Found]:
         yield key, "not a positive number", f"write '{min(group, limit)}'"
     elif domain > limit:
         yield key, f"{domain}, {recipe.system.key} has {limit}", f"write '{nearest_divisor(group, limit)}'"
+    elif group % domain and HYBRIDEP_DOMAIN in recipe.env:
+        yield key, f"{domain}, expert group of {group}", f"write '{nearest_divisor(group, limit)}'"
     elif group % domain:
         yield (
-            "parallel.expert" if HYBRIDEP_DOMAIN not in recipe.env else key,
+            "parallel.expert",
             f"expert group of {group}, {domain} ranks per NVLink domain",
             f"use groups of {nearest_multiples(group, domain)}",
         )

@@ -99,7 +99,7 @@ def graph_of_counting(recipe: Recipe) -> Iterator[Found]:
 
 @rule(
     "the number of tokens an expert gets would have to be read from the GPU inside the capture",
-    "megatron/core/transformer/moe/fused_a2a.py:107",
+    "megatron/core/transformer/moe/fused_a2a.py:108",
 )
 def whole_layers_need_fixed_sizes(recipe: Recipe) -> Iterator[Found]:
     graphs = recipe.cuda_graphs

@@ -103,7 +103,7 @@ def reuse_grad_buffer(recipe: Recipe) -> Iterator[Found]:
 )
 def bf16_layers(recipe: Recipe) -> Iterator[Found]:
     low = recipe.low_precision
-    if low is None or recipe.precision == "nvfp4":
+    if low is None or recipe.precision not in ALIGNMENT or recipe.precision == "nvfp4":
         return
     limit = recipe.model.num_layers // recipe.parallel.pipeline
     for name in ("num_first_layers_bf16", "num_last_layers_bf16"):

@@ -37,8 +37,7 @@ def fsdp_reuse_grad_buffer(recipe: Recipe) -> Iterator[Found]:
 
 
 @rule(
-    "Megatron-FSDP 0.19.2 scales accumulated expert gradients once per micro batch where an expert has one "
-    "replica: the result is wrong, and not refused",
+    "expert gradients of one replica are scaled once per micro batch: wrong, and not refused",
     f"{_FSDP}/param_and_grad_buffer.py:4751",
     f"{_FSDP}/param_and_grad_buffer.py:2706",
 )
