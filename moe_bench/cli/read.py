@@ -1,17 +1,29 @@
-"""Verbs that read results and published numbers: report, published."""
+"""Verbs that read results and published numbers: report, published, reproduce, compare, gate."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_bench.cli.app import READ, app
 from moe_bench.cli.options import JsonOption, TableFormat, make_loader, print_view, results_root
-from moe_bench.errors import BadInputError
-from moe_bench.spec.catalogue import data_root, find_recipe
+from moe_bench.errors import BadInputError, GateError
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
+
+if TYPE_CHECKING:
+    from moe_bench.report.compare import Compared
+
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="FIELD", help="What is under test and may differ, such as dispatcher."),
+]
+BAND = 0.05
+BandOption = Annotated[
+    float, typer.Option("--within", min=0, max=1, help="Fraction within which two throughputs are the same.")
+]
 
 
 @app.command(rich_help_panel=READ)
@@ -76,3 +88,93 @@ def published(
         typer.echo(view.as_csv(lines), nl=False)
     else:
         print_view(view.published_view(lines), list(lines), as_json)
+
+
+@app.command(rich_help_panel=READ)
+def reproduce(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="Recipes, or models for all of theirs; default: every one.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", help="Records or folders of them; default: results/.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Published rows beside our runs: ratio, 95 % interval, verdict."""
+    from moe_bench.report.reproduce import reproductions
+    from moe_bench.report.reproduce_view import reproduce_json, reproduce_view
+    from moe_bench.results.published import load_rows
+    from moe_bench.results.store import read_records
+
+    loader = make_loader()
+    paths = list(recipe_paths(loader.root))
+    if recipes:
+        of_models = [path for path in paths if path.parent.name in recipes]
+        named = [find_recipe(name, loader) for name in recipes]
+        paths = list(dict.fromkeys([path for path in named if path.parent.name not in recipes] + of_models))
+    asked = [loader.recipe(path) for path in paths]
+    without = [recipe.name for recipe in asked if recipe.reproduces is None]
+    if recipes and len(without) == len(asked):
+        raise BadInputError(
+            f"{', '.join(without)}: copies no published row, so there is nothing to reproduce"
+        )
+    places = tuple(results or ([results_root()] if results_root().is_dir() else []))
+    rows = {row.id: row for row in load_rows(data_root() / "results" / "published")}
+    found = reproductions(asked, rows, read_records(places))
+    print_view(reproduce_view(found), reproduce_json(found), as_json)
+
+
+@app.command(rich_help_panel=READ)
+def compare(
+    base: Annotated[Path, typer.Argument(help="A record or a folder of them.")],
+    new: Annotated[
+        Path | None, typer.Argument(help="The same; without it, the runs of BASE that differ in --vary.")
+    ] = None,
+    vary: VaryOption = None,
+    within: BandOption = BAND,
+    as_json: JsonOption = False,
+) -> None:
+    """The ratio of two like sets of runs; unlike ones are refused with what differs."""
+    from moe_bench.report.compare import compared_json, compared_view
+
+    compared = _compared(base, new, vary=vary, within=within)
+    print_view(compared_view(compared), compared_json(compared), as_json)
+
+
+@app.command(rich_help_panel=READ)
+def gate(
+    baseline: Annotated[Path, typer.Argument(help="A record or a folder of them.")],
+    new: Annotated[Path, typer.Argument(help="The same.")],
+    vary: VaryOption = None,
+    within: BandOption = BAND,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option("--summary", help="Append a Markdown table to this file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fail, with exit code 5, unless NEW is shown to be as fast as BASELINE, no slower and no faster."""
+    from moe_bench.report import gate as view
+    from moe_bench.report.compare import compared_json, compared_view
+
+    compared = _compared(baseline, new, vary=vary, within=within)
+    cases = view.gate_cases(compared)
+    if junit is not None:
+        junit.write_text(view.junit_xml(cases), encoding="utf-8")
+    if summary is not None:
+        with summary.open("a", encoding="utf-8") as file:
+            file.write(view.markdown_summary(cases, band_fraction=within))
+    print_view(compared_view(compared), compared_json(compared), as_json)
+    line = view.gate_line(cases, band_fraction=within)
+    if any(case.failure is not None for case in cases):
+        raise GateError(line)
+    typer.echo(line, err=True)
+
+
+def _compared(base: Path, new: Path | None, *, vary: list[str] | None, within: float) -> Compared:
+    from moe_bench.report.compare import compare, compare_within
+    from moe_bench.results.store import read_records
+
+    if new is None:
+        return compare_within(read_records((base,)), vary=vary or (), band_fraction=within)
+    return compare(read_records((base,)), read_records((new,)), vary=vary or (), band_fraction=within)

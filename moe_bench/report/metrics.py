@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_bench.analysis.flops import step_flops
@@ -87,10 +89,19 @@ def run_metrics(record: Record) -> RunMetrics:
     )
 
 
-def steady_times_s(record: Record) -> tuple[float, ...]:
-    """Times of the steady steps, each that of its slowest rank."""
+def gpu_s_per_token(record: Record) -> tuple[float, ...]:
+    """GPU-seconds per token of each steady step: the inverse of tokens/s/GPU, by the slowest rank's time."""
     times_s = record.slowest_step_times_s()
-    return times_s[steady_state(times_s).first_step :]
+    scale = record.num_ranks / record.plan.recipe.tokens_per_step
+    return tuple(time_s * scale for time_s in times_s[steady_state(times_s).first_step :])
+
+
+def mean_tokens_per_s_per_gpu(runs_s: Sequence[Sequence[float]]) -> float:
+    """Throughput of several runs, each given in GPU-seconds per token: geometric mean of their medians.
+
+    Geometric, so that ratios to it are the means that `analysis.equivalence` takes of logarithms.
+    """
+    return 1 / statistics.geometric_mean([statistics.median(times_s) for times_s in runs_s])
 
 
 def _worst_load(tokens_per_expert: tuple[tuple[tuple[int, ...], ...], ...]) -> float | None:

@@ -39,6 +39,8 @@ class Provenance(Spec):
     """UTC, ISO 8601."""
     command: tuple[str, ...]
     job_id: Text
+    repeat: NonNegativeInt = 0
+    """Which of the runs that one command asked for, from 0."""
     git: GitState
     python_version: Text
     packages: dict[str, str]

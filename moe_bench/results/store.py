@@ -17,13 +17,14 @@ class RecordError(BadInputError):
 
 
 def record_path(root: Path, record: Record) -> Path:
-    """`<root>/<model>/<recipe>[_<scale>]/<start>-<commit>-<job>.json`."""
+    """`<root>/<model>/<recipe>[_<scale>]/<start>-<commit>-<job>[-r<repeat>].json`."""
     plan, provenance = record.plan, record.provenance
     model, _, run = plan.asked.partition("/")
     folder = run if plan.scale == "full" else f"{run}_{plan.scale}"
     started = provenance.started_at.replace("-", "").replace(":", "").split(".")[0].split("+")[0]
     commit = (provenance.git.commit or "nocommit")[:8] + ("-dirty" if provenance.git.is_dirty else "")
-    return root / model / folder / f"{started}Z-{commit}-{provenance.job_id}.json"
+    repeat = f"-r{provenance.repeat}" if provenance.repeat else ""
+    return root / model / folder / f"{started}Z-{commit}-{provenance.job_id}{repeat}.json"
 
 
 def write_record(root: Path, record: Record) -> Path:

@@ -24,6 +24,9 @@ def record(
     started_at: str = "2026-11-22T07:00:00+00:00",
     job_id: str = "pid1",
     is_dirty: bool = False,
+    repeat: int = 0,
+    commit: str = "0123456789abcdef",
+    dispatcher: str = "MoEAlltoAllTokenDispatcher",
 ) -> Record:
     num_ranks = len(step_times_s)
     return Record(
@@ -32,7 +35,8 @@ def record(
             started_at=started_at,
             command=("moe-bench", "run", "qwen3_30b_a3b"),
             job_id=job_id,
-            git=GitState(commit="0123456789abcdef", branch="main", is_dirty=is_dirty),
+            repeat=repeat,
+            git=GitState(commit=commit, branch="main", is_dirty=is_dirty),
             python_version="3.12.1",
             packages={"torch": "2.15.0"},
             hosts=tuple(f"node{rank}" for rank in range(num_ranks)),
@@ -56,7 +60,7 @@ def record(
             implementations=Implementations(
                 attention="torch:masked",
                 experts="torch:grouped_mm",
-                dispatcher="MoEAlltoAllTokenDispatcher",
+                dispatcher=dispatcher,
                 normalization="RMSNorm",
                 optimizer="DistributedOptimizer",
             ),

@@ -1,0 +1,106 @@
+"""The table of `reproduce`: at 120 columns at most 40 lines, the first counting the verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moe_bench.report.compare import interval_json, rate_text
+from moe_bench.report.reproduce import Reproduction, Verdict, verdict_counts
+from moe_bench.results.renormalised import Basis
+
+MAX_LINES = 40
+_LINES_AROUND = 4
+"""The counts, the headings, the number of hidden rows, the legend."""
+
+
+def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
+    """One line per row and set of runs, as many as fit; `--json` has all of them."""
+    shown = found[: MAX_LINES - _LINES_AROUND]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("published", "ours", "ratio, 95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for one in shown:
+        table.add_row(
+            one.published.recipe,
+            _published_text(one),
+            "-" if one.tokens_per_s_per_gpu is None else rate_text(one.tokens_per_s_per_gpu),
+            _ratio_text(one),
+            verdict_text(one),
+        )
+    parts: list[RenderableType] = [Text(summary_line(found), style="bold", no_wrap=True), table]
+    if len(found) > len(shown):
+        parts.append(Text(f"and {len(found) - len(shown)} more: name recipes, or use --json", style="dim"))
+    legend = "tokens/s per GPU; ~ from printed TFLOPs or MFU; * over the steps of one run; inconclusive: runs that decide"
+    parts.append(Text(legend, style="dim", no_wrap=True))
+    return Group(*parts)
+
+
+def summary_line(found: Sequence[Reproduction]) -> str:
+    """How many of the rows have which verdict; plain words where nothing was run at full scale."""
+    counts = verdict_counts(found)
+    total = sum(counts.values())
+    if not any(one.scale == "full" for one in found):
+        return f"no full-scale result yet: {total} published rows have a recipe, none of them was run here"
+    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    return f"{total} published rows: {', '.join(parts)}"
+
+
+def verdict_text(one: Reproduction) -> str:
+    """The verdict in at most 27 characters, with what matters most beside it."""
+    if one.verdict is Verdict.NOT_RUN:
+        return "-"
+    if one.verdict is Verdict.NONE:
+        return f"none: {one.scale} scale" if one.scale != "full" else "none: no throughput"
+    if one.verdict is Verdict.INCONCLUSIVE:
+        return f"inconclusive: {one.because[0]}".replace("at least ", "≥").removesuffix(" decide")
+    return str(one.verdict)
+
+
+def _published_text(one: Reproduction) -> str:
+    tokens_per_s = one.published.tokens_per_s_per_gpu
+    if tokens_per_s is None:
+        return "-"
+    is_own = one.published.basis in (Basis.PRINTED, Basis.STEP_TIME)
+    return f"{'' if is_own else '~'}{rate_text(tokens_per_s)}"
+
+
+def _ratio_text(one: Reproduction) -> str:
+    interval = one.interval
+    if interval is None:
+        return "-"
+    mark = "*" if interval.basis == "steps" else ""
+    digits = 2 if interval.high_ratio < 10 else 0
+    estimate, low, high = (
+        f"{ratio:.{digits}f}" for ratio in (interval.estimate_ratio, interval.low_ratio, interval.high_ratio)
+    )
+    return f"{estimate} ({low}-{high}){mark}"
+
+
+def reproduce_json(found: Sequence[Reproduction]) -> dict[str, object]:
+    """Everything, for scripts: counts, and every row with its differences in full."""
+    return {
+        "counts": {str(verdict): count for verdict, count in verdict_counts(found).items()},
+        "rows": [
+            {
+                "recipe": one.published.recipe,
+                "row": one.published.row_id,
+                "trust": one.published.trust,
+                "published_tokens_per_s_per_gpu": one.published.tokens_per_s_per_gpu,
+                "published_basis": one.published.basis,
+                "scale": one.scale,
+                "num_runs": one.num_runs,
+                "started_at": one.started_at,
+                "tokens_per_s_per_gpu": one.tokens_per_s_per_gpu,
+                "ratio": interval_json(one.interval),
+                "verdict": str(one.verdict),
+                "because": list(one.because),
+            }
+            for one in found
+        ],
+    }
