@@ -291,7 +291,7 @@ def _gathered_bytes(recipe: Recipe, chunks: list[Chunk]) -> int:
     num_experts = model.moe.num_experts if model.moe else 0
     largest = 0
     for is_moe in _layer_kinds(recipe, chunks):
-        parts = layer_weights(model, is_moe=is_moe, num_experts=num_experts)
+        parts = layer_weights(model, is_moe=is_moe, num_experts=num_experts, family=recipe.kernels.family)
         on_rank = sum(
             weights.on_rank(shards=parallel.expert_tensor) // parallel.expert
             if part is Part.ROUTED_EXPERTS

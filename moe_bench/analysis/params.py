@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from moe_bench.spec.model import Attention, ModelSpec
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import KernelFamily, Recipe
 
 
 class Part(StrEnum):
@@ -103,6 +103,17 @@ def attention_norm_params(attention: Attention) -> Weights:
     return Weights(0, 2 * attention.head_dim if attention.qk_norm == "per_head" else 0)
 
 
+def has_query_input_norm(attention: Attention, family: KernelFamily | None) -> bool:
+    """Whether a norm stands between a layer's input norm and the projection of uncompressed MLA queries.
+
+    Only with Transformer Engine: Megatron-Core 0.19.2 resolves `qk_layernorm` without `q_lora_rank` to its
+    fused norm and projection (transformer/mla_qk_norm_config.py:148), so DeepSeek-V2-Lite and Moonlight get H
+    gains per layer that their authors' models do not have. The torch-native family builds none
+    (harness/kernels/mla.py). `family` None is the model as published.
+    """
+    return attention.kind == "mla" and attention.q_lora_rank is None and family == "transformer_engine"
+
+
 def gated_mlp_params(*, hidden: int, ffn: int, bias: bool) -> Weights:
     """One gated MLP or expert: gate, up and down projection.
 
@@ -126,12 +137,18 @@ def mtp_projection_params(*, hidden: int) -> Weights:
     return Weights(2 * hidden * hidden)
 
 
-def layer_weights(model: ModelSpec, *, is_moe: bool, num_experts: int) -> PartWeights:
-    """Parameters of one decoder layer, with `num_experts` of its routed experts counted."""
+def layer_weights(
+    model: ModelSpec, *, is_moe: bool, num_experts: int, family: KernelFamily | None
+) -> PartWeights:
+    """Parameters of one decoder layer, with `num_experts` of its routed experts counted.
+
+    `family` is whose kernels build it (`has_query_input_norm`); None counts the model as published.
+    """
     hidden = model.hidden_size
+    num_norms = 2 + has_query_input_norm(model.attention, family)
     parts = {
         Part.ATTENTION: _attention_weights(model),
-        Part.NORMS: Weights(0, 2 * hidden) + attention_norm_params(model.attention),
+        Part.NORMS: Weights(0, num_norms * hidden) + attention_norm_params(model.attention),
     }
     if model.moe is None or not is_moe:
         ffn = model.dense_ffn_hidden_size or 0
@@ -169,7 +186,7 @@ def _attention_weights(model: ModelSpec) -> Weights:
     return projections + Weights(attention.num_heads * attention.sinks)
 
 
-def mtp_weights(model: ModelSpec, *, num_experts: int) -> PartWeights:
+def mtp_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | None) -> PartWeights:
     """Parameters of one MTP module: two input norms, the projection, a decoder layer of the last layer's kind
     and a final norm (Megatron-Core's MultiTokenPredictionLayer). Embedding and head are the model's own.
     """
@@ -177,11 +194,12 @@ def mtp_weights(model: ModelSpec, *, num_experts: int) -> PartWeights:
         Part.MTP_PROJECTION: mtp_projection_params(hidden=model.hidden_size),
         Part.NORMS: Weights(0, 3 * model.hidden_size),
     }
-    layer = layer_weights(model, is_moe=model.is_moe_layer(model.num_layers - 1), num_experts=num_experts)
+    is_moe = model.is_moe_layer(model.num_layers - 1)
+    layer = layer_weights(model, is_moe=is_moe, num_experts=num_experts, family=family)
     return sum_parts((own, layer))
 
 
-def main_weights(model: ModelSpec, *, num_experts: int) -> PartWeights:
+def main_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | None) -> PartWeights:
     """Parameters of the model without MTP modules, with `num_experts` routed experts counted per layer."""
     whole = Chunk(
         pipeline_rank=0,
@@ -191,10 +209,12 @@ def main_weights(model: ModelSpec, *, num_experts: int) -> PartWeights:
         has_loss=True,
         num_mtp_layers=0,
     )
-    return chunk_weights(model, whole, num_experts=num_experts, trains_mtp=False)
+    return chunk_weights(model, whole, num_experts=num_experts, trains_mtp=False, family=family)
 
 
-def chunk_weights(model: ModelSpec, chunk: Chunk, *, num_experts: int, trains_mtp: bool) -> PartWeights:
+def chunk_weights(
+    model: ModelSpec, chunk: Chunk, *, num_experts: int, trains_mtp: bool, family: KernelFamily | None
+) -> PartWeights:
     """Parameters that Megatron-Core's GPTModel allocates for one model chunk.
 
     A chunk with MTP modules holds its own copy of the input embedding, and a chunk with the loss one of a
@@ -204,10 +224,10 @@ def chunk_weights(model: ModelSpec, chunk: Chunk, *, num_experts: int, trains_mt
     """
     embedding = embedding_params(hidden=model.hidden_size, vocab_size=model.vocab_size)
     parts: list[PartWeights] = [
-        layer_weights(model, is_moe=model.is_moe_layer(layer), num_experts=num_experts)
+        layer_weights(model, is_moe=model.is_moe_layer(layer), num_experts=num_experts, family=family)
         for layer in chunk.layers
     ]
-    parts += [mtp_weights(model, num_experts=num_experts)] * chunk.num_mtp_layers
+    parts += [mtp_weights(model, num_experts=num_experts, family=family)] * chunk.num_mtp_layers
     if chunk.has_embedding or chunk.num_mtp_layers:
         parts.append({Part.INPUT_EMBEDDING: embedding})
     if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):
@@ -258,6 +278,7 @@ def rank_weights(recipe: Recipe, pipeline_rank: int) -> PartWeights:
             chunk,
             num_experts=num_experts_per_layer(model),
             trains_mtp=recipe.num_mtp_layers > 0,
+            family=recipe.kernels.family,
         )
         for chunk in chunks
         if chunk.pipeline_rank == pipeline_rank

@@ -73,8 +73,10 @@ def counted_size(model: ModelSpec) -> CountedSize:
 
 
 def _counted(model: ModelSpec, *, num_experts: int) -> tuple[dict[Part, int], int]:
-    mtp = sum_parts([mtp_weights(model, num_experts=num_experts)] * model.num_mtp_layers)
-    return _totals(main_weights(model, num_experts=num_experts)), sum(_totals(mtp).values())
+    # as published, whatever kernels build it
+    mtp = sum_parts([mtp_weights(model, num_experts=num_experts, family=None)] * model.num_mtp_layers)
+    main = main_weights(model, num_experts=num_experts, family=None)
+    return _totals(main), sum(_totals(mtp).values())
 
 
 def _totals(parts: PartWeights) -> dict[Part, int]:

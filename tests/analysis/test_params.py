@@ -35,7 +35,7 @@ def total_of(parts: dict[Part, Weights]) -> int:
 
 
 def whole(model: ModelSpec) -> int:
-    return total_of(main_weights(model, num_experts=num_experts_per_layer(model)))
+    return total_of(main_weights(model, num_experts=num_experts_per_layer(model), family=None))
 
 
 def test_grouped_query_attention_matches_a_hand_count() -> None:
@@ -106,9 +106,28 @@ def test_norms_inside_attention_match_their_kind(
     assert attention_norm_params(models[key].attention).total == num_gains
 
 
+@pytest.mark.parametrize(
+    ("key", "num_gains"),
+    [
+        ("deepseek_v2_lite", 27 * 2048),
+        ("moonlight_16b_a3b", 27 * 2048),
+        ("deepseek_v3", 0),
+        ("mixtral_8x7b", 0),
+    ],
+)
+def test_transformer_engine_norms_the_input_of_uncompressed_queries_once_more(
+    models: dict[str, ModelSpec], key: str, num_gains: int
+) -> None:
+    native, fused = (
+        total_of(main_weights(models[key], num_experts=1, family=family))
+        for family in ("torch_native", "transformer_engine")
+    )
+    assert fused - native == num_gains
+
+
 def test_sinks_are_one_parameter_per_head(models: dict[str, ModelSpec]) -> None:
     model = models["gpt_oss_20b"]
-    attention = layer_weights(model, is_moe=True, num_experts=32)[Part.ATTENTION]
+    attention = layer_weights(model, is_moe=True, num_experts=32, family=None)[Part.ATTENTION]
     projections = grouped_query_attention_params(
         hidden=2880, num_heads=64, num_query_groups=8, head_dim=64, qkv_bias=True, output_bias=True
     )
@@ -117,7 +136,7 @@ def test_sinks_are_one_parameter_per_head(models: dict[str, ModelSpec]) -> None:
 
 def test_an_mtp_module_matches_the_published_one(models: dict[str, ModelSpec]) -> None:
     # 11.61 B without the expert bias (256); the authors state 11.5 B besides embedding and head
-    assert total_of(mtp_weights(models["deepseek_v3"], num_experts=256)) == (
+    assert total_of(mtp_weights(models["deepseek_v3"], num_experts=256, family=None)) == (
         682_636_487_424 - 671_026_419_200 - 256
     )
 
@@ -192,8 +211,8 @@ def test_all_ranks_together_hold_every_parameter_once_per_replica(
 
     num_experts = num_experts_per_layer(model)
     everything = sum_parts(
-        [main_weights(model, num_experts=num_experts)]
-        + [mtp_weights(model, num_experts=num_experts)] * num_mtp
+        [main_weights(model, num_experts=num_experts, family=recipe.kernels.family)]
+        + [mtp_weights(model, num_experts=num_experts, family=recipe.kernels.family)] * num_mtp
     )
     experts = everything[Part.ROUTED_EXPERTS]
     dense = sum(

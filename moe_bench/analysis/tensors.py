@@ -1,0 +1,246 @@
+"""The parameter tensors of one model chunk on one rank, in Megatron-Core's order, and the buckets they fill.
+
+Where `params.py` counts parts of the model, this lists what the data-parallel buffers are made of: padding
+and division into buckets follow from single tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from moe_bench.analysis.params import has_query_input_norm
+from moe_bench.spec.model import Attention, MixtureOfExperts
+from moe_bench.spec.pipeline import Chunk
+from moe_bench.spec.recipe import Recipe
+
+PARAM_ALIGNMENT = 64
+BUCKET_ALIGNMENT = 128
+"""Elements; optimizer/param_layout.py, pad_param_start and bucket_end_divisor."""
+MIN_BUCKET_ELEMENTS = 40_000_000
+MIN_BUCKET_ELEMENTS_PER_RANK = 1_000_000
+"""distributed/distributed_data_parallel.py, __init__."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """One parameter as one rank holds it."""
+
+    name: str
+    """The last part of Megatron-Core's name, or the last two."""
+    num_elements: int
+    in_expert_group: bool = False
+    """Whether its gradient is reduced over the expert-data-parallel group, not the data-parallel one."""
+    sums_over_tensor: bool = False
+    """Whether its gradient is summed over the tensor-parallel group, whose ranks have seen other tokens."""
+    is_quantized: bool = False
+    """Whether it is stored in FP8 or FP4 where primary weights are (`low_precision.param_gather`)."""
+    has_own_bucket: bool = False
+    """Whether it is one of several copies of the embedding, whose gradients are summed afterwards."""
+
+
+def chunk_tensors(recipe: Recipe, chunk: Chunk) -> tuple[Tensor, ...]:
+    """Parameters of one chunk on one rank, in the order in which GPTModel registers them.
+
+    The order is that of the torch-native kernels. Transformer Engine's differ in where a norm stands and keep
+    experts apart, one tensor each, which is told apart here.
+    """
+    model, trains_mtp = recipe.model, recipe.num_mtp_layers > 0
+    num_elements = model.vocab_size * model.hidden_size // recipe.parallel.tensor
+    is_copied = recipe.parallel.pipeline > 1 and (model.tied_embeddings or trains_mtp)
+    tensors: list[Tensor] = []
+    if chunk.has_embedding or chunk.num_mtp_layers:
+        tensors.append(
+            Tensor(name="word_embeddings.weight", num_elements=num_elements, has_own_bucket=is_copied)
+        )
+    for layer in chunk.layers:
+        tensors += _layer(recipe, is_moe=model.is_moe_layer(layer))
+    if (model.num_layers - 1 in chunk.layers) if trains_mtp else chunk.has_loss:
+        tensors.append(_norm(recipe, "final_layernorm", model.hidden_size))
+    for _ in range(chunk.num_mtp_layers):
+        tensors += _mtp(recipe)
+    if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):
+        is_copy = is_copied and model.tied_embeddings and not chunk.num_mtp_layers
+        tensors.append(Tensor(name="output_layer.weight", num_elements=num_elements, has_own_bucket=is_copy))
+    return tuple(tensors)
+
+
+def _layer(recipe: Recipe, *, is_moe: bool) -> Iterator[Tensor]:
+    model = recipe.model
+    yield _norm(recipe, "input_layernorm", model.hidden_size)
+    yield from _attention(recipe, model.attention)
+    yield _norm(recipe, "pre_mlp_layernorm", model.hidden_size)
+    if is_moe and model.moe is not None:
+        yield from _experts(recipe, model.moe)
+    else:
+        yield from _mlp(recipe, "mlp", ffn=model.dense_ffn_hidden_size or 0, has_bias=model.linear_bias)
+
+
+def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
+    hidden, tensor = recipe.model.hidden_size, recipe.parallel.tensor
+    heads = attention.num_heads // tensor
+    if attention.kind == "mla":
+        query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        yield _weight("linear_proj.weight", heads * attention.v_head_dim * hidden)
+        if attention.q_lora_rank is None:
+            if has_query_input_norm(attention, recipe.kernels.family):
+                yield _norm(recipe, "linear_q_proj.layer_norm", hidden)
+            yield _weight("linear_q_proj.weight", heads * query * hidden)
+        else:
+            yield _repeated(recipe, "linear_q_down_proj.weight", hidden * attention.q_lora_rank)
+            yield _weight("linear_q_up_proj.weight", attention.q_lora_rank * heads * query)
+            yield _norm(recipe, "q_layernorm", attention.q_lora_rank)
+        latent = attention.kv_lora_rank
+        keys = attention.qk_nope_head_dim + attention.v_head_dim
+        yield _repeated(recipe, "linear_kv_down_proj.weight", hidden * (latent + attention.qk_rope_head_dim))
+        yield _weight("linear_kv_up_proj.weight", latent * heads * keys)
+        yield _norm(recipe, "kv_layernorm", latent)
+        return
+    qkv = attention.head_dim * (attention.num_heads + 2 * attention.num_query_groups) // tensor
+    if attention.sinks:
+        yield Tensor(name="core_attention.softmax_offset", num_elements=heads)
+    yield _weight("linear_proj.weight", heads * attention.head_dim * hidden)
+    if recipe.model.linear_bias:
+        yield _repeated(recipe, "linear_proj.bias", hidden)
+    yield _weight("linear_qkv.weight", qkv * hidden)
+    if attention.qkv_bias:
+        yield Tensor(name="linear_qkv.bias", num_elements=qkv)
+    if attention.qk_norm != "none":
+        is_whole = attention.qk_norm == "whole_vector"
+        for name, num_heads in (
+            ("q_layernorm", attention.num_heads),
+            ("k_layernorm", attention.num_query_groups),
+        ):
+            # summed by name, with or without sequence parallelism (finalize_model_grads.py)
+            num_gains = attention.head_dim * (num_heads if is_whole else 1)
+            yield Tensor(name=f"{name}.weight", num_elements=num_gains, sums_over_tensor=True)
+
+
+def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
+    model, parallel = recipe.model, recipe.parallel
+    yield _repeated(recipe, "router.weight", moe.num_experts * model.hidden_size)
+    if model.linear_bias:
+        yield _repeated(recipe, "router.bias", moe.num_experts)
+    num_experts = moe.num_experts // parallel.expert
+    ffn = moe.expert_ffn_hidden_size // parallel.expert_tensor
+    first, second = 2 * ffn, model.hidden_size
+    projections = [("linear_fc1", first, model.hidden_size), ("linear_fc2", second, ffn)]
+    kinds = [("weight", True), ("bias", False)] if model.linear_bias else [("weight", True)]
+    is_stacked = recipe.kernels.grouped_gemm and recipe.kernels.family != "transformer_engine"
+    in_expert_group = uses_expert_groups(recipe)
+
+    def tensors(names: Iterable[tuple[str, int, int]], count: int) -> Iterator[Tensor]:
+        for name, outputs, inputs in names:
+            for kind, is_matrix in kinds:
+                for _ in range(1 if is_stacked else count):
+                    size = outputs * inputs if is_matrix else outputs
+                    yield Tensor(
+                        name=f"{name}.{kind}",
+                        num_elements=size * (count if is_stacked else 1),
+                        in_expert_group=in_expert_group,
+                        is_quantized=is_matrix,
+                    )
+
+    if recipe.kernels.grouped_gemm:
+        yield from tensors(projections, num_experts)
+    else:
+        for _ in range(num_experts):
+            yield from tensors(projections, 1)
+    if moe.shared_expert_ffn_hidden_size:
+        if moe.shared_expert_gate:
+            yield _repeated(recipe, "gate_weight", model.hidden_size)
+        yield from _mlp(recipe, "shared_experts", ffn=moe.shared_expert_ffn_hidden_size, has_bias=False)
+
+
+def _mlp(recipe: Recipe, name: str, *, ffn: int, has_bias: bool) -> Iterator[Tensor]:
+    hidden, ffn = recipe.model.hidden_size, ffn // recipe.parallel.tensor
+    yield _weight(f"{name}.linear_fc1.weight", 2 * ffn * hidden)
+    if has_bias:
+        yield Tensor(name=f"{name}.linear_fc1.bias", num_elements=2 * ffn)
+    yield _weight(f"{name}.linear_fc2.weight", ffn * hidden)
+    if has_bias:
+        yield _repeated(recipe, f"{name}.linear_fc2.bias", hidden)
+
+
+def _mtp(recipe: Recipe) -> Iterator[Tensor]:
+    model = recipe.model
+    hidden = model.hidden_size
+    yield _norm(recipe, "enorm", hidden)
+    yield _norm(recipe, "hnorm", hidden)
+    yield _weight("eh_proj.weight", 2 * hidden * hidden // recipe.parallel.tensor)
+    yield from _layer(recipe, is_moe=model.is_moe_layer(model.num_layers - 1))
+    yield _norm(recipe, "final_layernorm", hidden)
+
+
+def _weight(name: str, num_elements: int) -> Tensor:
+    return Tensor(name=name, num_elements=num_elements, is_quantized=True)
+
+
+def _norm(recipe: Recipe, name: str, num_gains: int) -> Tensor:
+    return Tensor(
+        name=f"{name}.weight",
+        num_elements=num_gains,
+        sums_over_tensor=recipe.parallel.sequence_parallel,
+    )
+
+
+def _repeated(recipe: Recipe, name: str, num_elements: int) -> Tensor:
+    """A weight that every tensor-parallel rank holds whole and applies to its own tokens."""
+    return Tensor(
+        name=name,
+        num_elements=num_elements,
+        sums_over_tensor=recipe.parallel.sequence_parallel,
+        is_quantized="down_proj" in name,
+    )
+
+
+def uses_expert_groups(recipe: Recipe) -> bool:
+    """Whether experts have process groups of their own: EP > 1, or ETP other than TP (layers.py:961)."""
+    parallel = recipe.parallel
+    return parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
+
+
+def bucket_limit(recipe: Recipe, chunk: Chunk) -> int | None:
+    """Elements from which on a bucket is full; None for one bucket per buffer.
+
+    max(40 M, 1 M x DP) where gradients are reduced during the backward pass, for the first chunk of the first
+    pipeline rank; the others have time enough (distributed_data_parallel.py, __init__).
+    """
+    is_first = chunk.pipeline_rank == 0 and chunk.virtual_stage == 0
+    if not (is_first and recipe.overlap.grad_reduce):
+        return None
+    return max(MIN_BUCKET_ELEMENTS, MIN_BUCKET_ELEMENTS_PER_RANK * recipe.parallel.data)
+
+
+def bucket_elements(
+    tensors: Iterable[Tensor], *, num_shards: int, limit: int | None, is_padded: bool
+) -> tuple[int, ...]:
+    """Elements of each bucket of one buffer, filled from the last tensor to the first.
+
+    With `is_padded` (distributed optimizer) each tensor starts at a multiple of 64 and each bucket ends at
+    one of lcm(shards, 128) (optimizer/distrib_optimizer.py, _compute_per_buffer_param_layout).
+    """
+    buckets: list[int] = []
+    start = end = 0
+    bucket_end = math.lcm(num_shards, BUCKET_ALIGNMENT) if is_padded else 1
+    for tensor in reversed(tuple(tensors)):
+        if is_padded:
+            end = _up(end, PARAM_ALIGNMENT)
+            if tensor.has_own_bucket and end > start:
+                end = _up(end, bucket_end)
+                buckets.append(end - start)
+                start = end
+        end += tensor.num_elements
+        is_full = limit is not None and end - start >= limit
+        if is_full or (is_padded and tensor.has_own_bucket):
+            end = _up(end, bucket_end)
+            buckets.append(end - start)
+            start = end
+    if end > start:
+        buckets.append(_up(end, bucket_end) - start)
+    return tuple(buckets)
+
+
+def _up(value: int, divisor: int) -> int:
+    return -(-value // divisor) * divisor
