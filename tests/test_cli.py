@@ -18,7 +18,7 @@ from tests.spec.conftest import RECIPE
 def test_help_groups_the_verbs_and_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for verb in ("list", "show", "schema", "run", "submit", "report"):
+    for verb in ("list", "show", "check", "schema", "run", "submit", "report"):
         assert f" {verb} " in text
     panels = [text.index(f"─ {panel} ─") for panel in ("Recipes", "Predict", "Run", "Read")]
     assert panels == sorted(panels)
@@ -37,6 +37,33 @@ def test_list_names_every_recipe_of_a_model(capsys: pytest.CaptureFixture[str]) 
     assert "deepseek_v3/h100_sxm_256g_bf16" in names
     assert "deepseek_v3/h100_sxm_1024g_bf16" in names
     assert all(name.startswith("deepseek_v3/") for name in names)
+
+
+def test_check_tells_legal_recipes_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "deepseek_v3"]) == 0
+    assert capsys.readouterr().out == "1 recipe, legal\n"
+    assert main(["check", "recipes/deepseek_v3", "--scale", "smoke"]) == 0
+    assert capsys.readouterr().out.endswith(" recipes, all legal\n")
+
+
+def test_check_ends_with_two_and_one_line_per_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "deepseek_v3", "--set", "parallel.expert=48"]) == 2
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("--set parallel.expert=48:1: parallel.expert: ") for line in lines)
+    assert summary == f"{len(lines)} problems in 1 of 1 recipe"
+    assert main(["check", "tests/recipes_impossible", "--json"]) == 2
+    checked = json.loads(capsys.readouterr().out)
+    assert (checked["num_recipes"], checked["num_refused"]) == (13, 13)
+    assert {mistake["key"] for mistake in checked["mistakes"]} == {"parallel.expert"}
+
+
+def test_check_loads_neither_torch_nor_pandas() -> None:
+    code = (
+        "import sys; from moe_bench.cli import main; main(['check', '--all']); "
+        "sys.exit(','.join({'torch', 'megatron', 'pandas', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_show_gives_total_and_active_parameters_beside_the_published(

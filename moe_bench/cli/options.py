@@ -67,8 +67,16 @@ def _override_problems(recipe: Recipe) -> tuple[Problem, ...]:
 def plan_of(name: str, *, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None) -> Plan:
     """What `name` runs at `scale`."""
     loader = make_loader()
+    path = find_recipe(name, loader)
+    return derived_plan(path, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes)
+
+
+def derived_plan(
+    path: Path, *, loader: Loader, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None
+) -> Plan:
+    """What the recipe in `path` runs at `scale`, with the user's changes."""
     modified = tuple(changes or ())
-    recipe = loader.recipe(find_recipe(name, loader), changes=modified)
+    recipe = loader.recipe(path, changes=modified)
     if scale is ScaleOption.SMOKE:
         return smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
     if scale is ScaleOption.NODE:

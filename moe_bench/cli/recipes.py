@@ -1,8 +1,9 @@
-"""Verbs about recipes: list, show, schema."""
+"""Verbs about recipes: list, show, check, schema."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -15,10 +16,12 @@ from moe_bench.cli.options import (
     ScaleOption,
     ScaleOptionType,
     SetOption,
+    derived_plan,
     make_loader,
     plan_of,
     print_view,
 )
+from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 
 
@@ -75,6 +78,39 @@ def show(
         print_view(arguments_view(arguments), arguments_json(arguments), as_json)
     else:
         print_view(plan_view(plan), plan.model_dump(mode="json"), as_json)
+
+
+@app.command(rich_help_panel=RECIPES)
+def check(
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE ...]", help="Recipes, YAML files or folders of them."),
+    ] = None,
+    is_all: Annotated[bool, typer.Option("--all", help="Every shipped recipe.")] = False,
+    rules: Annotated[
+        bool, typer.Option("--rules", help="What is asked, with reasons and sources, as Markdown tables.")
+    ] = False,
+    scale: ScaleOptionType = ScaleOption.FULL,
+    num_gpus: NumGpusOption = None,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether recipes can run at all: one line per problem, with the reason and a fix."""
+    from moe_bench.spec.check import check_recipes, named_files
+
+    if rules:
+        from moe_bench.report.rules import rules_markdown
+
+        typer.echo(rules_markdown())
+        return
+    loader = make_loader()
+    derive = partial(derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes)
+    checked = check_recipes(named_files(recipes or (), loader, is_all=is_all), loader, derive=derive)
+    if as_json:
+        typer.echo(json.dumps(checked.as_json(), indent=1))
+    else:
+        typer.echo("\n".join([*map(str, checked.mistakes), checked.summary]))
+    raise typer.Exit(BadInputError.exit_code if checked.num_refused else 0)
 
 
 @app.command(rich_help_panel=RECIPES)

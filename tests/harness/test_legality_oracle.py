@@ -12,6 +12,7 @@ import pytest
 
 from moe_bench.spec.legality import RULES, legality_problems
 from moe_bench.spec.recipe import Recipe
+from tests.harness.legality_exceptions import BEYOND
 from tests.harness.legality_layouts import layouts
 from tests.harness.legality_oracle import (
     ROOT,
@@ -27,76 +28,6 @@ from tests.spec.examples import Example, examples
 
 NUM_LAYOUTS = 2000
 SOURCES = {rule.name: rule.sources for rule in RULES}
-
-IN_A_KERNEL = "a library below Megatron-Core refuses it when the first kernel runs"
-AT_FORWARD = "refused where the built layer runs, on tensors"
-SILENT = "Megatron-Core leaves it out or switches it without a word"
-SILENTLY_WRONG = "Megatron-Core runs it, and what comes out is not what the recipe says"
-OURS = "a limit of moe_bench's own kernels, or of its schema"
-
-BEYOND = {
-    # rules that Megatron-Core does not state, or only later than the oracle goes
-    "heads_per_group": AT_FORWARD,
-    "sequence_parts": AT_FORWARD,
-    "mla_rotates_pairs": "the harness does not pass the flag on: MLA rotates pairs in any case",
-    "torch_native_context": OURS,
-    "context_heads": IN_A_KERNEL,
-    "context_windows": IN_A_KERNEL,
-    "context_sinks": IN_A_KERNEL,
-    "layout_stages": "the script reads virtual stages off the layout; a recipe states both",
-    "mtp_not_on_the_first_rank": "the layout check misses the last virtual stage of rank 0, and it hangs",
-    "mtp_of_the_model": OURS,
-    "top_k": AT_FORWARD,
-    "routing_groups": AT_FORWARD,
-    "sigmoid_renormalises": SILENTLY_WRONG,
-    "aux_loss": SILENT,
-    "bias_and_expert_loop": AT_FORWARD,
-    "bias_and_dropout_fusion": "refused when Transformer Engine's grouped MLP is built",
-    "shared_expert_gate": SILENT,
-    "capacity": SILENT,
-    "probs_on_input": AT_FORWARD,
-    "dispatcher_needs_gpus": IN_A_KERNEL,
-    "fp32_probabilities": SILENT,
-    "deepep_group": IN_A_KERNEL,
-    "deepep_nvlink_peers": IN_A_KERNEL,
-    "deepep_top_k": IN_A_KERNEL,
-    "deepep_hidden_size": IN_A_KERNEL,
-    "deepep_sms": IN_A_KERNEL,
-    "num_sms": IN_A_KERNEL,
-    "hybridep_domains": IN_A_KERNEL,
-    "hybridep_tokens": IN_A_KERNEL,
-    "hybridep_alignment": IN_A_KERNEL,
-    "ncclep_capacity": "asked behind the import of Transformer Engine's NCCL EP",
-    "p2p_overlap": SILENT,
-    "routing_bias": OURS,
-    "format_of_the_gpu": IN_A_KERNEL,
-    "format_needs_a_gpu": IN_A_KERNEL,
-    "format_needs_transformer_engine": "refused when the grouped MLP of Transformer Engine is built",
-    "aligned_widths": IN_A_KERNEL,
-    "reuse_grad_buffer": SILENT,
-    "quantized_attention": IN_A_KERNEL,
-    "torch_native_states": OURS,
-    "fp32_gradients": SILENT,
-    "aligned_param_gather": SILENT,
-    "tensor_overlap_kernels": SILENT,
-    "shared_overlap_needs_shared_experts": SILENT,
-    "recompute_modules": "Megatron-Core recomputes core_attn where no module is named",
-    "recompute_layers": "0 layers are accepted, and recompute nothing",
-    "recompute_of_what_is_there": SILENT,
-    "offload_kernels": "asked where Transformer Engine is missing",
-    "low_precision_options": SILENT,
-    "graphs_need_a_gpu": IN_A_KERNEL,
-    "graph_kernels": "asked where Transformer Engine is missing",
-    "graph_modules": SILENT,
-    "graph_of_counting": "the check asks for the deprecated name of pad_routing_map",
-    "whole_layers_need_fixed_sizes": IN_A_KERNEL,
-    "fsdp_reuse_grad_buffer": SILENT,
-    "fsdp_lone_experts": SILENTLY_WRONG,
-    "fsdp_overlap": SILENT,
-    "op_fuser": "refused when Transformer Engine's grouped MLP is built",
-    "accumulation_fusion": SILENT,
-}
-"""Rules that Megatron-Core does not answer in the oracle, each with the reason."""
 
 
 def broken_rules(recipe: Recipe) -> set[str]:

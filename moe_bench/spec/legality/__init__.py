@@ -18,19 +18,12 @@ from moe_bench.spec.legality import (
 from moe_bench.spec.legality.rule import Problem, Rule
 from moe_bench.spec.recipe import Recipe
 
-RULES: tuple[Rule, ...] = (
-    *grid.RULES,
-    *attention.RULES,
-    *layers.RULES,
-    *experts.RULES,
-    *dispatch.RULES,
-    *batches.RULES,
-    *precision.RULES,
-    *overlap.RULES,
-    *saving.RULES,
-    *graphs.RULES,
-    *sharding.RULES,
-)
+GROUPS = (
+    grid, attention, layers, experts, dispatch, batches, precision, overlap, saving, graphs, sharding,
+)  # fmt: skip
+"""The modules of rules, in the order in which they are asked; the docstring of each says what it is about."""
+
+RULES: tuple[Rule, ...] = tuple(rule for group in GROUPS for rule in group.RULES)
 
 
 def legality_problems(recipe: Recipe) -> tuple[Problem, ...]:
@@ -38,4 +31,4 @@ def legality_problems(recipe: Recipe) -> tuple[Problem, ...]:
     return tuple(problem for rule in RULES for problem in rule.problems(recipe))
 
 
-__all__ = ["RULES", "Problem", "Rule", "legality_problems"]
+__all__ = ["GROUPS", "RULES", "Problem", "Rule", "legality_problems"]

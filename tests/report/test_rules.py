@@ -1,0 +1,51 @@
+"""docs/check.md holds the rules that are asked, the output that is printed, and numbers that are true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_bench.cli import main
+from moe_bench.report.rules import rules_markdown
+from moe_bench.spec.legality import RULES
+from tests.harness.legality_exceptions import BEYOND
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "check.md").read_text()
+
+
+def test_the_documented_rules_are_the_ones_that_are_asked() -> None:
+    table = PAGE.split("<!-- rules: begin -->")[1].split("<!-- rules: end -->")[0].strip()
+    assert table == rules_markdown(), "run `moe-bench check --rules` and paste it into docs/check.md"
+
+
+def test_every_rule_is_documented_once() -> None:
+    assert sorted(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == sorted(rule.name for rule in RULES)
+
+
+def test_the_number_of_rules_that_megatron_core_does_not_answer_is_true() -> None:
+    assert f"{len(BEYOND)} of the {len(RULES)} rules" in PAGE
+
+
+def documented_runs() -> list[tuple[str, str]]:
+    runs = []
+    for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL):
+        for run in block.split("$ ")[1:]:
+            command, _, output = run.partition("\n")
+            runs.append((command, output.strip()))
+    return runs
+
+
+@pytest.mark.parametrize(("command", "output"), documented_runs())
+def test_a_documented_command_prints_what_the_page_says(
+    command: str, output: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *arguments = shlex.split(command)
+    assert program == "moe-bench"
+    code = main(arguments)
+    assert capsys.readouterr().out.strip() == output
+    assert code == (0 if output.endswith("legal") else 2)
