@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +23,17 @@ from moe_bench.cli.options import (
     results_root,
     run_arguments,
 )
+from moe_bench.errors import BadInputError
+from moe_bench.results.store import record_folder
 from moe_bench.spec.catalogue import data_root
+
+if TYPE_CHECKING:
+    from moe_bench.spec.rendezvous import Rendezvous
+    from moe_bench.spec.scale import Plan
+
+
+RepeatOption = Annotated[int, typer.Option("--repeat", min=0, hidden=True)]
+"""Which of several equal runs this one is; set by `--repeats`."""
 
 
 @app.command(rich_help_panel=RUN)
@@ -33,45 +43,78 @@ def run(
     num_gpus: NumGpusOption = None,
     changes: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the record.")] = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Run so often, each with its own record.")
+    ] = 1,
+    repeat: RepeatOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train a few steps through Megatron-Core, write a record and print its table."""
     from moe_bench.harness.mcore_config import megatron_arguments
     from moe_bench.harness.requirements import require_runnable
     from moe_bench.launch.environment import current_environment
-    from moe_bench.launch.here import require_gpus_here, start_ranks_here
+    from moe_bench.launch.here import repeat_ranks_here, require_gpus_here, start_ranks_here
     from moe_bench.launch.rendezvous import rendezvous_from
-    from moe_bench.launch.runner import run_captured
+    from moe_bench.launch.runner import run_captured, run_live
 
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
-    environment = current_environment()
-    place = rendezvous_from(environment, run_captured)
+    root = out or results_root()
+    place = rendezvous_from(current_environment(), run_captured)
+    if place is not None and repeats > 1:
+        raise BadInputError(
+            "--repeats starts every rank afresh, which a rank cannot do: use submit --repeats"
+        )
+    folder = record_folder(root, plan)
+    before = set(folder.glob("*.json"))
     if place is None and plan.recipe.system.gpu is not None:
         # torchrun ends with 1 whatever a rank ends with, so what is missing is found before it starts
         require_gpus_here(plan.recipe, asked=plan.asked, run=run_captured)
         require_runnable(megatron_arguments(plan.recipe))
-        start_ranks_here(plan.recipe, run_args=tuple(sys.argv[2:]))
+        if repeats == 1:
+            start_ranks_here(plan.recipe, run_args=tuple(sys.argv[2:]))
+        args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
+        args += ("--out", str(root), *(["--json"] if as_json else []))
+        code = repeat_ranks_here(plan.recipe, run_args=args, num_repeats=repeats, run_live=run_live)
+        if code:
+            raise typer.Exit(code)
+    else:
+        for index in range(repeat, repeat + repeats):
+            _measure(plan, place=place, repeat=index, is_first=index == repeat, root=root, as_json=as_json)
+    if repeats > 1 and not as_json:
+        from moe_bench.report.repeats import repeats_line
+        from moe_bench.results.store import read_record
+
+        written = sorted(set(folder.glob("*.json")) - before)
+        typer.echo(repeats_line([read_record(path) for path in written]))
+
+
+def _measure(
+    plan: Plan, *, place: Rendezvous | None, repeat: int, is_first: bool, root: Path, as_json: bool
+) -> None:
     from moe_bench.harness.start import load_measure
+    from moe_bench.launch.environment import current_environment
     from moe_bench.report.progress import announce, step_progress
-    from moe_bench.report.tables import run_json, run_view
+    from moe_bench.report.tables import run_json, run_line, run_view
     from moe_bench.results.store import write_record
 
     console = make_console(stderr=True)
-    if place is None or place.rank == 0:
+    if is_first and (place is None or place.rank == 0):
         announce(plan, console)
     measure = load_measure()
     with step_progress(plan, console, is_alone=place is None) as on_step:
         record = measure(
             plan,
             rendezvous=place,
-            environment=environment,
+            environment=current_environment(),
             command=tuple(sys.argv),
             source_root=data_root(),
             on_step=on_step,
+            repeat=repeat,
         )
     if record is not None:  # rank 0 reports for all
-        path = write_record(out or results_root(), record)
-        print_view(run_view(record, path), run_json(record, path), as_json)
+        path = write_record(root, record)
+        view = run_view(record, path) if is_first else run_line(record, path)
+        print_view(view, run_json(record, path), as_json)
 
 
 @app.command(rich_help_panel=RUN)
@@ -80,6 +123,14 @@ def submit(
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
     changes: SetOption = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary", metavar="FIELD=VALUE,...", help="One job per value; several make the product."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="So many jobs of each, interleaved.")] = 1,
+    repeat: RepeatOption = 0,
     site: Annotated[
         str | None, typer.Option("--site", help="A file of slurm/sites; default: by cluster.")
     ] = None,
@@ -91,21 +142,34 @@ def submit(
     inside_job: Annotated[bool, typer.Option("--inside-job", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Queue a recipe with Slurm at the size that it needs."""
+    """Queue a recipe with Slurm at the size that it needs, or an experiment of several jobs."""
+    from moe_bench.launch.variants import interleaved
     from moe_bench.launch.verbs import submit_verb
 
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
-    outcome = submit_verb(
-        plan.recipe,
-        run_args=run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes),
-        data_root=data_root(),
-        site=site,
-        num_nodes=nodes,
-        dry_run=dry_run,
-        inside_job=inside_job,
-    )
-    if outcome.lines and not as_json:
-        typer.echo("\n".join(outcome.lines))
+    variants = interleaved(vary or (), num_repeats=repeats)
+    jobs = []
+    for variant in variants:  # every one is checked before the first is queued
+        changed = [*(changes or ()), *variant.changes]
+        plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changed)
+        args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changed)
+        index = repeat + variant.repeat
+        jobs.append((plan.recipe, (*args, "--repeat", str(index)) if index else args))
+    outcomes = []
+    for as_run, run_args in jobs:
+        outcome = submit_verb(
+            as_run,
+            run_args=run_args,
+            data_root=data_root(),
+            site=site,
+            num_nodes=nodes,
+            dry_run=dry_run,
+            # the job that a script of the user's runs in has the size of one recipe, not of an experiment
+            inside_job=inside_job and len(jobs) == 1,
+        )
+        outcomes.append(outcome)
+        if outcome.lines and not as_json:
+            typer.echo("\n".join(outcome.lines))
     if as_json:
-        typer.echo(json.dumps(outcome.as_json()))
-    raise typer.Exit(outcome.wait() if wait else outcome.exit_code)
+        found = [outcome.as_json() for outcome in outcomes]
+        typer.echo(json.dumps(found if len(found) > 1 else found[0]))
+    raise typer.Exit(max(outcome.wait() if wait else outcome.exit_code for outcome in outcomes))

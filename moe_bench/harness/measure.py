@@ -31,10 +31,12 @@ def measure(
     command: tuple[str, ...],
     source_root: Path,
     on_step: Callable[[int, int, float], None],
+    repeat: int = 0,
 ) -> Record | None:
     """Run `plan` and return its record; None on every rank but the one that reports.
 
-    `on_step` is called after each step with its number from 1, the number of all steps, and the loss.
+    `on_step` is called after each step with its number from 1, the number of all steps, and the loss;
+    `repeat` says which of several equal runs this is.
     Raises MeasurementError where the run gave no valid number, MissingRequirementError where something is
     not here.
     """
@@ -55,6 +57,7 @@ def measure(
             environment=environment,
             command=command,
             source_root=source_root,
+            repeat=repeat,
         ),
         samples=outcome.samples,
     )
@@ -68,12 +71,14 @@ def _provenance(
     environment: Mapping[str, str],
     command: tuple[str, ...],
     source_root: Path,
+    repeat: int,
 ) -> Provenance:
     job = environment.get("SLURM_JOB_ID")
     return Provenance(
         started_at=started_at,
         command=command,
         job_id=f"job{job}" if job is not None else f"pid{os.getpid()}",
+        repeat=repeat,
         git=git_state(source_root),
         python_version=platform.python_version(),
         packages=installed_packages(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.launch.local import local_command
@@ -29,6 +29,22 @@ def start_ranks_here(recipe: Recipe, *, run_args: tuple[str, ...], execute: Exec
     """Replace this process by torchrun with one rank per GPU; `run_args` is what followed `moe-bench run`."""
     command = local_command(recipe, run_args=run_args, python=sys.executable)
     execute(command[0], command)
+
+
+def repeat_ranks_here(
+    recipe: Recipe, *, run_args: tuple[str, ...], num_repeats: int, run_live: Callable[[Sequence[str]], int]
+) -> int:
+    """Start all ranks afresh `num_repeats` times, one after another; the first exit code that is not 0.
+
+    Ranks that only measured again would share an allocator, a communicator and warm caches, and their spread
+    would not be that of runs.
+    """
+    for repeat in range(num_repeats):
+        args = (*run_args, "--repeat", str(repeat))
+        code = run_live(local_command(recipe, run_args=args, python=sys.executable))
+        if code:
+            return code
+    return 0
 
 
 def num_gpus_here(run: Runner) -> int:

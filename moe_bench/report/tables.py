@@ -33,6 +33,17 @@ def run_view(record: Record, path: Path) -> RenderableType:
     return Group(*parts)
 
 
+def run_line(record: Record, path: Path) -> RenderableType:
+    """A repeat of a run whose table was just shown: its step time and its file."""
+    metrics = run_metrics(record)
+    steps = steps_text(metrics, len(record.samples.step_times_s[0]))
+    number = record.provenance.repeat + 1
+    return Group(
+        Text(f"run {number}: step time {step_time_text(metrics)}, {steps}"),
+        Text(f"record: {path}", style="dim"),
+    )
+
+
 def run_title(record: Record) -> str:
     """What ran, with every mark that keeps it from being mistaken for the full recipe."""
     plan = record.plan

@@ -10,21 +10,25 @@ from pydantic import ValidationError
 
 from moe_bench.errors import BadInputError
 from moe_bench.results.record import SCHEMA_VERSION, Record
+from moe_bench.spec.scale import Plan
 
 
 class RecordError(BadInputError):
     """A result file that cannot be read, or that would be overwritten."""
 
 
+def record_folder(root: Path, plan: Plan) -> Path:
+    """Where the records of `plan` lie: `<root>/<model>/<recipe>[_<scale>]`."""
+    return root / (plan.asked if plan.scale == "full" else f"{plan.asked}_{plan.scale}")
+
+
 def record_path(root: Path, record: Record) -> Path:
     """`<root>/<model>/<recipe>[_<scale>]/<start>-<commit>-<job>[-r<repeat>].json`."""
-    plan, provenance = record.plan, record.provenance
-    model, _, run = plan.asked.partition("/")
-    folder = run if plan.scale == "full" else f"{run}_{plan.scale}"
+    provenance = record.provenance
     started = provenance.started_at.replace("-", "").replace(":", "").split(".")[0].split("+")[0]
     commit = (provenance.git.commit or "nocommit")[:8] + ("-dirty" if provenance.git.is_dirty else "")
     repeat = f"-r{provenance.repeat}" if provenance.repeat else ""
-    return root / model / folder / f"{started}Z-{commit}-{provenance.job_id}{repeat}.json"
+    return record_folder(root, record.plan) / f"{started}Z-{commit}-{provenance.job_id}{repeat}.json"
 
 
 def write_record(root: Path, record: Record) -> Path:

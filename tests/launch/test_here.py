@@ -1,7 +1,9 @@
+from collections.abc import Sequence
+
 import pytest
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.launch.here import num_gpus_here, require_gpus_here, start_ranks_here
+from moe_bench.launch.here import num_gpus_here, repeat_ranks_here, require_gpus_here, start_ranks_here
 from tests.launch.conftest import FakeRunner, recipe_of
 
 TWO_GPUS = FakeRunner(
@@ -41,3 +43,16 @@ def test_too_few_gpus_are_a_missing_requirement_that_says_what_would_run(
 ) -> None:
     with pytest.raises(MissingRequirementError, match=f"tiny needs 16 GPUs and this machine .*{advice}"):
         require_gpus_here(recipe_of(), asked="tiny", run=machine)
+
+
+def test_repeats_start_all_ranks_afresh_each_time_and_stop_at_a_failure() -> None:
+    started: list[str] = []
+    codes = iter((0, 3, 0))
+
+    def run_live(command: Sequence[str]) -> int:
+        started.append(" ".join(command).partition(" -m moe_bench ")[2])
+        return next(codes)
+
+    recipe = recipe_of(parallel={"num_gpus": 2})
+    assert repeat_ranks_here(recipe, run_args=("tiny",), num_repeats=3, run_live=run_live) == 3
+    assert started == ["run tiny --repeat 0", "run tiny --repeat 1"]

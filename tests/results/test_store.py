@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.results.store import RecordError, read_record, read_records, write_record
+from moe_bench.results.store import RecordError, read_record, read_records, record_folder, write_record
 from tests.results.records import full, record
 
 
@@ -56,3 +56,9 @@ def test_folders_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for job in ("b", "a"):
         write_record(tmp_path, record(job_id=job))
     assert [found.provenance.job_id for found in read_records((tmp_path,))] == ["a", "b"]
+
+
+def test_repeats_of_one_command_have_a_file_each(tmp_path: Path) -> None:
+    first, second = write_record(tmp_path, record()), write_record(tmp_path, record(repeat=1))
+    assert second.name == first.name.replace(".json", "-r1.json")
+    assert {path.parent for path in (first, second)} == {record_folder(tmp_path, record().plan)}

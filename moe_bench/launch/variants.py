@@ -1,0 +1,51 @@
+"""The jobs of an experiment: every combination of the values under test, repeated, in interleaved order."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_bench.errors import BadInputError
+from moe_bench.spec.fields import field_path
+
+_COMMA = re.compile(r",(?![^\[]*\])")
+"""A comma between values, not one inside a list."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One job of an experiment."""
+
+    changes: tuple[str, ...]
+    """`key=value`, as `--set` takes them."""
+    repeat: int
+    """From 0."""
+
+
+def interleaved(vary: Sequence[str], *, num_repeats: int) -> tuple[Variant, ...]:
+    """The product of `vary` (`FIELD=VALUE,VALUE,...` each), `num_repeats` times.
+
+    All combinations once, then all of them again: what drifts over the day, a warm machine or a busy fabric,
+    falls on every combination alike. Raises BadInputError for a field that is none or a value given twice.
+    """
+    axes = [_axis(one) for one in vary]
+    fields = [axis[0].partition("=")[0] for axis in axes]
+    if len(set(fields)) < len(fields):
+        raise BadInputError(f"--vary: {', '.join(fields)}: a field may vary once; list its values together")
+    return tuple(
+        Variant(changes=changes, repeat=repeat)
+        for repeat in range(num_repeats)
+        for changes in itertools.product(*axes)
+    )
+
+
+def _axis(text: str) -> tuple[str, ...]:
+    name, equals, listed = text.partition("=")
+    values = _COMMA.split(listed)
+    if not equals or not name or not all(values):
+        raise BadInputError(f"--vary {text}: expected FIELD=VALUE,VALUE, such as dispatcher=alltoall,deepep")
+    if len(set(values)) < len(values):
+        raise BadInputError(f"--vary {text}: a value is given twice; repeat runs with --repeats")
+    return tuple(f"{field_path(name)}={value}" for value in values)
