@@ -1,15 +1,14 @@
-"""Verbs that read results and published numbers: report, published, reproduce, compare, gate."""
+"""Verbs that read results and published numbers: published, reproduce, compare, gate."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_bench.cli.app import READ, app
-from moe_bench.cli.options import JsonOption, TableFormat, make_loader, print_view, results_root
+from moe_bench.cli.options import JsonOption, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError, GateError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 
@@ -24,29 +23,6 @@ BAND = 0.05
 BandOption = Annotated[
     float, typer.Option("--within", min=0, max=1, help="Fraction within which two throughputs are the same.")
 ]
-
-
-@app.command(rich_help_panel=READ)
-def report(
-    results: Annotated[
-        list[Path] | None, typer.Argument(help="Records or folders of them; default: results/.")
-    ] = None,
-    table_format: Annotated[
-        TableFormat, typer.Option("--format", help="How to print.")
-    ] = TableFormat.TERMINAL,
-    as_json: JsonOption = False,
-) -> None:
-    """A table of records: step time, tokens/s/GPU, TFLOPs/GPU, MFU, memory."""
-    from moe_bench.report.frame import as_csv, as_markdown, frame_view, records_frame
-    from moe_bench.results.store import read_records
-
-    frame = records_frame(tuple(read_records(tuple(results or (results_root(),)))))
-    if table_format is TableFormat.MARKDOWN:
-        typer.echo(as_markdown(frame))
-    elif table_format is TableFormat.CSV:
-        typer.echo(as_csv(frame), nl=False)
-    else:
-        print_view(frame_view(frame), json.loads(frame.to_json(orient="records")), as_json)
 
 
 @app.command(rich_help_panel=READ)

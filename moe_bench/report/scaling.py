@@ -1,0 +1,281 @@
+"""Weak and strong scaling: throughput per GPU at every size over that at the smallest, with its interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from itertools import groupby
+from operator import attrgetter
+
+from moe_bench.analysis.equivalence import ratio_between
+from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
+from moe_bench.report.recipe_list import layout_label
+from moe_bench.results.likeness import RunSet, is_covered, run_sets
+from moe_bench.results.published import PublishedRow, model_key
+from moe_bench.results.record import Record
+from moe_bench.results.renormalised import Basis, renormalised
+from moe_bench.results.row_recipe import PRECISIONS
+from moe_bench.spec.load import UnknownNameError
+from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.recipe import Recipe
+
+EFFICIENCY = "efficiency = tokens/s/GPU over that of the smallest size of the same curve"
+"""One definition serves both: with equal tokens per GPU it is T_0 / T, with equal tokens N_0 T_0 / (N T)."""
+
+_FREE_FACTS = ("parallel", "num_ranks", "global_batch_size", "micro_batch_size", "steps")
+"""What may differ between the runs of one family: layout, batch, and how long they are timed."""
+
+
+class Kind(StrEnum):
+    """Where a number comes from; numbers of different kinds are never joined."""
+
+    MEASURED = "measured"
+    PUBLISHED = "published"
+    PROJECTED = "projected"
+
+
+class Mode(StrEnum):
+    """What stays equal while GPUs are added."""
+
+    WEAK = "weak"
+    """Sequences per GPU and step."""
+    STRONG = "strong"
+    """Sequences per step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Subject:
+    """What is scaled; curves of one subject can be read side by side."""
+
+    model: str
+    """Folder name under `recipes/`, or what a printed name would be there."""
+    system: str
+    """As sources print it: `H100`, `GB300`; `CPU` for a machine without GPUs."""
+    precision: str
+    """As sources print it: `BF16`, `MXFP8`."""
+    seq_len: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.system}, {self.precision}, {self.seq_len:,} tokens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingPoint:
+    """The throughput of one recipe or row at one size."""
+
+    kind: Kind
+    subject: Subject
+    family: str
+    """Points of equal kind, subject and family can form a curve."""
+    label: str
+    """Recipe or row."""
+    num_gpus: int
+    global_batch_size: int
+    layout: str
+    tokens_per_s_per_gpu: float
+    runs_s: tuple[tuple[float, ...], ...] = ()
+    """GPU-seconds per token of each steady step of every run; empty where only the number is known."""
+    remark: str = ""
+    """`from MFU`, where the source does not print a throughput."""
+
+    @property
+    def per_gpu_batch(self) -> Fraction:
+        """Sequences per GPU and step."""
+        return Fraction(self.global_batch_size, self.num_gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """One point beside the reference of its curve."""
+
+    point: ScalingPoint
+    efficiency_ratio: float
+    """Above 1 where the larger size is faster per GPU."""
+    low_ratio: float | None
+    high_ratio: float | None
+    """Ends of the 95 % interval; None for the reference, and where there are no steps to take one from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """The points of one family that grow in one mode, by size; the first is the reference."""
+
+    mode: Mode
+    kind: Kind
+    subject: Subject
+    name: str
+    efficiencies: tuple[Efficiency, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """The curves that results and rows make, and the families that make none."""
+
+    curves: tuple[Curve, ...]
+    unscaled: tuple[str, ...]
+    """Families of several sizes whose batch neither stays nor grows with the GPUs."""
+
+
+def scaling_of(
+    records: Iterable[Record],
+    rows: Iterable[PublishedRow],
+    models: Mapping[str, ModelSpec],
+    *,
+    projected: Iterable[ScalingPoint] = (),
+    model: str | None = None,
+) -> Scaling:
+    """Every curve of one model, by folder or printed name, or of all; `models` as in `row_points`.
+
+    Raises UnknownNameError where no record, row or projection is of `model`.
+    """
+    points = [*record_points(records), *projected, *row_points(rows, models)]
+    if model is not None:
+        known = sorted({point.subject.model for point in points})
+        if model_key(model) not in known:
+            raise UnknownNameError("model with results", model, known)
+        points = [point for point in points if point.subject.model == model_key(model)]
+    return Scaling(curves=curves(points), unscaled=unscaled_families(points))
+
+
+def record_points(records: Iterable[Record]) -> tuple[ScalingPoint, ...]:
+    """One point per set of like runs, which are repeats of each other; their geometric mean is its number."""
+    return tuple(_run_set_point(one) for one in run_sets(records))
+
+
+def _run_set_point(one: RunSet) -> ScalingPoint:
+    plan = one.records[0].plan
+    recipe = plan.recipe
+    runs_s = tuple(gpu_s_per_token(record) for record in one.records)
+    fixed = {fact: text for fact, text in one.facts.items() if not is_covered(fact, _FREE_FACTS)}
+    return ScalingPoint(
+        kind=Kind.MEASURED,
+        subject=recipe_subject(recipe),
+        family=json.dumps([fixed, dict(one.software)], sort_keys=True),
+        label=one.name,
+        num_gpus=one.records[0].num_ranks,
+        global_batch_size=recipe.global_batch_size,
+        layout=layout_label(recipe),
+        tokens_per_s_per_gpu=mean_tokens_per_s_per_gpu(runs_s),
+        runs_s=runs_s,
+    )
+
+
+def recipe_subject(recipe: Recipe) -> Subject:
+    """The subject of `recipe` in the words of published rows."""
+    return Subject(
+        model=recipe.model.key,
+        system=recipe.system.key.partition("_")[0].upper(),
+        precision=PRECISIONS.get(recipe.precision, recipe.precision.upper()),
+        seq_len=recipe.seq_len,
+    )
+
+
+def row_points(rows: Iterable[PublishedRow], models: Mapping[str, ModelSpec]) -> tuple[ScalingPoint, ...]:
+    """One point per row that trains a model, prints its sizes, and has a throughput.
+
+    `models` are the architectures in `recipes/` by key. A throughput that follows from printed TFLOPs or MFU
+    serves as well: what had to be assumed divides out between rows of one source.
+    """
+    found = (_row_point(row, models.get(model_key(row.model))) for row in rows if row.is_training)
+    return tuple(point for point in found if point is not None)
+
+
+def _row_point(row: PublishedRow, model: ModelSpec | None) -> ScalingPoint | None:
+    ours = renormalised(row, model)
+    if ours.tokens_per_s_per_gpu is None or ours.basis is None:
+        return None
+    if row.hardware is None or row.precision is None or row.seq_len is None:
+        return None
+    if row.num_gpus is None or row.gbs is None:
+        return None
+    family = row.series or f"{row.framework} {row.version or ''}".strip()
+    return ScalingPoint(
+        kind=Kind.PUBLISHED,
+        subject=Subject(
+            model=model_key(row.model), system=row.hardware, precision=row.precision, seq_len=row.seq_len
+        ),
+        family=family if row.num_layers is None else f"{family}, {row.num_layers} layers",
+        label=row.id,
+        num_gpus=row.num_gpus,
+        global_batch_size=row.gbs,
+        layout=_row_layout(row),
+        tokens_per_s_per_gpu=ours.tokens_per_s_per_gpu,
+        remark="" if ours.basis in (Basis.PRINTED, Basis.STEP_TIME) else f"from {ours.basis}",
+    )
+
+
+def _row_layout(row: PublishedRow) -> str:
+    sizes = (
+        ("TP", row.tp),
+        ("PP", row.pp),
+        ("VPP", row.vpp),
+        ("CP", row.cp),
+        ("EP", row.ep),
+        ("ETP", row.etp),
+    )
+    return " ".join(f"{name}{size}" for name, size in sizes if size is not None and size > 1)
+
+
+def curves(points: Iterable[ScalingPoint]) -> tuple[Curve, ...]:
+    """Every weak and strong curve of two sizes or more, by subject, mode and kind."""
+    found = []
+    for family in _families(points):
+        for mode, batch in ((Mode.WEAK, "per_gpu_batch"), (Mode.STRONG, "global_batch_size")):
+            by_batch = attrgetter(batch)
+            for _, members in groupby(sorted(family, key=by_batch), key=by_batch):
+                ordered = sorted(members, key=lambda point: (point.num_gpus, -point.tokens_per_s_per_gpu))
+                if ordered[0].num_gpus < ordered[-1].num_gpus:
+                    found.append(_curve(ordered, mode))
+    return tuple(sorted(found, key=lambda curve: (curve.subject, curve.mode, curve.kind, curve.name)))
+
+
+def unscaled_families(points: Iterable[ScalingPoint]) -> tuple[str, ...]:
+    """Families of several sizes whose batch neither stays nor grows with the GPUs, by name."""
+    return tuple(
+        sorted(
+            _name(family[0])
+            for family in _families(points)
+            if len({point.num_gpus for point in family}) > 1 and not curves(family)
+        )
+    )
+
+
+def _families(points: Iterable[ScalingPoint]) -> list[list[ScalingPoint]]:
+    families: dict[tuple[Kind, Subject, str], list[ScalingPoint]] = {}
+    for point in points:
+        families.setdefault((point.kind, point.subject, point.family), []).append(point)
+    return list(families.values())
+
+
+def _curve(points: Sequence[ScalingPoint], mode: Mode) -> Curve:
+    """`points` by size, the fastest of each size first; the first one is the reference."""
+    reference = points[0]
+    return Curve(
+        mode=mode,
+        kind=reference.kind,
+        subject=reference.subject,
+        name=_name(reference),
+        efficiencies=tuple(_efficiency(reference, point) for point in points),
+    )
+
+
+def _name(reference: ScalingPoint) -> str:
+    """What a curve is called: the series of published rows, else after its smallest size."""
+    return reference.family if reference.kind is Kind.PUBLISHED else reference.label
+
+
+def _efficiency(reference: ScalingPoint, point: ScalingPoint) -> Efficiency:
+    """Throughput per GPU over the reference's, with the interval of analysis/equivalence.py."""
+    ratio = point.tokens_per_s_per_gpu / reference.tokens_per_s_per_gpu
+    interval = None
+    if point is not reference and point.runs_s and reference.runs_s:
+        interval = ratio_between(reference.runs_s, point.runs_s)
+    return Efficiency(
+        point=point,
+        efficiency_ratio=ratio if interval is None else interval.estimate_ratio,
+        low_ratio=None if interval is None else interval.low_ratio,
+        high_ratio=None if interval is None else interval.high_ratio,
+    )

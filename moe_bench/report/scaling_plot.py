@@ -1,0 +1,120 @@
+"""Scaling curves as a picture (PNG, SVG or PDF): one panel per subject and mode."""
+
+from __future__ import annotations
+
+import string
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_bench.errors import BadInputError
+from moe_bench.report.scaling import Curve, Efficiency, Kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = (".png", ".svg", ".pdf")
+MAX_COLUMNS = 3
+_NAME_WIDTH = 58
+"""Characters after which the name of a curve is folded."""
+_COLOURS = {Kind.MEASURED: "#1d5c99", Kind.PUBLISHED: "#a0460e", Kind.PROJECTED: "#4d6b1f"}
+_MARKERS = {Kind.MEASURED: "o", Kind.PUBLISHED: "s", Kind.PROJECTED: "D"}
+_LINES = {Kind.MEASURED: "-", Kind.PUBLISHED: "--", Kind.PROJECTED: ":"}
+"""Kinds differ in colour, marker and line, so that no reader depends on one of the three."""
+
+
+def write_scaling_plot(curves: Sequence[Curve], path: Path) -> None:
+    """Draw `curves`, sorted by subject and mode, into `path`; the suffix says how.
+
+    Raises BadInputError where there is no curve, or for a suffix that is none of FORMATS.
+    """
+    if path.suffix not in FORMATS:
+        raise BadInputError(f"{path}: plots are written as {', '.join(FORMATS)}; change the suffix")
+    if not curves:
+        raise BadInputError(f"{path}: there is no scaling curve to draw; name other results, or drop --plot")
+    # half a second of import that no other verb should pay for
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    panels = [list(members) for _, members in groupby(curves, key=lambda curve: (curve.subject, curve.mode))]
+    num_columns = min(MAX_COLUMNS, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure = Figure(
+        figsize=(4.8 * num_columns, 4.0 * num_rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    )
+    places = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for place in places:
+        place.set_axis_off()
+    for place, members in zip(places, panels, strict=False):
+        _draw_panel(place, members)
+    figure.savefig(path, dpi=160)
+
+
+def _draw_panel(place: Axes, curves: Sequence[Curve]) -> None:
+    place.set_axis_on()
+    place.spines[["top", "right"]].set_visible(False)
+    place.set_title(f"{curves[0].mode} scaling of {curves[0].subject}", fontsize=9, loc="left")
+    place.grid(axis="y", color="#e4e1da", linewidth=0.6)
+    place.axhline(100, color="#6d7177", linewidth=0.8)
+    for letter, curve in zip(string.ascii_lowercase, curves, strict=False):
+        _draw_curve(place, curve, letter)
+    every = [one for curve in curves for one in curve.efficiencies]
+    sizes = sorted({one.point.num_gpus for one in every})
+    place.set_xscale("log", base=2)
+    place.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    place.minorticks_off()
+    place.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.25)
+    place.set_ylim(min(88.0, *(_low_pct(one) - 2 for one in every)), max(104.0, *map(_top_pct, every)))
+    _write_letters(place, curves)
+    place.set_xlabel("GPUs", fontsize=8)
+    place.set_ylabel("efficiency (%)", fontsize=8)
+    place.tick_params(axis="y", labelsize=8)
+    place.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.13))
+
+
+def _draw_curve(place: Axes, curve: Curve, letter: str) -> None:
+    """Every point as a marker, its interval as a whisker; the line joins the fastest point of each size."""
+    colour, marker = _COLOURS[curve.kind], _MARKERS[curve.kind]
+    face = colour if curve.kind is Kind.MEASURED else "white"
+    fastest = [next(ones) for _, ones in groupby(curve.efficiencies, key=lambda one: one.point.num_gpus)]
+    place.plot(
+        [one.point.num_gpus for one in fastest],
+        [one.efficiency_ratio * 100 for one in fastest],
+        color=colour,
+        marker=marker,
+        markerfacecolor=face,
+        linestyle=_LINES[curve.kind],
+        linewidth=1.1,
+        label=textwrap.fill(f"{letter}  {curve.kind}: {curve.name}", _NAME_WIDTH),
+    )
+    for one in curve.efficiencies:
+        at, percent = one.point.num_gpus, one.efficiency_ratio * 100
+        if one.low_ratio is not None and one.high_ratio is not None:
+            place.vlines(at, one.low_ratio * 100, one.high_ratio * 100, color=colour)
+        if one not in fastest:
+            place.plot([at], [percent], color=colour, marker=marker, markerfacecolor=face)
+
+
+def _write_letters(place: Axes, curves: Sequence[Curve]) -> None:
+    """A letter at the right of every curve's last point, moved up where two would lie on each other."""
+    low, high = place.get_ylim()
+    right = max(one.point.num_gpus for curve in curves for one in curve.efficiencies) * 1.08
+    ends = sorted(
+        (curve.efficiencies[-1].efficiency_ratio * 100, letter)
+        for letter, curve in zip(string.ascii_lowercase, curves, strict=False)
+    )
+    lowest = low
+    for percent, letter in ends:
+        lowest = max(percent, lowest)
+        place.text(right, lowest, letter, fontsize=8, va="center")
+        lowest += (high - low) * 0.05
+
+
+def _low_pct(one: Efficiency) -> float:
+    return (one.efficiency_ratio if one.low_ratio is None else one.low_ratio) * 100
+
+
+def _top_pct(one: Efficiency) -> float:
+    return (one.efficiency_ratio if one.high_ratio is None else one.high_ratio) * 100 + 2

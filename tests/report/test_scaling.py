@@ -1,0 +1,222 @@
+"""Efficiency is throughput per GPU over that of the smallest size, within one family and one kind."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_bench.cli import main
+from moe_bench.errors import BadInputError
+from moe_bench.report.scaling import (
+    Curve,
+    Kind,
+    Mode,
+    ScalingPoint,
+    Subject,
+    curves,
+    record_points,
+    row_points,
+    scaling_of,
+)
+from moe_bench.report.scaling_plot import write_scaling_plot
+from moe_bench.report.scaling_table import scaling_frame
+from moe_bench.results.published import PublishedRow, load_rows
+from moe_bench.results.record import Record
+from moe_bench.results.store import write_record
+from moe_bench.spec.catalogue import data_root
+from moe_bench.spec.load import UnknownNameError
+from tests.results.records import RECIPE, full, record
+
+ROWS = load_rows(data_root() / "results" / "published")
+SUBJECT = Subject(model="m", system="H100", precision="BF16", seq_len=4096)
+
+
+def of_series(name: str) -> tuple[PublishedRow, ...]:
+    rows = tuple(row for row in ROWS if (row.series or "").startswith(name))
+    assert rows
+    return rows
+
+
+def only_curve(points: tuple[ScalingPoint, ...]) -> Curve:
+    (curve,) = curves(points)
+    return curve
+
+
+def point(
+    num_gpus: int, batch: int, tokens_per_s: float, kind: Kind = Kind.PROJECTED, family: str = "f"
+) -> ScalingPoint:
+    return ScalingPoint(
+        kind=kind,
+        subject=SUBJECT,
+        family=family,
+        label=f"{family}-{num_gpus}",
+        num_gpus=num_gpus,
+        global_batch_size=batch,
+        layout="",
+        tokens_per_s_per_gpu=tokens_per_s,
+    )
+
+
+def runs_at(num_gpus: int, step_s: float, *, batch: int, num_runs: int = 3) -> Iterator[Record]:
+    """Repeats on `num_gpus` GPUs whose medians and steps scatter by 0.1 %."""
+    parallel = RECIPE.parallel.model_copy(update={"num_gpus": num_gpus})
+    recipe = RECIPE.model_copy(update={"parallel": parallel, "global_batch_size": batch})
+    noise = random.Random(num_gpus)
+    for repeat in range(num_runs):
+        level_s = step_s * noise.gauss(1, 0.001)
+        steps_s = tuple(level_s * noise.gauss(1, 0.001) for _ in range(20))
+        yield record(
+            full().model_copy(update={"recipe": recipe}),
+            step_times_s=(steps_s,) * num_gpus,
+            started_at=f"2026-11-22T07:{repeat:02}:00+00:00",
+            job_id=f"on{num_gpus}",
+        )
+
+
+def test_the_weak_scaling_card_of_qwen3_is_flat() -> None:
+    curve = only_curve(row_points(of_series("mbcard-qwen3-30b-a3b-gb300"), {}))
+    assert (curve.mode, curve.kind) == (Mode.WEAK, Kind.PUBLISHED)
+    assert [one.point.num_gpus for one in curve.efficiencies] == [8, 32, 128, 256]
+    # 45,052.607 / 44,511.004 tokens/s/GPU, as the card prints them
+    assert curve.efficiencies[-1].efficiency_ratio == pytest.approx(1.012168, abs=1e-6)
+
+
+def test_deepseek_on_twice_the_gpus_loses_six_percent() -> None:
+    curve = only_curve(row_points(of_series("dgxc-deepseek-v3-h100-bf16"), {}))
+    assert [one.point.num_gpus for one in curve.efficiencies] == [512, 1024]
+    assert curve.efficiencies[1].efficiency_ratio == pytest.approx(629.669482 / 669.445117, abs=1e-6)
+
+
+def test_rows_that_print_an_mfu_alone_scale_by_its_ratio() -> None:
+    curve = only_curve(row_points(of_series("mpf-table4-mixtral-8x22b-method-folding"), {}))
+    assert curve.mode is Mode.STRONG
+    # 44.9 % over 52.2 %, to the digits of the estimate
+    assert curve.efficiencies[-1].efficiency_ratio == pytest.approx(44.9 / 52.2, abs=1e-3)
+    assert {one.point.remark for one in curve.efficiencies} == {"from MFU"}
+
+
+def test_a_batch_that_neither_stays_nor_grows_with_the_gpus_makes_no_curve() -> None:
+    rows = of_series("automodel-deepseek-v3-h100")
+    found = scaling_of((), rows, {})
+    assert found.curves == ()
+    assert found.unscaled == (rows[0].series,)
+
+
+def test_equal_batches_are_strong_and_equal_batches_per_gpu_are_weak_scaling() -> None:
+    points = (point(8, 64, 100.0), point(16, 64, 80.0), point(32, 256, 90.0))
+    strong, weak = sorted(curves(points), key=lambda curve: curve.mode)
+    assert [one.efficiency_ratio for one in strong.efficiencies] == [1.0, 0.8]
+    assert [one.point.num_gpus for one in weak.efficiencies] == [8, 32]
+    assert weak.efficiencies[1].efficiency_ratio == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kind": Kind.MEASURED},
+        {"family": "another"},
+    ],
+)
+def test_points_of_different_kinds_or_families_are_never_joined(other: dict[str, object]) -> None:
+    assert curves((point(8, 64, 100.0), point(16, 64, 80.0, **other))) == ()
+
+
+def test_the_fastest_of_the_smallest_size_is_the_reference() -> None:
+    curve = only_curve((point(8, 64, 90.0), point(8, 64, 100.0), point(16, 64, 50.0)))
+    assert [one.efficiency_ratio for one in curve.efficiencies] == [1.0, 0.9, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("batch", "step_s", "mode", "expected"),
+    [
+        # the same tokens per GPU in 1.05 of the time
+        (1024, 1.05, Mode.WEAK, 1 / 1.05),
+        # the same tokens on twice the GPUs in 0.6 of the time
+        (512, 0.6, Mode.STRONG, 1 / (2 * 0.6)),
+    ],
+)
+def test_measured_efficiency_has_an_interval_around_the_known_answer(
+    batch: int, step_s: float, mode: Mode, expected: float
+) -> None:
+    points = record_points([*runs_at(8, 1.0, batch=512), *runs_at(16, step_s, batch=batch)])
+    curve = only_curve(points)
+    assert (curve.mode, curve.kind) == (mode, Kind.MEASURED)
+    reference, larger = curve.efficiencies
+    assert (reference.efficiency_ratio, reference.low_ratio) == (1.0, None)
+    assert larger.low_ratio is not None
+    assert larger.high_ratio is not None
+    assert larger.low_ratio < expected < larger.high_ratio
+    assert larger.high_ratio - larger.low_ratio < 0.02
+
+
+def test_one_short_run_gives_a_number_without_an_interval() -> None:
+    points = record_points(
+        record(
+            full().model_copy(
+                update={
+                    "recipe": RECIPE.model_copy(
+                        update={"parallel": RECIPE.parallel.model_copy(update={"num_gpus": num_gpus})}
+                    )
+                }
+            ),
+            step_times_s=((1.0, 1.0),) * num_gpus,
+        )
+        for num_gpus in (8, 16)
+    )
+    larger = only_curve(points).efficiencies[1]
+    assert (larger.efficiency_ratio, larger.low_ratio) == (0.5, None)
+
+
+def test_runs_with_other_kernels_are_another_family() -> None:
+    others = [
+        one.model_copy(
+            update={
+                "samples": one.samples.model_copy(
+                    update={
+                        "implementations": one.samples.implementations.model_copy(
+                            update={"dispatcher": "MoEFlexTokenDispatcher"}
+                        )
+                    }
+                )
+            }
+        )
+        for one in runs_at(16, 1.0, batch=1024)
+    ]
+    assert curves(record_points([*runs_at(8, 1.0, batch=512), *others])) == ()
+
+
+def test_the_table_holds_every_point_with_its_kind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for one in [*runs_at(8, 1.0, batch=512, num_runs=1), *runs_at(16, 1.0, batch=1024, num_runs=1)]:
+        write_record(tmp_path, one)
+    assert main(["report", str(tmp_path), "--scaling", "--model", "Qwen3-30B-A3B", "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(",measured," in line for line in lines) == 2
+    assert sum(",published," in line for line in lines) == 4
+
+
+def test_a_model_without_results_is_refused_by_name() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'mixtral_8x22b'"):
+        scaling_of((), ROWS, {}, model="mixtral_8x23b")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_plot_is_written_in_the_format_that_the_name_says(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"scaling{suffix}"
+    found = scaling_of(runs_at(8, 1.0, batch=512), of_series("mbcard-qwen3-30b-a3b-gb300"), {})
+    write_scaling_plot(found.curves, path)
+    head = path.read_bytes()[:400]
+    assert head.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in head
+
+
+def test_a_plot_of_nothing_or_in_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="no scaling curve"):
+        write_scaling_plot((), tmp_path / "x.png")
+    with pytest.raises(BadInputError, match="change the suffix"):
+        write_scaling_plot((), tmp_path / "x.jpeg")
+
+
+def test_the_frame_of_no_curves_is_empty() -> None:
+    assert scaling_frame(()).empty
