@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
+from moe_bench.spec.check import require_legal
 from moe_bench.spec.legality import Problem, legality_problems
 from moe_bench.spec.load import Loader
 from moe_bench.spec.recipe import Recipe
@@ -74,17 +75,19 @@ def plan_of(name: str, *, scale: ScaleOption, num_gpus: int | None, changes: lis
 def derived_plan(
     path: Path, *, loader: Loader, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None
 ) -> Plan:
-    """What the recipe in `path` runs at `scale`, with the user's changes."""
+    """What the recipe in `path` runs at `scale`, with the user's changes; RecipeError if it is illegal."""
     modified = tuple(changes or ())
     recipe = loader.recipe(path, changes=modified)
     if scale is ScaleOption.SMOKE:
-        return smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
+        toy = smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
+        return require_legal(toy, path, loader)
     if scale is ScaleOption.NODE:
         from moe_bench.analysis.memory import fits
 
         if num_gpus is None:
             raise BadInputError("--scale node: how many GPUs? add --num-gpus N")
-        return node_plan(recipe, num_gpus=num_gpus, fits=fits, modified=modified)
+        cut = node_plan(recipe, num_gpus=num_gpus, fits=fits, modified=modified)
+        return require_legal(cut, path, loader)
     if num_gpus is not None:
         raise BadInputError("--num-gpus goes with --scale node; a recipe's own size is parallel.num_gpus")
     return full_plan(recipe, modified=modified)

@@ -105,7 +105,7 @@ def check(
         return
     loader = make_loader()
     derive = partial(derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes)
-    checked = check_recipes(named_files(recipes or (), loader, is_all=is_all), loader, derive=derive)
+    checked = check_recipes(named_files(recipes or (), loader, is_all=is_all), derive=derive)
     if as_json:
         typer.echo(json.dumps(checked.as_json(), indent=1))
     else:

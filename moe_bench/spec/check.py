@@ -12,8 +12,8 @@ from moe_bench.spec.load import Loader, shown
 from moe_bench.spec.scale import Plan
 from moe_bench.spec.yaml_tree import dotted
 
-Derive = Callable[[Path], Plan]
-"""Reads one recipe file, and derives from it what would run."""
+Derive = Callable[[Path], object]
+"""Reads one recipe file and derives what would run; raises BadInputError where that is impossible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,36 +60,47 @@ def named_files(names: Sequence[str], loader: Loader, *, is_all: bool) -> tuple[
     return tuple(dict.fromkeys(paths))
 
 
-def check_recipes(paths: Sequence[Path], loader: Loader, *, derive: Derive) -> Checked:
+def check_recipes(paths: Sequence[Path], *, derive: Derive) -> Checked:
     """Every mistake of every file, in file order, and every rule that what would run breaks."""
     mistakes: list[Mistake] = []
     num_refused = 0
     for path in paths:
-        found = _mistakes(path, loader, derive)
+        found = _mistakes(path, derive)
         mistakes += found
         num_refused += bool(found)
     return Checked(num_recipes=len(paths), num_refused=num_refused, mistakes=tuple(mistakes))
 
 
-def _mistakes(path: Path, loader: Loader, derive: Derive) -> list[Mistake]:
-    try:
-        plan = derive(path)
-    except RecipeError as error:
-        return list(error.mistakes)
-    if plan.scale == "full":
-        return []
-    # a derived recipe has no lines of its own
-    return [
-        Mistake(
-            file=shown(path),
-            line=1,
-            key=dotted(problem.path),
-            problem=f"at {plan.scale} scale {problem.problem}",
-            fix=problem.fix,
+def require_legal(plan: Plan, path: Path, loader: Loader) -> Plan:
+    """`plan`, or RecipeError where the recipe that was derived from the one in `path` breaks a rule."""
+    if plan.scale == "full":  # the loader has asked already
+        return plan
+    mistakes = tuple(
+        _mistake(
+            path, key=dotted(problem.path), text=f"at {plan.scale} scale {problem.problem}; {problem.fix}"
         )
         for rule in loader.rules
         for problem in rule(plan.recipe)
-    ]
+    )
+    if mistakes:
+        raise RecipeError(mistakes)
+    return plan
+
+
+def _mistakes(path: Path, derive: Derive) -> tuple[Mistake, ...]:
+    try:
+        derive(path)
+    except RecipeError as error:
+        return error.mistakes
+    except BadInputError as error:
+        return (_mistake(path, key="-", text=str(error)),)
+    return ()
+
+
+def _mistake(path: Path, *, key: str, text: str) -> Mistake:
+    """A problem of a derived recipe, which has no lines of its own."""
+    problem, _, fix = text.rpartition("; ")
+    return Mistake(file=shown(path), line=1, key=key, problem=problem or fix, fix=fix)
 
 
 def _recipes_below(folder: Path) -> list[Path]:

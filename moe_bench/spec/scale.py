@@ -8,6 +8,7 @@ from typing import Literal
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.base import Spec, Text
+from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
 from moe_bench.spec.model import (
     GroupedQueryAttention,
     MixtureOfExperts,
@@ -126,7 +127,9 @@ _NODE_REASONS = {
     "parallel": "the GPUs that are here",
     "global_batch_size": "at most eight micro batches per rank",
     "num_mtp_layers": "as many layers as fit",
+    "dispatch": "one rank has nobody to exchange tokens with",
     "overlap": "no pipeline on one node",
+    "env": "as many ranks as the expert group has",
 }
 
 _NOT_COMPARED = ("reproduces", "differences", "variant")
@@ -340,6 +343,10 @@ def adam_with_plain_states(optimizer: OptimizerSpec) -> OptimizerSpec:
 def _node_recipe(recipe: Recipe, *, num_gpus: int, num_layers: int) -> Recipe:
     parallel, moe = recipe.parallel, recipe.model.moe
     expert = math.gcd(parallel.expert, num_gpus // parallel.expert_tensor)
+    if parallel.data_sharding == "megatron_fsdp" and num_gpus == expert * parallel.expert_tensor:
+        # Megatron-FSDP scales accumulated expert gradients wrongly where an expert has one replica
+        expert = math.gcd(expert, max(1, expert // 2))
+    group = expert * parallel.expert_tensor
     kept_moe = (
         None if moe is None else _fewer_experts(moe, num_experts=moe.num_experts // parallel.expert * expert)
     )
@@ -363,11 +370,30 @@ def _node_recipe(recipe: Recipe, *, num_gpus: int, num_layers: int) -> Recipe:
             "model": recipe.model.model_copy(update={"num_layers": num_layers, "moe": kept_moe}),
             "parallel": node,
             "global_batch_size": recipe.micro_batch_size * node.data * min(recipe.num_micro_batches, 8),
-            "overlap": recipe.overlap.model_copy(update={"p2p": False}),
+            "dispatch": _node_dispatch(recipe.dispatch, group),
+            "overlap": _node_overlap(recipe.overlap, expert=expert),
+            "env": {
+                name: str(math.gcd(int(value), group)) if name == HYBRIDEP_DOMAIN else value
+                for name, value in recipe.env.items()
+            },
             "reproduces": None,
             "differences": (),
         }
     )
+
+
+def _node_dispatch(dispatch: DispatchSpec, group: int) -> DispatchSpec:
+    """DeepEP and its like exchange tokens; alone a rank has nobody to do it with."""
+    is_flex = dispatch.dispatcher not in ("allgather", "alltoall")
+    return dispatch.model_copy(update={"dispatcher": "alltoall"}) if is_flex and group == 1 else dispatch
+
+
+def _node_overlap(overlap: Overlap, *, expert: int) -> Overlap:
+    """What overlaps without a pipeline, and without expert ranks where there is one."""
+    off = {"p2p": False, "param_gather_with_optimizer_step": False, "align_param_gather": False}
+    if expert == 1:
+        off |= {"expert_parallel": False, "delayed_wgrad": False}
+    return overlap.model_copy(update=off)
 
 
 def _fewer_experts(moe: MixtureOfExperts, *, num_experts: int) -> MixtureOfExperts:

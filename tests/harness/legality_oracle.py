@@ -251,22 +251,20 @@ def built_layers(asked: Asked) -> list[tuple[int, int]]:
     recipe, config = asked.recipe, asked.config
     parallel, layout = recipe.parallel, config.pipeline_model_parallel_layout
     virtual = config.virtual_pipeline_model_parallel_size
+    stages = [(rank, stage) for stage in range(virtual or 1) for rank in range(parallel.pipeline)]
     counts = []
-    with mock.patch.object(
-        parallel_state, "get_virtual_pipeline_model_parallel_world_size", return_value=virtual
-    ):
-        for stage in range(parallel.pipeline * (virtual or 1)):
-            vp_stage = stage // parallel.pipeline if virtual else None
-            rank = stage % parallel.pipeline
-            with mock.patch.object(parallel_state, "get_pipeline_model_parallel_rank", return_value=rank):
-                num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=rank)
-                is_last = stage == parallel.pipeline * (virtual or 1) - 1
-                num_mtp = (
-                    layout.get_num_layers_to_build(LayerType.mtp, vp_stage=vp_stage, pp_rank=rank)
-                    if layout is not None
-                    else recipe.num_mtp_layers * is_last
-                )
-            counts.append((num_layers, num_mtp))
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
+    try:
+        for rank, stage in stages:
+            parallel_state.set_pipeline_model_parallel_rank(rank)
+            place = {"vp_stage": stage if virtual else None, "pp_rank": rank}
+            num_mtp = recipe.num_mtp_layers * ((rank, stage) == stages[-1])
+            if layout is not None:
+                num_mtp = layout.get_num_layers_to_build(LayerType.mtp, **place)
+            counts.append((get_num_layers_to_build(config, **place), num_mtp))
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(None)
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
     return counts
 
 

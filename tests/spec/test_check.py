@@ -8,9 +8,9 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import recipe_paths, recipes_root
-from moe_bench.spec.check import Checked, check_recipes, named_files
+from moe_bench.spec.check import Checked, check_recipes, named_files, require_legal
 from moe_bench.spec.load import Loader
-from moe_bench.spec.scale import full_plan, smoke_plan
+from moe_bench.spec.scale import Plan, full_plan, smoke_plan
 from tests.spec.conftest import RECIPE
 
 IMPOSSIBLE = Path(__file__).parents[1] / "recipes_impossible"
@@ -18,7 +18,7 @@ SHIPPED = Loader(root=recipes_root())
 
 
 def checked_as_written(paths: tuple[Path, ...], loader: Loader) -> Checked:
-    return check_recipes(paths, loader, derive=lambda path: full_plan(loader.recipe(path), modified=()))
+    return check_recipes(paths, derive=lambda path: full_plan(loader.recipe(path), modified=()))
 
 
 def test_all_means_every_shipped_recipe_and_all_are_legal() -> None:
@@ -76,15 +76,28 @@ def test_problems_of_all_recipes_are_told_at_once(
 def test_a_recipe_that_is_illegal_only_at_another_scale_is_refused_there(
     loader: Loader, recipe_path: Path
 ) -> None:
-    def shrunk_too_far(path: Path) -> object:
+    def shrunk_too_far(path: Path) -> Plan:
         plan = smoke_plan(loader.recipe(path), host=loader.system("cpu_host"), modified=())
         parallel = plan.recipe.parallel.model_copy(update={"num_gpus": 3})
-        return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"parallel": parallel})})
+        recipe = plan.recipe.model_copy(update={"parallel": parallel})
+        return require_legal(plan.model_copy(update={"recipe": recipe}), path, loader)
 
-    checked = check_recipes((recipe_path,), loader, derive=shrunk_too_far)
+    checked = check_recipes((recipe_path,), derive=shrunk_too_far)
     assert checked.num_refused == 1
     assert {mistake.key for mistake in checked.mistakes} == {"parallel.num_gpus", "parallel.expert"}
     assert all(mistake.problem.startswith("at smoke scale ") for mistake in checked.mistakes)
+
+
+def test_a_recipe_that_cannot_be_cut_to_a_scale_does_not_stop_the_others(recipe_path: Path) -> None:
+    def cut(path: Path) -> Plan:
+        raise BadInputError("tiny needs TP2 GPUs at least; use another --num-gpus")
+
+    checked = check_recipes((recipe_path, recipe_path), derive=cut)
+    assert checked.num_refused == 2
+    assert (checked.mistakes[0].problem, checked.mistakes[0].fix) == (
+        "tiny needs TP2 GPUs at least",
+        "use another --num-gpus",
+    )
 
 
 GRIDS = {

@@ -105,3 +105,16 @@ def test_a_node_that_cannot_hold_two_expert_layers_is_refused() -> None:
     recipe = LOADER.recipe(LOADER.root / "deepseek_v3" / "h100_sxm_256g_bf16.yaml")
     with pytest.raises(BadInputError, match="not even 5 layers fit 1 GPUs"):
         node_plan(recipe, num_gpus=1, fits=lambda cut: False, modified=())
+
+
+@pytest.mark.parametrize("num_gpus", [4, 8, 32])
+def test_a_recipe_on_a_node_is_legal_or_says_what_it_needs(recipe: Recipe, num_gpus: int) -> None:
+    unit = recipe.parallel.tensor * recipe.parallel.context
+    if num_gpus % unit:
+        with pytest.raises(
+            BadInputError, match=f"needs TP{recipe.parallel.tensor} x CP{recipe.parallel.context}"
+        ):
+            node_plan(recipe, num_gpus=num_gpus, fits=lambda cut: True, modified=())
+    else:
+        plan = node_plan(recipe, num_gpus=num_gpus, fits=lambda cut: True, modified=())
+        assert legality_problems(plan.recipe) == ()
