@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
 import functools
 import io
 import logging
@@ -168,7 +167,13 @@ def _arguments(asked: Asked) -> None:
 
 def namespace(recipe: Recipe, arguments: MegatronArguments) -> argparse.Namespace:
     """What Megatron-LM's parser would have made of a command line with these arguments."""
-    args = copy.deepcopy(_defaults())
+    defaults = vars(_defaults())
+    args = argparse.Namespace(
+        **{
+            name: value.copy() if isinstance(value, (list, dict)) else value
+            for name, value in defaults.items()
+        }
+    )
     for section in (
         arguments.model,
         arguments.ddp,
