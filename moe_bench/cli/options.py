@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
 from moe_bench.spec.check import require_legal
-from moe_bench.spec.legality import Problem, legality_problems
 from moe_bench.spec.load import Loader
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import Plan, full_plan, node_plan, smoke_plan
 
@@ -53,6 +53,9 @@ NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="GP
 
 
 def make_loader() -> Loader:
+    """A loader that refuses what cannot run."""
+    from moe_bench.spec.legality import legality_problems
+
     return Loader(root=recipes_root(), rules=(legality_problems, _override_problems))
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_bench.harness.mcore_fields import complaint_about, megatron_fields
-from moe_bench.spec.legality import Problem
 from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 
 Plain = bool | int | float | str | None | tuple["Plain", ...]
@@ -400,7 +400,7 @@ def _ddp(recipe: Recipe) -> Arguments:
 
 def _optimizer(recipe: Recipe) -> Arguments:
     optimizer, overlap = recipe.optimizer, recipe.overlap
-    # Offloading reuses the code path of low-precision state, and refuses without it (training/arguments.py:1804).
+    # Offloading runs through the code of low-precision state, and refuses without it (training/arguments.py:1804)
     is_precision_aware = optimizer.is_precision_aware or recipe.offload.optimizer_fraction > 0
     return {
         "optimizer": optimizer.name,

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import get_args
 
 from moe_bench.results.published import PublishedRow, model_key
-from moe_bench.spec.legality import Problem
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Dispatcher, GraphModule, OffloadModule, Recipe, RecomputeModule, StateDtype
 
 Value = str | int | float | bool | frozenset[str] | None

@@ -79,7 +79,7 @@ def require_legal(plan: Plan, path: Path, loader: Loader) -> Plan:
         _mistake(
             path, key=dotted(problem.path), text=f"at {plan.scale} scale {problem.problem}; {problem.fix}"
         )
-        for rule in loader.rules
+        for rule in loader.rules_in_force()
         for problem in rule(plan.recipe)
     )
     if mistakes:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from moe_bench.spec.base import Spec
-from moe_bench.spec.legality import Problem
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.yaml_tree import Node, Path_
 
 _MISSING = "missing"

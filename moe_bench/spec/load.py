@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from moe_bench.errors import BadInputError, Mistake, RecipeError
 from moe_bench.spec.base import Spec
 from moe_bench.spec.explain import explain
-from moe_bench.spec.legality import Problem, legality_problems
 from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.system import SystemSpec
 from moe_bench.spec.yaml_tree import Node, dotted, parse_value, read_yaml
@@ -28,8 +28,8 @@ class Loader:
 
     root: Path
     """The folder that holds `systems/` and one folder per model."""
-    rules: tuple[Rule, ...] = field(default=(legality_problems,))
-    """What a recipe must satisfy beyond its schema."""
+    rules: tuple[Rule, ...] | None = None
+    """What a recipe must satisfy beyond its schema; None for the rules of legality."""
     trees: dict[Path, Node] = field(default_factory=dict, repr=False, compare=False)
     """Model and system files read so far: many recipes share them."""
 
@@ -60,10 +60,18 @@ class Loader:
 
     def _checked(self, tree: Node) -> Recipe:
         recipe = validated(tree, Recipe)
-        problems = [problem for rule in self.rules for problem in rule(recipe)]
+        problems = [problem for rule in self.rules_in_force() for problem in rule(recipe)]
         if problems:
             raise RecipeError(tuple(_mistake(tree, problem) for problem in problems))
         return recipe
+
+    def rules_in_force(self) -> tuple[Rule, ...]:
+        """`rules`, or those of legality, which are loaded when they are first needed."""
+        if self.rules is not None:
+            return self.rules
+        from moe_bench.spec.legality import legality_problems
+
+        return (legality_problems,)
 
     def _resolved(self, tree: Node, path: Path) -> Node:
         """The tree in which the names of model and system are replaced by their files."""

@@ -15,7 +15,8 @@ from moe_bench.spec.legality import (
     saving,
     sharding,
 )
-from moe_bench.spec.legality.rule import Problem, Rule
+from moe_bench.spec.legality.rule import Rule
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 
 GROUPS = (

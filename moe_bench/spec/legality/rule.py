@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 
 Found = tuple[str, str, str]
 """Dotted key at which the user would change the recipe, the values that clash, the nearest legal change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A rule that a recipe breaks, at the key where the user would change it."""
-
-    path: tuple[str | int, ...]
-    problem: str
-    fix: str
-    rule: str = ""
-    """Name of the rule in docs/check.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
