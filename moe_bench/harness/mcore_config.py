@@ -400,7 +400,7 @@ def _ddp(recipe: Recipe) -> Arguments:
 
 def _optimizer(recipe: Recipe) -> Arguments:
     optimizer, overlap = recipe.optimizer, recipe.overlap
-    # Offloading runs through the code of low-precision state, and refuses without it (training/arguments.py:1804)
+    # offloading runs through the code of low-precision state, and refuses without it (arguments.py:1804)
     is_precision_aware = optimizer.is_precision_aware or recipe.offload.optimizer_fraction > 0
     return {
         "optimizer": optimizer.name,
