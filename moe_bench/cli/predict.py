@@ -1,7 +1,8 @@
-"""Verbs that predict, without a GPU: audit."""
+"""Verbs that predict, without a GPU: audit, dryrun."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,3 +31,39 @@ def audit(
         audit_json(run, lines, tokens_per_s_per_gpu=tokens_per_s_per_gpu),
         as_json,
     )
+
+
+@app.command(rich_help_panel=PREDICT)
+def dryrun(
+    recipe: RecipeArgument,
+    rank: Annotated[int | None, typer.Option("--rank", help="One rank of the job; default 0.")] = None,
+    all_stages: Annotated[
+        bool, typer.Option("--all-stages", help="The first rank of every pipeline stage.")
+    ] = False,
+    routing: Annotated[
+        Path | None, typer.Option("--routing", help="JSON: tokens per sender and expert; default balanced.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write an SVG: a bar per pipeline rank, a timeline.")
+    ] = None,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Step one rank through Megatron-Core at the real world size, without a GPU: memory, FLOPs, traffic."""
+    from moe_bench.spec.derive_dryrun import dryrun_plan, ranks_to_run
+    from moe_bench.spec.routing_matrix import read_counts
+
+    asked = plan_of(recipe, scale=ScaleOption.FULL, num_gpus=None, changes=changes)
+    plan = dryrun_plan(asked.recipe, modified=asked.modified)
+    ranks = ranks_to_run(plan.recipe, rank=rank, all_stages=all_stages)
+    counts = None if routing is None else read_counts(routing)
+    from moe_bench.harness.dryrun.start import load_dry_run
+
+    dry_run = load_dry_run()
+    outcome = dry_run(asked.recipe, plan, ranks, counts=counts)
+    from moe_bench.report.dryrun_plot import write_plot
+    from moe_bench.report.dryrun_view import dry_run_json, dry_run_view
+
+    if plot is not None:
+        write_plot(outcome, plot)
+    print_view(dry_run_view(outcome), dry_run_json(outcome), as_json)

@@ -286,7 +286,7 @@ class LoopbackGroup(distributed.ProcessGroup):
         output_parts = self._parts("output", output, output_split_sizes)
         input_parts = self._parts("input", input, input_split_sizes)
         own = input_parts[self._rank] if len(input_parts[self._rank]) else input
-        for part in output_parts if not output.is_meta else ():
+        for part in output_parts if _has_values(output) else ():
             _fill(part, own)
         return self._done("all_to_all", [input], [output])
 
@@ -341,10 +341,10 @@ class LoopbackGroup(distributed.ProcessGroup):
                 f"all_to_all: {name} splits add up to {sum(splits)} rows over {len(splits)} ranks, the "
                 f"tensor has {num_rows} over {self._size}"
             )
-        return (tensor,) * self._size if tensor.is_meta else tensor.split(splits)
+        return (tensor,) * self._size if not _has_values(tensor) else tensor.split(splits)
 
     def _take_slice(self, output: Tensor, input: Tensor) -> None:
-        if not output.is_meta:
+        if _has_values(output):
             output.view(-1).copy_(input.reshape(self._size, -1)[self._rank])
 
     def _done(self, op: str, counted: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
@@ -370,7 +370,7 @@ def _finished() -> Any:
 
 def _fill(output: Tensor, input: Tensor) -> None:
     """Copy the input as often as it takes to fill the output, cut off at the end."""
-    if output.is_meta or output.numel() == 0:
+    if not _has_values(output) or output.numel() == 0:
         return
     source = input.detach().reshape(-1)
     repeats = -(-output.numel() // source.numel())
@@ -378,7 +378,11 @@ def _fill(output: Tensor, input: Tensor) -> None:
 
 
 def _fill_pattern(tensor: Tensor) -> None:
-    if tensor.is_meta:
+    if not _has_values(tensor):
         return
     steps = torch.arange(tensor.numel(), device=tensor.device) * 97 % _PATTERN_LENGTH
     tensor.detach().copy_((steps / (_PATTERN_LENGTH // 2) - 1).view_as(tensor))
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_bench.errors import BadInputError
 from moe_bench.spec.recipe import CudaGraphs, DispatchSpec, Fusions, KernelSpec, Offload, Overlap, Recipe
 from moe_bench.spec.scale import Plan, Substitution, adam_with_plain_states, differences
 
@@ -30,6 +31,25 @@ def dryrun_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:
         substitutions=(*rows, _balanced(recipe)),
         modified=modified,
     )
+
+
+def ranks_to_run(recipe: Recipe, *, rank: int | None, all_stages: bool) -> tuple[int, ...]:
+    """The ranks that a user asked for: one, or the first of every pipeline stage.
+
+    Pipeline ranks are the outermost (Megatron-Core's order tp-cp-ep-dp-pp). Raises BadInputError for a rank
+    that does not exist, and where both are asked for.
+    """
+    num_gpus = recipe.parallel.num_gpus
+    if all_stages:
+        if rank is not None:
+            raise BadInputError(
+                "--rank with --all-stages: the stages choose the ranks; leave one of them out"
+            )
+        return tuple(range(0, num_gpus, num_gpus // recipe.parallel.pipeline))
+    wanted = rank or 0
+    if not 0 <= wanted < num_gpus:
+        raise BadInputError(f"--rank {wanted}: the recipe has ranks 0 to {num_gpus - 1}; name one of them")
+    return (wanted,)
 
 
 def _derived(recipe: Recipe) -> Recipe:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_bench.harness.dryrun.accounting import Account
+from moe_bench.harness.dryrun.meta_device import has_values
 from moe_bench.harness.dryrun.outcome import Finding
 from moe_bench.harness.dryrun.places import Phase, Places, layer_of
 from moe_bench.harness.loopback import Transfer
@@ -74,7 +75,7 @@ class Findings:
                 kind="held past use",
                 what=f"{what} keeps tensors of the last micro batch until the next forward pass",
                 num_bytes=sum(freed for _, freed in parts),
-                where=tuple(layer for layer, _ in parts),
+                where=tuple(dict.fromkeys(layer for layer, _ in parts)),
             )
 
 
@@ -85,7 +86,7 @@ def _passing_tensors(module: torch.nn.Module) -> list[tuple[Any, str]]:
         (owner, name)
         for owner in owners
         for name, value in vars(owner).items()
-        if isinstance(value, Tensor) and value.is_meta and not isinstance(value, torch.nn.Parameter)
+        if isinstance(value, Tensor) and not has_values(value) and not isinstance(value, torch.nn.Parameter)
     ]
 
 

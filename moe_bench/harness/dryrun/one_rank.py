@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
-from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
 from moe_bench.harness.dryrun.accounting import Account, Category
@@ -28,6 +31,7 @@ from moe_bench.harness.dryrun.phases import phases
 from moe_bench.harness.dryrun.places import Phase, Places, layer_of
 from moe_bench.harness.dryrun.schedule import num_micro_batches_to_run, over_the_step
 from moe_bench.harness.dryrun.stand_ins import StandIn, stand_ins
+from moe_bench.harness.dryrun.standalone_mtp import known_shapes
 from moe_bench.harness.dryrun.token_counts import SenderCounts, token_counts
 from moe_bench.harness.loopback import Ledger, Transfer, loopback_groups
 from moe_bench.harness.mcore_config import megatron_arguments
@@ -68,12 +72,9 @@ def dry_run_rank(
     `counts` is a routing matrix (None: balanced), `num_micro_batches` how many to run (None: the fewest that
     reach the steady state).
 
-    Raises BadInputError for a rank that does not exist or a matrix that does not fit, MissingRequirementError
-    where the installed Megatron-Core cannot build what the recipe asks for.
+    Raises BadInputError for a matrix that does not fit or where Megatron-Core refuses the recipe,
+    MissingRequirementError where the installed one cannot build it.
     """
-    if not 0 <= rank < recipe.parallel.num_gpus:
-        last = recipe.parallel.num_gpus - 1
-        raise BadInputError(f"--rank {rank}: {recipe.name} has ranks 0 to {last}; name one of them")
     places = Places()
     watch = _Watch(
         places=places, account=Account(places), ledger=Ledger(places.where), findings=Findings(places)
@@ -95,7 +96,7 @@ def _stage(
     with contextlib.ExitStack() as stack:
         stack.enter_context(meta_device())
         stack.enter_context(patches([name for name in mends if name != SHARED_STORAGE]))
-        used = stack.enter_context(stand_ins(recipe.kernels.fusions, watch.account.add_flops))
+        used = stack.enter_context(stand_ins(recipe, watch.account.add_flops))
         stack.enter_context(token_counts(counts))
         stack.enter_context(
             loopback_groups(
@@ -107,7 +108,10 @@ def _stage(
         )
         stack.enter_context(watch.places.watched())
         stack.enter_context(watch.account.watched())
-        yield used
+        try:
+            yield used
+        finally:
+            destroy_moe_metrics_tracker()
 
 
 def _built(recipe: Recipe, watch: _Watch) -> Training:
@@ -133,10 +137,25 @@ def _built(recipe: Recipe, watch: _Watch) -> Training:
 def _buffers(built: Training) -> Iterator[tuple[torch.Tensor, Category]]:
     """The buffers that data parallelism keeps weights and gradients in."""
     for chunk in built.chunks:
-        for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ())):
+        if isinstance(chunk, FullyShardedDataParallel):
+            yield from _sharded_buffers(chunk)
+            continue
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             yield buffer.grad_data, Category.GRADIENTS
             if buffer.param_data is not None:
                 yield buffer.param_data, Category.WEIGHTS
+
+
+def _sharded_buffers(chunk: FullyShardedDataParallel) -> Iterator[tuple[torch.Tensor, Category]]:
+    """This rank's shards, as Megatron-FSDP keeps them."""
+    for group in chunk.module.param_and_grad_buffer.parameter_groups:
+        for buffer, category in (
+            (group.model_weight_buffer, Category.WEIGHTS),
+            (group.main_weight_buffer, Category.OPTIMIZER),
+            (group.main_grad_buffer, Category.GRADIENTS),
+        ):
+            if buffer is not None and buffer.data is not None:
+                yield buffer.data, category
 
 
 def _make_optimizer_states(built: Training, watch: _Watch) -> None:
@@ -155,7 +174,9 @@ def _stepped(
     watch.ledger.lines.clear()
     account.flops.clear()
     account.num_calls.clear()
-    with phases(places, built), places.during(Phase.FORWARD):
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    shapes = known_shapes(recipe, pipeline_rank=pipeline_rank, num_micro_batches=num_run)
+    with shapes, phases(places, built), places.during(Phase.FORWARD):
         account.start_peak()
         train_step(built, _micro_batches(recipe, num_run))
     peak = account.peak
@@ -163,7 +184,7 @@ def _stepped(
     dense, expert = _num_params(built)
     return RankDryRun(
         rank=rank,
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_rank=pipeline_rank,
         num_dense_params=dense,
         num_expert_params=expert,
         peak=MemoryPeak(
@@ -234,9 +255,7 @@ def _totals(recipe: Recipe, watch: _Watch, *, num_run: int) -> dict[str, Any]:
             )
             for key, line in sorted(watch.ledger.lines.items())
         ),
-        "num_operator_calls": {
-            phase.value: whole(num_calls, phase) for phase, num_calls in watch.account.num_calls.items()
-        },
+        "num_operator_calls": {phase.value: num for phase, num in watch.account.num_calls.items()},
     }
 
 
@@ -245,4 +264,4 @@ def _sampled(timeline: Any) -> tuple[int, ...]:
     if len(timeline) <= TIMELINE_POINTS:
         return tuple(timeline)
     edges = [index * len(timeline) // TIMELINE_POINTS for index in range(TIMELINE_POINTS + 1)]
-    return tuple(max(timeline[start:end]) for start, end in zip(edges, edges[1:], strict=False))
+    return tuple(max(timeline[start:end]) for start, end in itertools.pairwise(edges))

@@ -79,7 +79,7 @@ class RankDryRun:
     flops: tuple[FlopsLine, ...]
     traffic: tuple[TrafficLine, ...]
     num_operator_calls: Mapping[str, int]
-    """Operators that launch work on the device, by phase, over a whole step."""
+    """Operators that launch work on the device, by phase, over the micro batches that were run."""
     num_micro_batches: int
     """Of a whole step."""
     num_micro_batches_run: int
@@ -88,8 +88,32 @@ class RankDryRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """By how much the real run's peak differs for one reason, as far as a closed form says."""
+
+    term: str
+    num_bytes: int | None
+    """To add to the peak; None where nobody says how much."""
+    source: str
+    is_verified: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOutcome:
+    """A rank's dry run, and what would be different in the recipe that was asked for."""
+
+    run: RankDryRun
+    corrections: tuple[Correction, ...]
+
+    @property
+    def corrected_peak_bytes(self) -> int:
+        """The peak with every term that has a figure."""
+        return self.run.peak.num_bytes + sum(term.num_bytes or 0 for term in self.corrections)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
     """What was asked, what was built instead, and each rank that was run."""
 
     plan: Plan
-    ranks: tuple[RankDryRun, ...]
+    ranks: tuple[RankOutcome, ...]

@@ -25,6 +25,13 @@ def phases(places: Places, built: Training) -> Iterator[None]:
 
         return call
 
+    step = built.optimizer.step
+
+    def last_step() -> Any:
+        # What follows in a step, the mean of the loss over the job, comes once per step as well.
+        places.phase = Phase.OPTIMIZER
+        return step()
+
     methods = (
         (P2PCommunicator, "_communicate", Phase.PIPELINE),
         (_ParamAndGradBucketGroup, "start_grad_sync", Phase.GRADIENT_SYNC),
@@ -32,10 +39,10 @@ def phases(places: Places, built: Training) -> Iterator[None]:
         (_ParamAndGradBucketGroup, "start_param_sync", Phase.PARAMETER_SYNC),
         (_ParamAndGradBucketGroup, "finish_param_sync", Phase.PARAMETER_SYNC),
         (built.config, "finalize_model_grads_func", Phase.FINALIZE),
-        (built.optimizer, "step", Phase.OPTIMIZER),
     )
     with contextlib.ExitStack() as stack:
         for owner, name, phase in methods:
             replacement = during(phase, getattr(owner, name))
             stack.enter_context(substituted(Substitution(owner, name, replacement)))
+        stack.enter_context(substituted(Substitution(built.optimizer, "step", last_step)))
         yield

@@ -22,8 +22,8 @@ def visible_pairs(*, num_queries: int, num_keys: int, window_tokens: int | None)
     """Pairs of query and key that a causal mask leaves, for the queries that one rank holds.
 
     S^2 / 2 over a whole sequence, as Megatron-Core counts (the half without its diagonal); with a window of
-    W < S tokens S W - W (W - 1) / 2. Under context parallelism a rank holds num_queries of the num_keys tokens,
-    early and late ones in equal parts, and so that share of the pairs.
+    W < S tokens S W - W (W - 1) / 2. Under context parallelism a rank holds num_queries of the num_keys
+    tokens, early and late ones in equal parts, and so that share of the pairs.
     """
     if window_tokens is None or window_tokens >= num_keys:
         return num_queries * num_keys // 2

@@ -8,6 +8,7 @@ rests on the entry is marked. Only what a recipe uses is replaced: a fusion that
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from moe_bench.harness.dryrun import stand_in_kernels as kernels
 from moe_bench.harness.dryrun.stand_in_kernels import OnFlops
 from moe_bench.harness.substitution import Substitution, substituted
-from moe_bench.spec.recipe import Fusions
+from moe_bench.spec.recipe import Recipe
 
 Family = Literal["torch", "transformer_engine", "megatron"]
 Replacements = Callable[[OnFlops], dict[str, Any]]
@@ -36,28 +37,63 @@ class StandIn:
     """Where that was read."""
     module: str
     replacements: Replacements
-    """New values of the module's attributes."""
-    fusion: str | None = None
-    """Key of `kernels.fusions` that switches the kernel on; None for one that always runs."""
+    """New values of the module's attributes, or of a class's inside it."""
+    used_by: Callable[[Recipe], bool]
     verified: bool = False
 
 
 @contextlib.contextmanager
-def stand_ins(fusions: Fusions, on_flops: OnFlops) -> Iterator[tuple[StandIn, ...]]:
-    """Put every stand-in that a recipe with these fusions needs in its place, and say which they are."""
-    enabled = {name for name, value in fusions.model_dump().items() if value not in (False, "none")}
-    wanted = tuple(
-        entry
-        for family in STAND_INS.values()
-        for entry in family
-        if entry.fusion is None or entry.fusion in enabled
-    )
+def stand_ins(recipe: Recipe, on_flops: OnFlops) -> Iterator[tuple[StandIn, ...]]:
+    """Put every stand-in that a recipe needs in its place, and say which they are."""
+    wanted = tuple(entry for family in STAND_INS.values() for entry in family if entry.used_by(recipe))
     with contextlib.ExitStack() as stack:
         for entry in wanted:
             owner = importlib.import_module(entry.module)
-            for name, replacement in entry.replacements(on_flops).items():
-                stack.enter_context(substituted(Substitution(owner, name, replacement)))
+            for path, replacement in entry.replacements(on_flops).items():
+                *outer, name = path.split(".")
+                place = functools.reduce(getattr, outer, owner)
+                stack.enter_context(substituted(Substitution(place, name, replacement)))
         yield wanted
+
+
+def _fusion(name: str) -> Callable[[Recipe], bool]:
+    """Whether `kernels.fusions` has this one on."""
+    return lambda recipe: getattr(recipe.kernels.fusions, name) not in (False, "none")
+
+
+def _always(recipe: Recipe) -> bool:
+    return True
+
+
+def _needs_flex(recipe: Recipe) -> bool:
+    """Whether some layer has a window, a sink or a divided sequence (kernels/attention.py)."""
+    attention = recipe.model.attention
+    has_more = attention.kind == "gqa" and (attention.sinks or attention.sliding_window is not None)
+    return has_more or recipe.parallel.context > 1
+
+
+def _is_plain_causal(recipe: Recipe) -> bool:
+    return not _needs_flex(recipe)
+
+
+def _has_experts(recipe: Recipe) -> bool:
+    return recipe.model.moe is not None
+
+
+def _has_bf16_moments(recipe: Recipe) -> bool:
+    return recipe.optimizer.is_precision_aware
+
+
+def _has_fp32_moments(recipe: Recipe) -> bool:
+    return not recipe.optimizer.is_precision_aware
+
+
+def _recomputes_parts(recipe: Recipe) -> bool:
+    return recipe.recompute.granularity == "selective"
+
+
+def _is_fsdp(recipe: Recipe) -> bool:
+    return recipe.parallel.data_sharding == "megatron_fsdp"
 
 
 def _flash(on_flops: OnFlops) -> dict[str, Any]:
@@ -210,6 +246,20 @@ def _share_storage(on_flops: OnFlops) -> dict[str, Any]:
     return {"_get_share_storage": lambda: share}
 
 
+def _uneven_shards(on_flops: OnFlops) -> dict[str, Any]:
+    def nothing(tensor: Tensor) -> None:
+        del tensor
+
+    return {"update_uneven_dtensor_chunk_metadata": nothing, "validate_uneven_dtensor": nothing}
+
+
+def _same_rng(on_flops: OnFlops) -> dict[str, Any]:
+    def nothing(*args: object) -> None:
+        del args
+
+    return {"FullyShardedDataParallel.sync_rng_states_across_tp_group": nothing}
+
+
 def _not_reached(*args: object, **kwargs: object) -> None:
     raise NotImplementedError("no dispatcher of a dry run permutes without probabilities")
 
@@ -222,6 +272,7 @@ _TORCH = (
         " values per query head: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd",
         module="torch.nn.functional",
         replacements=_flash,
+        used_by=_is_plain_causal,
     ),
     StandIn(
         kernel="flex attention (windows, sinks, context parallelism)",
@@ -229,6 +280,7 @@ _TORCH = (
         source="torch 2.15 torch/_higher_order_ops/flex_attention.py, FlexAttentionAutogradOp",
         module="moe_bench.harness.kernels.attention",
         replacements=_flex,
+        used_by=_needs_flex,
     ),
     StandIn(
         kernel="RMSNorm",
@@ -236,6 +288,7 @@ _TORCH = (
         source="torch 2.15 derivatives.yaml, _fused_rms_norm",
         module="torch.nn.functional",
         replacements=_rms_norm,
+        used_by=_always,
     ),
     StandIn(
         kernel="gated activation of the experts (compiled)",
@@ -243,6 +296,7 @@ _TORCH = (
         source="moe_bench/harness/kernels/activation.py, one kernel each way when compiled",
         module="moe_bench.harness.kernels.activation",
         replacements=_gated,
+        used_by=_has_experts,
     ),
     StandIn(
         kernel="Adam",
@@ -251,6 +305,7 @@ _TORCH = (
         source="transformer_engine 2.20.2 pytorch/optimizers/fused_adam.py; torch 2.15 torch/optim/adam.py",
         module="torch.optim.adam",
         replacements=_adam,
+        used_by=_has_fp32_moments,
     ),
     StandIn(
         kernel="gradient norm over many tensors",
@@ -258,6 +313,7 @@ _TORCH = (
         source="transformer_engine 2.20.2 common/multi_tensor/l2norm.cu",
         module="megatron.core.optimizer.clip_grads",
         replacements=_l2_norm,
+        used_by=_always,
     ),
     StandIn(
         kernel="Adam with low-precision moments (compiled)",
@@ -265,17 +321,18 @@ _TORCH = (
         source="moe_bench/harness/kernels/adam.py, one kernel when compiled",
         module="moe_bench.harness.kernels.adam",
         replacements=_low_precision_adam,
+        used_by=_has_bf16_moments,
     ),
 )
 
 _TRANSFORMER_ENGINE = (
     StandIn(
         kernel="permutation of tokens and of chunks",
-        keeps="row maps: int32 [tokens, 2 experts + 1], and [rows] where chunks are sorted",
+        keeps="row maps in int32: 2 experts + 1 per token, and one per row where chunks are sorted",
         source="transformer_engine 2.20.2 pytorch/permutation.py, pytorch/triton/permutation.py",
         module="megatron.core.transformer.moe.moe_utils",
         replacements=_permutation,
-        fusion="permute",
+        used_by=_fusion("permute"),
     ),
     StandIn(
         kernel="router",
@@ -283,7 +340,7 @@ _TRANSFORMER_ENGINE = (
         source="transformer_engine 2.20.2 pytorch/router.py",
         module="megatron.core.transformer.moe.moe_utils",
         replacements=_router,
-        fusion="router",
+        used_by=_fusion("router"),
     ),
     StandIn(
         kernel="rotary embedding",
@@ -291,7 +348,7 @@ _TRANSFORMER_ENGINE = (
         source="transformer_engine 2.20.2 pytorch/attention/rope.py, FusedRoPEFunc",
         module="megatron.core.models.common.embeddings.rope_utils",
         replacements=_rope,
-        fusion="rope",
+        used_by=_fusion("rope"),
     ),
     StandIn(
         kernel="cross entropy",
@@ -299,7 +356,7 @@ _TRANSFORMER_ENGINE = (
         source="transformer_engine 2.20.2 pytorch/triton/cross_entropy.py, cross_entropy_forward",
         module="megatron.core.models.common.language_module.language_module",
         replacements=_cross_entropy,
-        fusion="cross_entropy",
+        used_by=_fusion("cross_entropy"),
     ),
 )
 
@@ -310,7 +367,7 @@ _MEGATRON = (
         source="megatron-core 0.19.2 fusions/fused_bias_swiglu.py",
         module="megatron.core.fusions.fused_bias_swiglu",
         replacements=_swiglu,
-        fusion="activation",
+        used_by=_fusion("activation"),
     ),
     StandIn(
         kernel="rotary embedding of multi-latent attention (Triton)",
@@ -318,7 +375,7 @@ _MEGATRON = (
         source="megatron-core 0.19.2 fusions/fused_mla_yarn_rope_apply.py",
         module="megatron.core.fusions.fused_mla_yarn_rope_apply",
         replacements=_mla_rope,
-        fusion="rope",
+        used_by=_fusion("rope"),
     ),
     StandIn(
         kernel="hand-over of recomputed storage (C++ extension)",
@@ -326,6 +383,23 @@ _MEGATRON = (
         source="megatron-core 0.19.2 tensor_parallel/random.py:39, share_storage",
         module="megatron.core.tensor_parallel.random",
         replacements=_share_storage,
+        used_by=_recomputes_parts,
+    ),
+    StandIn(
+        kernel="offsets of Megatron-FSDP's shards in a checkpoint",
+        keeps="nothing on the device; the other ranks' lengths differ from this one's, and nobody tells them",
+        source="megatron-core 0.19.2 distributed/fsdp/src/megatron_fsdp/uneven_dtensor.py",
+        module="megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer",
+        replacements=_uneven_shards,
+        used_by=_is_fsdp,
+    ),
+    StandIn(
+        kernel="random states that Megatron-FSDP copies over the tensor-parallel ranks",
+        keeps="nothing; nothing is drawn",
+        source="megatron-core 0.19.2 distributed/fsdp/mcore_fsdp_adapter.py:474",
+        module="megatron.core.distributed.fsdp.mcore_fsdp_adapter",
+        replacements=_same_rng,
+        used_by=_is_fsdp,
     ),
 )
 

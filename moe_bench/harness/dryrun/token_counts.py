@@ -65,9 +65,10 @@ def _with_host_map(
         num_tokens = routing_map.shape[0]
         senders = _senders(self, counts, num_tokens=num_tokens)
         own = senders[self.tp_ep_group.rank()]
-        host_map = maps.setdefault((own, num_tokens), host_routing_map(own, num_tokens=num_tokens))
+        if (own, num_tokens) not in maps:
+            maps[own, num_tokens] = host_routing_map(own, num_tokens=num_tokens)
         with _on_host(senders):
-            tokens_per_expert = preprocess(self, host_map)
+            tokens_per_expert = preprocess(self, maps[own, num_tokens])
         for name in ("input_splits", "output_splits"):
             splits = getattr(self, name, None)
             if isinstance(splits, torch.Tensor):
