@@ -17,8 +17,8 @@ FLEX = ("deepep", "hybridep", "ncclep")
 DEEPEP_GROUPS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
 DEEPEP_MAX_TOP_K = 32
 DEEPEP_NVLINK_PEERS = 8
-DEEPEP_MAX_HIDDEN_BYTES = 16384 - 8
-"""A token and a barrier fit one warp's buffer in shared memory (csrc/kernels/internode.cu)."""
+DEEPEP_WARP_BYTES = 16384
+"""Shared memory of a warp between nodes; within one, a warp has half of it and moves half a token."""
 HYBRIDEP_DOMAIN = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"
 HYBRIDEP_MAX_DOMAIN = 72
 HYBRIDEP_MAX_TOKENS = 21844
@@ -107,11 +107,19 @@ def deepep_top_k(recipe: Recipe) -> Iterator[Found]:
     f"{_DEEPEP}, csrc/kernels/intranode.cu:236",
 )
 def deepep_hidden_size(recipe: Recipe) -> Iterator[Found]:
-    hidden = recipe.model.hidden_size
-    if _is_flex(recipe, "deepep") and (hidden % 16 or 2 * hidden > DEEPEP_MAX_HIDDEN_BYTES):
+    moe, hidden = recipe.model.moe, recipe.model.hidden_size
+    if moe is None or not _is_flex(recipe, "deepep"):
+        return
+    barrier, source = 8, 8
+    beside = 2 * barrier
+    if _group(recipe) > DEEPEP_NVLINK_PEERS:
+        # csrc/kernels/internode.cu:43: with each token its source, and index and weight of each expert
+        beside = barrier + source + 8 * moe.top_k * recipe.parallel.expert_tensor
+    largest = (DEEPEP_WARP_BYTES - beside) // 2 // 16 * 16
+    if hidden % 16 or hidden > largest:
         yield (
             "dispatch.dispatcher",
-            f"deepep with hidden_size {hidden}, not a multiple of 16 up to {DEEPEP_MAX_HIDDEN_BYTES // 2}",
+            f"deepep with hidden_size {hidden}, not a multiple of 16 up to {largest}",
             "use alltoall",
         )
 
