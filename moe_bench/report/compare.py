@@ -92,12 +92,12 @@ def compare(
     if not found:
         unlike = differences(base_sets[0].facts, new_sets[0].facts)
         not_asked = tuple(one for one in unlike if not is_covered(one.fact, vary))
-        raise UnlikeRunsError(f"BASE ({base_sets[0].name})", f"NEW ({new_sets[0].name})", not_asked)
+        raise UnlikeRunsError(f"BASE {base_sets[0].full_name}", f"NEW {new_sets[0].full_name}", not_asked)
     paired = {id(old) for old, _ in pairs}
     return Compared(
         comparisons=found,
-        only_base=tuple(one.name for one in base_sets if id(one) not in paired),
-        only_new=tuple(one.name for old, one in pairs if old is None),
+        only_base=tuple(one.full_name for one in base_sets if id(one) not in paired),
+        only_new=tuple(one.full_name for old, one in pairs if old is None),
     )
 
 
@@ -112,19 +112,18 @@ def compare_within(
         raise BadInputError("one folder is compared with itself: name what differs in it with --vary FIELD")
     sets = _required("BASE", records)
     require_known(vary, sets[0].facts)
-    first: dict[frozenset[tuple[str, str]], RunSet] = {}
-    found: list[Comparison] = []
+    alike: dict[frozenset[tuple[str, str]], list[RunSet]] = {}
     for one in sets:
-        old = first.setdefault(_signature(one, vary), one)
-        if old is not one:
-            found.append(_comparison(old, one, vary=vary, band_fraction=band_fraction))
+        alike.setdefault(_signature(one, vary), []).append(one)
+    found = tuple(
+        _comparison(base, new, vary=vary, band_fraction=band_fraction)
+        for base, *others in alike.values()
+        for new in others
+    )
     if not found:
         raise BadInputError(f"no two runs here differ in {', '.join(vary)} alone; compare two folders")
-    bases = {id(one) for one in first.values()}
-    alone = tuple(
-        one.name for one in sets if id(one) in bases and not any(one.name == pair.name for pair in found)
-    )
-    return Compared(comparisons=tuple(found), only_base=alone, only_new=())
+    alone = tuple(base.full_name for base, *others in alike.values() if not others)
+    return Compared(comparisons=found, only_base=alone, only_new=())
 
 
 def _required(side: str, records: Iterable[Record]) -> tuple[RunSet, ...]:
@@ -147,7 +146,7 @@ def _by_signature(
         if rival is not one:
             unlike = (*differences(rival.facts, one.facts), *differences(rival.software, one.software))
             raise BadInputError(
-                f"{side} holds two sets of {one.name} that differ in {unlike[0]}; name the files of one"
+                f"{side} holds two sets of {one.full_name} that differ in {unlike[0]}; name the files of one"
             )
     return found
 
@@ -192,19 +191,23 @@ def compared_view(compared: Compared) -> RenderableType:
     """One line per pair, the first line counting the claims."""
     counts = [f"{sum(pair.claim is made for pair in compared.comparisons)} {made}" for made in Claim]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("recipe", "under test", "base", "new", "runs", "new / base", "claim"):
+    for heading in ("recipe", "under test", "base", "new", "new / base, 95 %", "over", "claim"):
         table.add_column(heading, justify="right" if heading in ("base", "new") else "left", overflow="fold")
     for pair in compared.comparisons:
         table.add_row(
             pair.name,
-            ", ".join(str(one) for one in pair.under_test) or "-",
+            _under_test_text(pair),
             rate_text(pair.base.tokens_per_s_per_gpu),
             rate_text(pair.new.tokens_per_s_per_gpu),
-            f"{pair.base.num_runs} and {pair.new.num_runs}",
             ratio_text(pair.interval),
+            _over_text(pair),
             claim_text(pair),
         )
-    parts: list[RenderableType] = [Text(", ".join(counts), style="bold"), table, Text("tokens/s per GPU")]
+    parts: list[RenderableType] = [
+        Text(", ".join(counts), style="bold"),
+        table,
+        Text("tokens/s per GPU; inconclusive: runs a side that would decide", style="dim"),
+    ]
     software = dict.fromkeys(str(one) for pair in compared.comparisons for one in pair.software)
     if software:
         shown = "; ".join(list(software)[:MAX_SOFTWARE_SHOWN])
@@ -215,29 +218,39 @@ def compared_view(compared: Compared) -> RenderableType:
     return Group(*parts)
 
 
+def _under_test_text(pair: Comparison) -> str:
+    """What was asked to differ, by the last word; kernels that differ for it are in the JSON."""
+    asked = [one for one in pair.under_test if not one.fact.startswith("implementations.")]
+    shown = [f"{one.fact.rpartition('.')[2]}: {one.base} -> {one.new}" for one in asked or pair.under_test]
+    return ", ".join(shown) or "-"
+
+
 def rate_text(tokens_per_s: float) -> str:
     """Four digits, and thousands as people write them."""
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.4g}"
 
 
 def ratio_text(interval: RatioInterval | None) -> str:
-    """`0.981 (0.976 to 0.987)`, and over what the interval was taken."""
+    """`0.981 (0.976-0.987)`."""
     if interval is None:
         return "-"
-    over = "runs" if interval.basis == "runs" else "steps only"
-    return (
-        f"{interval.estimate_ratio:.3f} ({interval.low_ratio:.3f} to {interval.high_ratio:.3f} over {over})"
-    )
+    return f"{interval.estimate_ratio:.3f} ({interval.low_ratio:.3f}-{interval.high_ratio:.3f})"
+
+
+def _over_text(pair: Comparison) -> str:
+    """How many runs a side has, and whether the interval saw how they differ or only how their steps do."""
+    runs = f"{pair.base.num_runs}+{pair.new.num_runs} runs"
+    return f"steps of {runs}" if pair.interval is not None and pair.interval.basis == "steps" else runs
 
 
 def claim_text(pair: Comparison) -> str:
-    """The claim and, where none is made, why not or what would decide."""
+    """The claim and, where none is made, why not or how many runs a side would decide."""
     if False in (pair.base.has_settled, pair.new.has_settled):
         return f"{pair.claim}: steps drift"
     if pair.num_runs_to_decide is None:
         return str(pair.claim)
-    at_least = "" if pair.interval is not None and pair.interval.basis == "runs" else "at least "
-    return f"{pair.claim}: {at_least}{pair.num_runs_to_decide} runs a side would decide"
+    at_least = "" if pair.interval is not None and pair.interval.basis == "runs" else "≥"
+    return f"{pair.claim}: {at_least}{pair.num_runs_to_decide} runs"
 
 
 def compared_json(compared: Compared) -> dict[str, object]:

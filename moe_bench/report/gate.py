@@ -38,7 +38,7 @@ def _failure(pair: Comparison) -> str | None:
     if pair.claim is Claim.SAME:
         return None
     hint = "; if it is meant, make it the new baseline" if pair.claim is Claim.FASTER else ""
-    return f"{claim_text(pair)}: {ratio_text(pair.interval)}{hint}"
+    return f"{claim_text(pair)}, ratio {ratio_text(pair.interval)}{hint}"
 
 
 def gate_line(cases: tuple[Case, ...], *, band_fraction: float) -> str:

@@ -66,7 +66,7 @@ class Reproduction:
     """Ours over published; None at other scales than full."""
     verdict: Verdict
     because: tuple[str, ...]
-    """What keeps the verdict from being more: differences, drift, or what would decide."""
+    """What keeps the verdict from being more: differences, drift, or the number of runs that would decide."""
 
 
 def reproductions(
@@ -162,8 +162,8 @@ def _verdict(
     verdict = _VERDICTS[claim(interval)]
     if verdict is not Verdict.INCONCLUSIVE:
         return verdict, ()
-    at_least = "" if interval is not None and interval.basis == "runs" else "at least "
-    return verdict, (f"{at_least}{runs_to_decide(interval)} runs decide",)
+    at_least = "" if interval is not None and interval.basis == "runs" else "≥"
+    return verdict, (f"{at_least}{runs_to_decide(interval)} runs",)
 
 
 def _newest(one: RunSet) -> str:

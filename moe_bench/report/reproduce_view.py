@@ -16,6 +16,11 @@ MAX_LINES = 40
 _LINES_AROUND = 4
 """The counts, the headings, the number of hidden rows, the legend."""
 
+LEGEND = (
+    "tokens/s per GPU; ~ from printed TFLOPs or MFU; * over the steps of one run; "
+    "inconclusive: runs that decide"
+)
+
 
 def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
     """One line per row and set of runs, as many as fit; `--json` has all of them."""
@@ -28,16 +33,15 @@ def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
     for one in shown:
         table.add_row(
             one.published.recipe,
-            _published_text(one),
+            published_text(one),
             "-" if one.tokens_per_s_per_gpu is None else rate_text(one.tokens_per_s_per_gpu),
-            _ratio_text(one),
+            ratio_text(one),
             verdict_text(one),
         )
     parts: list[RenderableType] = [Text(summary_line(found), style="bold", no_wrap=True), table]
     if len(found) > len(shown):
         parts.append(Text(f"and {len(found) - len(shown)} more: name recipes, or use --json", style="dim"))
-    legend = "tokens/s per GPU; ~ from printed TFLOPs or MFU; * over the steps of one run; inconclusive: runs that decide"
-    parts.append(Text(legend, style="dim", no_wrap=True))
+    parts.append(Text(LEGEND, style="dim", no_wrap=True))
     return Group(*parts)
 
 
@@ -58,11 +62,12 @@ def verdict_text(one: Reproduction) -> str:
     if one.verdict is Verdict.NONE:
         return f"none: {one.scale} scale" if one.scale != "full" else "none: no throughput"
     if one.verdict is Verdict.INCONCLUSIVE:
-        return f"inconclusive: {one.because[0]}".replace("at least ", "≥").removesuffix(" decide")
+        return f"inconclusive: {one.because[0]}"
     return str(one.verdict)
 
 
-def _published_text(one: Reproduction) -> str:
+def published_text(one: Reproduction) -> str:
+    """Tokens/s per GPU of the row, with a tilde where they follow from its TFLOPs or MFU."""
     tokens_per_s = one.published.tokens_per_s_per_gpu
     if tokens_per_s is None:
         return "-"
@@ -70,7 +75,8 @@ def _published_text(one: Reproduction) -> str:
     return f"{'' if is_own else '~'}{rate_text(tokens_per_s)}"
 
 
-def _ratio_text(one: Reproduction) -> str:
+def ratio_text(one: Reproduction) -> str:
+    """Ours over published with its interval; a star where that comes from the steps of one run."""
     interval = one.interval
     if interval is None:
         return "-"

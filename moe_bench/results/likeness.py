@@ -54,9 +54,18 @@ class RunSet:
 
     @property
     def name(self) -> str:
-        """Recipe and scale, as reports show them, with what the user changed."""
+        """Recipe, scale, and the mark of a changed recipe."""
+        return self._named("modified")
+
+    @property
+    def full_name(self) -> str:
+        """The same with every change that the user made."""
+        return self._named(*self.records[0].plan.modified)
+
+    def _named(self, *changes: str) -> str:
         plan = self.records[0].plan
-        marks = ([f"{plan.scale} scale"] if plan.scale != "full" else []) + list(plan.modified)
+        marks = [f"{plan.scale} scale"] if plan.scale != "full" else []
+        marks += changes if plan.modified else ()
         return plan.asked + (f" ({', '.join(marks)})" if marks else "")
 
 
