@@ -38,6 +38,10 @@ def require_runnable(arguments: MegatronArguments) -> None:
         raise MissingRequirementError(
             f"cuda_graphs.implementation: {transformer['cuda_graph_impl']}: no code captures graphs yet"
         )
+    if transformer["tp_comm_overlap"]:
+        raise MissingRequirementError(
+            "overlap.tensor_parallel: no code sets up Transformer Engine's user buffers yet"
+        )
     _require_dispatcher(arguments)
 
 

@@ -38,6 +38,7 @@ def test_a_smoke_recipe_needs_nothing_more() -> None:
         ({"transformer": {"fp8": "e4m3"}}, "precision: e4m3 needs kernels.family: transformer_engine"),
         ({"transformer": {"fp4": "e2m1"}}, "precision: e2m1 needs kernels.family: transformer_engine"),
         ({"transformer": {"cuda_graph_impl": "local"}}, "cuda_graphs.implementation: local: no code"),
+        ({"transformer": {"tp_comm_overlap": True}}, "overlap.tensor_parallel: no code sets up"),
         ({"optimizer": {"main_params_dtype": "fp16"}}, "optimizer.main_params_dtype: fp16 needs"),
         (
             {"transformer": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}},
