@@ -165,6 +165,8 @@ def test_the_schema_knows_every_key_and_refuses_others(capsys: pytest.CaptureFix
         ["list"],
         ["show", "deepseek_v3"],
         ["audit", "deepseek_v3"],
+        ["published", "--model", "deepseek_v3"],
+        ["published", "--check"],
         ["submit", "deepseek_v3", "--dry-run", "--set", "container=null"],
     ],
 )
@@ -178,13 +180,20 @@ def test_a_light_verb_imports_neither_torch_nor_pandas(command: list[str]) -> No
     assert done.returncode == 0, done.stderr
 
 
-def test_report_does_not_import_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [["report"], ["reproduce", "--results"], ["compare", "."]], ids=str
+)
+def test_a_verb_that_reads_results_does_not_import_torch(command: list[str], tmp_path: Path) -> None:
     write_record(tmp_path, record())
     code = (
-        "import sys; from moe_bench.cli import main; code = main(['report', sys.argv[1]]); "
+        "import sys; from moe_bench.cli import main; code = main(sys.argv[1:]); "
         "sys.exit('loaded torch' if 'torch' in sys.modules else code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *command, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
