@@ -64,7 +64,7 @@ def step_transfers(recipe: Recipe, pipeline_rank: int) -> tuple[Transfer, ...]:
                 for phase, call in _phases(exchange, is_recomputed(exchange)):
                     calls.append((phase, place, recipe.num_micro_batches, call))
     calls += [(Phase.PIPELINE, "-", number, call) for number, call in _messages(recipe, chunks, own)]
-    calls += [(phase, "-", 1, call) for phase, call in state_calls(recipe, own)]
+    calls += [(phase, "-", number, call) for phase, number, call in state_calls(recipe, own)]
     return _merged(calls, sizes)
 
 

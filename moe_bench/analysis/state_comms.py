@@ -6,11 +6,11 @@ optimizer/distrib_optimizer.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from moe_bench.analysis.activations import activation_element_bytes
 from moe_bench.analysis.collectives import Call, Collective, Group, Phase
-from moe_bench.analysis.tensors import Tensor, bucket_elements, bucket_limit, chunk_tensors
+from moe_bench.analysis.tensors import Tensor, bucket_elements, bucket_limit, chunk_tensors, layer_tensors
 from moe_bench.spec.pipeline import Chunk, embedding_pipeline_ranks
 from moe_bench.spec.recipe import Precision, Recipe
 
@@ -29,10 +29,15 @@ _STORED_BYTES: dict[Precision, float] = {
 (param_and_grad_buffer.py, shared_buffer)."""
 
 
-def state_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[Phase, Call]]:
-    """All of it for the chunks of one rank."""
-    yield from gradient_and_parameter_calls(recipe, chunks)
-    yield from _finalize_calls(recipe, chunks)
+def state_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[Phase, int, Call]]:
+    """All of it for the chunks of one rank, with how often each call is made in a step."""
+    if recipe.parallel.data_sharding == "megatron_fsdp":
+        yield from _fsdp_calls(recipe, chunks)
+    else:
+        for phase, call in gradient_and_parameter_calls(recipe, chunks):
+            yield phase, 1, call
+    for phase, call in _finalize_calls(recipe, chunks):
+        yield phase, 1, call
 
 
 def gradient_bytes(recipe: Recipe) -> int:
@@ -75,6 +80,52 @@ def gradient_and_parameter_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Ite
                         yield Phase.GRADIENT_SYNC, Call(REDUCE, Group.INSTANCES, shard, what)
                         gathered = Call(GATHER, group, round(element_bytes * elements), what)
                         yield from ((Phase.PARAMETER_SYNC, gathered),) * num_gathers
+
+
+def _fsdp_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[Phase, int, Call]]:
+    """Megatron-FSDP: gradients reduce-scattered in the model's type, a P, per step (`optim`) or micro batch;
+    parameters gathered after the step, a P, and where they are sharded too (`optim_grads_params`) the layers'
+    forward and backward in every micro batch, and the first layer's once more ahead of the step.
+
+    Left out is its padding to whole rows of the first dimension (megatron_fsdp/param_and_grad_buffer.py,
+    build_data_parallel_buffer_index): below 1 % for matrices, a multiple for a stack of few experts, which is
+    how the torch-native kernels hold them.
+    """
+    number = recipe.num_micro_batches
+    strategy = recipe.parallel.fsdp_strategy
+    num_reductions = 1 if strategy == "optim" else number
+    for in_expert_group, group in ((False, Group.DATA_CONTEXT), (True, Group.EXPERT_DATA)):
+        what = "experts" if in_expert_group else "dense parameters"
+        layers, ends = _fsdp_units(recipe, chunks, in_expert_group)
+        everything = sum(layers) + ends
+        element = activation_element_bytes(recipe)
+        yield Phase.GRADIENT_SYNC, num_reductions, Call(SCATTER, group, element * everything, what)
+        if strategy != "optim_grads_params":
+            yield Phase.PARAMETER_SYNC, 1, Call(GATHER, group, element * everything, what)
+            continue
+        for elements in layers:
+            yield Phase.PARAMETER_SYNC, 2 * number, Call(GATHER, group, element * elements, what)
+        ahead = ends + (layers[0] if layers else 0)
+        yield Phase.PARAMETER_SYNC, 1, Call(GATHER, group, element * ahead, what)
+
+
+def _fsdp_units(recipe: Recipe, chunks: Sequence[Chunk], in_expert_group: bool) -> tuple[list[int], int]:
+    """Elements of each layer, which Megatron-FSDP gathers and frees as a unit, and of the model's ends."""
+    layers: list[int] = []
+    ends = 0
+    for chunk in chunks:
+        whole = _elements(chunk_tensors(recipe, chunk), in_expert_group)
+        units = [
+            _elements(layer_tensors(recipe, is_moe=recipe.model.is_moe_layer(layer)), in_expert_group)
+            for layer in chunk.layers
+        ]
+        layers += units
+        ends += whole - sum(units)
+    return layers, ends
+
+
+def _elements(tensors: Iterable[Tensor], in_expert_group: bool) -> int:
+    return sum(tensor.num_elements for tensor in tensors if tensor.in_expert_group == in_expert_group)
 
 
 def _buffers(

@@ -66,6 +66,11 @@ def chunk_tensors(recipe: Recipe, chunk: Chunk) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
+def layer_tensors(recipe: Recipe, *, is_moe: bool) -> tuple[Tensor, ...]:
+    """Parameters of one decoder layer on one rank."""
+    return tuple(_layer(recipe, is_moe=is_moe))
+
+
 def _layer(recipe: Recipe, *, is_moe: bool) -> Iterator[Tensor]:
     model = recipe.model
     yield _norm(recipe, "input_layernorm", model.hidden_size)

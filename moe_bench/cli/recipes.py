@@ -63,6 +63,7 @@ def show(
         bool, typer.Option("--params", help="Parameters by part, beside the published ones.")
     ] = False,
     megatron: Annotated[bool, typer.Option("--megatron", help="Megatron-Core's arguments.")] = False,
+    comms: Annotated[bool, typer.Option("--comms", help="What a rank communicates in one step.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """One recipe, what follows from it, and what Megatron-Core is given."""
@@ -78,6 +79,11 @@ def show(
     elif megatron:
         arguments = megatron_arguments(plan.recipe)
         print_view(arguments_view(arguments), arguments_json(arguments), as_json)
+    elif comms:
+        from moe_bench.report.comms import comms_json, comms_view, stage_transfers
+
+        stages = stage_transfers(plan.recipe)
+        print_view(comms_view(stages), comms_json(plan.recipe, stages), as_json)
     else:
         print_view(plan_view(plan), plan.model_dump(mode="json"), as_json)
 
