@@ -15,8 +15,8 @@ from moe_bench.spec.recipe import Recipe, RecomputeModule
 
 COUNT_BYTES = 8
 """A number of tokens: int64."""
-INDEX_BYTES = 8
-"""An expert's index as DeepEP takes it: int64."""
+INDEX_BYTES = 4
+"""An expert's index on its way: int32 (deepseek-ai/DeepEP, csrc/kernels/internode.cu)."""
 MOE: frozenset[RecomputeModule] = frozenset({"moe"})
 GATHER, SCATTER, TO_ALL = Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_TO_ALL
 
@@ -89,7 +89,7 @@ def _all_gather(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchange, ...]:
 def _flex(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchange, ...]:
     """DeepEP and HybridEP: a token goes once to each NVLink domain that needs it, there once to each rank.
 
-    RDMA: t (H a + k (8 + 4)) D(N) (N - 1) / N for N domains; NVLink: t (..) D(R) (g - 1) / g for R ranks, g
+    RDMA: t (H a + k (4 + p)) D(N) (N - 1) / N for N domains; NVLink: t (..) D(R) (g - 1) / g for R ranks, g
     to a domain. D is `expected_groups`. Indices and probabilities go with the tokens out and probabilities
     alone with the gradients back (fused_a2a.py); the combine carries tokens only. From the dispatchers'
     algorithm (deepseek-ai/DeepEP, README and csrc/kernels/internode.cu); not measured here.

@@ -1,0 +1,179 @@
+"""What real Megatron-Core hands to its collectives is, to the byte, what the closed form says.
+
+One rank of every pipeline stage takes a whole step among loopback groups (the dry run), on toy sizes of real
+structures. Scalars are left out on both sides: loss, gradient norm.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+
+from moe_bench.analysis.collectives import Group
+from moe_bench.analysis.comms import step_transfers
+from moe_bench.harness.dryrun.one_rank import dry_run_rank
+from moe_bench.harness.dryrun.outcome import TrafficLine
+from moe_bench.spec.catalogue import find_recipe, recipes_root
+from moe_bench.spec.derive_dryrun import dryrun_plan
+from moe_bench.spec.load import Loader
+from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.recipe import Overlap, Recipe, Recompute, Routing, TokenDrop
+from moe_bench.spec.scale import smoke_plan
+from tests.harness.meta_builds import first_rank_of
+
+LOADER = Loader(root=recipes_root())
+SCALAR_BYTES = 8
+SAME_RANKS = {"DPxCP (one instance)": "DPxCP", "world": "PP"}
+"""Groups that Megatron-Core names twice; with two stages it receives over the group of all ranks."""
+NONE = Recompute()
+FULL = Recompute(granularity="full", method="uniform", num_layers=1)
+BLOCK = Recompute(granularity="full", method="block", num_layers=2)
+LATE, EARLY = Overlap(), Overlap(grad_reduce=True, param_gather=True)
+SPLIT = {"tensor": 2, "sequence_parallel": True}
+DENSE = {"moe": None, "dense_ffn_hidden_size": 128}
+
+
+def selective(*modules: str) -> Recompute:
+    return Recompute.model_validate({"granularity": "selective", "modules": modules})
+
+
+def toy(
+    key: str, layout: Mapping[str, object], *, model: Mapping[str, object] = {}, **fields: object
+) -> Recipe:
+    """Four layers of a model's structure on a layout; two micro batches."""
+    asked = LOADER.recipe(find_recipe(key, LOADER))
+    smoke = smoke_plan(asked, host=LOADER.system("cpu_host"), modified=()).recipe
+    parallel = ParallelSpec.model_validate({"context_comm": "allgather", **layout})
+    defaults = {
+        "system": LOADER.system("h100_sxm"),
+        "parallel": parallel,
+        "model": smoke.model.model_copy(update={"num_layers": 4, **model}),
+        "num_mtp_layers": 0,
+        "micro_batch_size": 1,
+        "global_batch_size": 2 * parallel.data,
+        "routing": Routing(mode="round_robin"),
+        "recompute": NONE,
+        "overlap": LATE,
+        "token_drop": None,
+    }
+    return dryrun_plan(smoke.model_copy(update=defaults | fields), modified=()).recipe
+
+
+CASES: Mapping[str, Recipe] = {
+    "latent attention over TP2, EP2": toy("deepseek_v3", {**SPLIT, "num_gpus": 4, "expert": 2}),
+    "gradients and parameters beside computation": toy(
+        "deepseek_v3", {**SPLIT, "num_gpus": 4, "expert": 2}, overlap=EARLY
+    ),
+    "everything recomputed, MTP": toy(
+        "deepseek_v3", {**SPLIT, "num_gpus": 4, "expert": 2}, recompute=FULL, num_mtp_layers=1
+    ),
+    "two layers of each chunk recomputed": toy(
+        "deepseek_v3", {**SPLIT, "num_gpus": 4, "expert": 2}, recompute=BLOCK
+    ),
+    "experts, up-projections and dense MLPs recomputed": toy(
+        "deepseek_v3",
+        {**SPLIT, "num_gpus": 4, "expert": 2},
+        recompute=selective("moe", "mla_up_proj", "mlp", "layernorm"),
+        num_mtp_layers=1,
+    ),
+    "shared experts recomputed": toy(
+        "deepseek_v3",
+        {**SPLIT, "num_gpus": 4, "expert": 2},
+        recompute=selective("shared_experts", "moe_act", "mla_up_proj"),
+    ),
+    "shared experts beside the dispatch": toy(
+        "deepseek_v3", {**SPLIT, "num_gpus": 4, "expert": 2}, overlap=Overlap(shared_experts=True)
+    ),
+    "PP2 x VPP2 with MTP": toy(
+        "deepseek_v3",
+        {"num_gpus": 8, "pipeline": 2, "virtual_pipeline": 2, "expert": 2},
+        num_mtp_layers=1,
+        overlap=Overlap(p2p=True),
+    ),
+    "MTP with the loss, by layout string": toy(
+        "deepseek_v3",
+        {**SPLIT, "num_gpus": 4, "pipeline": 2, "layout": "Ettt|tmL", "expert": 2},
+        num_mtp_layers=1,
+        overlap=EARLY,
+    ),
+    "MTP on a chunk of its own": toy(
+        "deepseek_v3",
+        {"num_gpus": 4, "pipeline": 2, "virtual_pipeline": 2, "layout": "Ett|tt|m|L", "expert": 2},
+        num_mtp_layers=1,
+        overlap=Overlap(p2p=True),
+    ),
+    "sinks, windows and biases over TP2, CP2, EP2": toy(
+        "gpt_oss_20b", {**SPLIT, "num_gpus": 8, "context": 2, "expert": 2}
+    ),
+    "core attention recomputed under CP2": toy(
+        "gpt_oss_20b", {"num_gpus": 4, "context": 2, "expert": 2}, recompute=selective("core_attn")
+    ),
+    "latent attention without query compression under CP2": toy(
+        "deepseek_v2_lite", {"num_gpus": 2, "context": 2}
+    ),
+    "ETP2 as wide as TP2": toy("mixtral_8x7b", {**SPLIT, "num_gpus": 8, "expert": 2, "expert_tensor": 2}),
+    "ETP2 under TP1": toy("mixtral_8x7b", {"num_gpus": 4, "expert": 2, "expert_tensor": 2}),
+    "padded to capacity": toy(
+        "mixtral_8x7b",
+        {"num_gpus": 4, "expert": 2},
+        token_drop=TokenDrop(capacity_factor=1.25, pad_to_capacity=True),
+    ),
+    "gradients all-reduced": toy("mixtral_8x7b", {"num_gpus": 4, "expert": 2, "data_sharding": "none"}),
+    "whole-vector norms over TP2": toy("olmoe_1b_7b", {**SPLIT, "num_gpus": 4, "expert": 2}),
+    "several sequences in a micro batch": toy(
+        "glm_4_5_air", {**SPLIT, "num_gpus": 4, "expert": 2}, micro_batch_size=2, global_batch_size=8
+    ),
+    "dense, without sequence parallelism": toy("qwen3_30b_a3b", {"num_gpus": 4, "tensor": 2}, model=DENSE),
+    "dense, tied embeddings over PP2": toy(
+        "qwen3_30b_a3b",
+        {**SPLIT, "num_gpus": 4, "pipeline": 2},
+        model={**DENSE, "tied_embeddings": True},
+    ),
+}
+
+
+def stepped(recipe: Recipe, stage: int) -> list[TrafficLine]:
+    """The ledger of one rank's step without scalars, and with groups under one name each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = dry_run_rank(
+            recipe, first_rank_of(recipe, stage), num_micro_batches=recipe.num_micro_batches
+        )
+    return [
+        line
+        for line in outcome.traffic
+        if line.op != "all_reduce" or line.num_bytes > SCALAR_BYTES * line.num_calls
+    ]
+
+
+def assert_equal_bytes(recipe: Recipe, stage: int) -> None:
+    counted = Counter[tuple[str, str]]()
+    for transfer in step_transfers(recipe, stage):
+        counted[str(transfer.op), str(transfer.group)] += transfer.num_bytes
+    carried = Counter[tuple[str, str]]()
+    for line in stepped(recipe, stage):
+        carried[line.op, SAME_RANKS.get(line.group, line.group)] += line.num_bytes
+    assert counted == carried, f"stage {stage}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_carries_the_counted_bytes(case: str) -> None:
+    recipe = CASES[case]
+    for stage in range(recipe.parallel.pipeline):
+        assert_equal_bytes(recipe, stage)
+
+
+def test_a_layer_carries_the_counted_bytes_in_each_pass() -> None:
+    recipe = CASES["everything recomputed, MTP"]
+    layer = "decoder.2"
+    counted = Counter[tuple[str, str, str]]()
+    for transfer in step_transfers(recipe, 0):
+        if transfer.place == layer:
+            counted[str(transfer.phase), str(transfer.op), str(transfer.group)] += transfer.num_bytes
+    carried = Counter[tuple[str, str, str]]()
+    for line in stepped(recipe, 0):
+        if line.layer == layer and line.group not in (Group.DATA_CONTEXT, Group.EXPERT_DATA):
+            carried[line.phase, line.op, line.group] += line.num_bytes
+    assert counted == carried
+    assert {phase for phase, _, _ in counted} == {"forward", "recompute", "backward"}
