@@ -240,18 +240,18 @@ def loss_exchanges(recipe: Recipe) -> tuple[Exchange, ...]:
     """LM head and loss of every prediction: the last hidden states, T H a, and three numbers per token, 12 T.
 
     Maximum, target logit and sum of exponentials are all-reduced (tensor_parallel/cross_entropy.py), together
-    or apart; Transformer Engine's loss gathers them (pytorch/triton/cross_entropy.py). For each MTP module
-    Megatron-Core counts how often its best token is right, and gathers each rank's best logit, a T TP, and
-    its index, 8 T TP (multi_token_prediction.py, _vocab_parallel_argmax).
+    or apart; Transformer Engine 2.20.2 gathers four numbers, 16 T TP (pytorch/triton/cross_entropy.py; three
+    in older releases). For each MTP module Megatron-Core counts how often its best token is right, and
+    gathers each rank's best logit, a T TP, and its index, 8 T TP (multi_token_prediction.py).
     """
     parallel = tensor_parallel(recipe, is_quantized=False)
-    numbers = 3 * FP32_BYTES * parallel.num_rows
+    number = FP32_BYTES * parallel.num_rows
     calls: tuple[Call, ...]
     if recipe.kernels.fusions.cross_entropy == "te":
-        calls = (Call(GATHER, Group.TENSOR, numbers * recipe.parallel.tensor, "loss"),)
+        calls = (Call(GATHER, Group.TENSOR, 4 * number * recipe.parallel.tensor, "loss"),)
     else:
         parts = (1, 2) if recipe.kernels.fusions.cross_entropy == "native" else (1, 1, 1)
-        calls = tuple(Call(REDUCE, Group.TENSOR, numbers // 3 * part, "loss") for part in parts)
+        calls = tuple(Call(REDUCE, Group.TENSOR, number * part, "loss") for part in parts)
     one = (parallel.columns(recipe.model.hidden_size, "LM head input"), Exchange(forward=calls))
     rows = parallel.num_rows * recipe.parallel.tensor
     guess = tuple(
