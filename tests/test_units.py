@@ -14,9 +14,9 @@ from pydantic import BaseModel
 import moe_bench
 
 UNITS = (
-    "_s", "_bytes", "_flops", "_flops_per_s", "_bytes_per_s", "_tokens_per_s", "_per_gpu", "_hz", "_w", "_j", "_fraction",
-    "_factor", "_coefficient", "_rate", "_epsilon", "_std", "_theta", "_norm", "_norms", "_params", "_limit",
-    "_offset", "_ratio", "_loss", "_losses", "_pct", "_ms", "_us", "_tflops", "_gb",
+    "_s", "_bytes", "_flops", "_flops_per_s", "_bytes_per_s", "_tokens_per_s", "_per_gpu", "_hz", "_w",
+    "_j", "_fraction", "_factor", "_coefficient", "_rate", "_epsilon", "_std", "_theta", "_norm", "_norms",
+    "_params", "_limit", "_offset", "_ratio", "_loss", "_losses", "_pct", "_ms", "_us", "_tflops", "_gb",
     "_hours", "_px",
 )  # fmt: skip
 DIMENSIONLESS = {
