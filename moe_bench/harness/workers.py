@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +28,8 @@ GATHER_CAUSES_S = 1.0
 END_S = 10.0
 """How long a killed process may take to go."""
 
+STDERR = 2
+"""File descriptor of the standard error (POSIX)."""
 _PR_SET_PDEATHSIG = 1
 """linux/prctl.h"""
 
@@ -116,7 +118,9 @@ def _rank_main(seat: Seat, work: Callable[[Seat], Any], stderr: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stderr.open("wb") as file:
         # The descriptor, not the Python object: torch's C++ parts write there too.
-        os.dup2(file.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
+        os.dup2(file.fileno(), STDERR)
+    # A crash in C++ code then says where Python stood.
+    faulthandler.enable(STDERR)
     try:
         result = work(seat)
     except MoeBenchError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as fsdp_buffers
 from torch import distributed
 
 from moe_bench.harness.host_device import HostStream, host_device
@@ -107,3 +108,21 @@ def test_gloo_takes_unequal_parts_and_splits_given_as_tensors(zygote: Zygote) ->
     first, second = zygote.fork(2, uneven_collectives)
     assert first == {"gathered": [[1], [2, 2, 2]], "reduced": [3], "exchanged": [2]}
     assert second == {"gathered": [[1], [2, 2, 2]], "reduced": [3, 3, 3], "exchanged": [1, 1, 2]}
+
+
+def coalesced_gather(seat: Seat) -> bool:
+    with (
+        host_device(),
+        process_groups(seat.rendezvous, backend="gloo", sizes=SIZES, listen_fd=seat.listen_fd),
+    ):
+        gathered = torch.zeros(2)
+        with fsdp_buffers._coalescing_manager(distributed.group.WORLD, async_ops=True) as works:
+            distributed.all_gather_into_tensor(
+                gathered, torch.tensor([seat.rendezvous.rank + 1.0]), async_op=True
+            )
+        is_done = all(work.is_completed() for work in works.works)
+        return is_done and gathered.tolist() == [1.0, 2.0]
+
+
+def test_coalesced_collectives_are_done_when_their_block_ends(zygote: Zygote) -> None:
+    assert zygote.fork(2, coalesced_gather) == [True, True]

@@ -32,6 +32,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2xPP2xEP2 on 4": {"num_gpus": 4, "pipeline": 2, "expert": 2, **TP2},
     "TP2xPP2xEP2 on 8": {"num_gpus": 8, "pipeline": 2, "expert": 2, **TP2},
 }
+FSDP_OVERLAP = Overlap(grad_reduce=True, param_gather=True)
+"""Megatron-FSDP overlaps what it shards, asked or not."""
 MTP_PATCH = "mtp_token_count_under_cp"
 
 
@@ -73,6 +75,8 @@ def changes_of(name: str, recipe: Recipe) -> dict[str, Any]:
     if "VPP" in name:
         # Batched transfers between two stages corrupt the gradients of the interleaved schedule.
         return {"overlap": Overlap(p2p=True)}
+    if "FSDP" in name:
+        return {"overlap": FSDP_OVERLAP}
     return {"patches": (MTP_PATCH,)} if "CP" in name and recipe.num_mtp_layers else {}
 
 
@@ -86,8 +90,9 @@ def assert_same_training(found: Samples, expected: Samples) -> None:
 def test_a_layout_trains_like_one_process(trainer: Trainer, structure: str, layout: str) -> None:
     recipe = structure_of(structure)
     if recipe.model.linear_bias and "ETP" in layout:
+        parallel = recipe.parallel.model_copy(update=LAYOUTS[layout])
         with pytest.raises(BadInputError, match="Bias in Moe is only supported when ETP==1"):
-            trainer.train(laid_out(recipe, parallel=LAYOUTS[layout]))
+            trainer.train(recipe.model_copy(update={"parallel": parallel}))
         return
     laid = laid_out(recipe, parallel=layout_of(layout, recipe), **changes_of(layout, recipe))
     assert_same_training(trainer.train(laid), trainer.on_one_process(structure))
@@ -96,7 +101,8 @@ def test_a_layout_trains_like_one_process(trainer: Trainer, structure: str, layo
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sharding_a_dense_model_trains_like_one_process(trainer: Trainer, structure: str) -> None:
     recipe = structure_of(structure, is_dense=True)
-    laid = laid_out(recipe, parallel={"num_gpus": 2, "data_sharding": "megatron_fsdp"})
+    parallel = {"num_gpus": 2, "data_sharding": "megatron_fsdp"}
+    laid = laid_out(recipe, parallel=parallel, overlap=FSDP_OVERLAP)
     assert_same_training(trainer.train(laid), trainer.on_one_process(structure, is_dense=True))
 
 

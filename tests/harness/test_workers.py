@@ -90,3 +90,18 @@ def test_a_rank_that_breaks_down_is_named_with_the_last_line_of_its_traceback(zy
 def test_a_failure_with_a_name_goes_before_the_breakdowns_that_follow_from_it(zygote: Zygote) -> None:
     with pytest.raises(MeasurementError, match=r"^rank 2: loss is nan in step 1"):
         zygote.fork(4, refused_while_peers_break_down)
+
+
+def asleep(seat: Seat) -> None:
+    time.sleep(FOR_EVER_S)
+
+
+def test_ranks_do_not_outlive_a_killed_parent() -> None:
+    zygote = Zygote()
+    zygote.send(run_forked, 2, asleep, on_progress=print)
+    parent = psutil.Process(zygote.pid)
+    while len(ranks := parent.children()) < 2:
+        time.sleep(0.01)
+    parent.kill()
+    zygote.close()
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []

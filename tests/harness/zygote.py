@@ -28,12 +28,21 @@ class Zygote:
         command = (sys.executable, "-W", "ignore", "-m", "tests.harness.zygote")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        return self._process.pid
+
+    def send(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Have `function`, which must be importable by name, called; nobody waits for its answer."""
+        assert self._process.stdin is not None
+        pickle.dump((function, args, kwargs), self._process.stdin)
+        self._process.stdin.flush()
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Result of `function`, which must be importable by name; raises the MoeBenchError that it raised."""
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        pickle.dump((function, args), self._process.stdin)
-        self._process.stdin.flush()
+        self.send(function, *args)
         answer = pickle.load(self._process.stdout)
         if isinstance(answer, MoeBenchError):
             raise answer
@@ -77,11 +86,11 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         import moe_bench.harness.session  # noqa: F401
     while True:
         try:
-            function, args = pickle.load(requests)
+            function, args, kwargs = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer = function(*args)
+            answer = function(*args, **kwargs)
         except MoeBenchError as error:
             answer = error
         pickle.dump(answer, answers)
