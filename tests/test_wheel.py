@@ -60,6 +60,13 @@ def test_a_wheel_reads_its_registry(site: Path, tmp_path: Path) -> None:
     assert "automodel-deepseek-v3-h100-256gpu-bf16-s4096 | 1,002" in done.stdout
 
 
+def test_a_wheel_writes_the_page_with_its_own_templates(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    done = run(site, tmp_path, "report", "--html", "report.html")
+    assert done.returncode == 0, done.stderr
+    assert "</html>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_wheel_holds_no_tests_and_no_results(site: Path) -> None:
     names = [path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()]
     assert "moe_bench/data/recipes/deepseek_v3/model.yaml" in names

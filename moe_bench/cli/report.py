@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_bench import __version__
 from moe_bench.cli.app import READ, app
 from moe_bench.cli.options import JsonOption, TableFormat, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import RenderableType
+
+    from moe_bench.results.record import Record
 
 
 @app.command(rich_help_panel=READ)
@@ -28,34 +35,80 @@ def report(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="With --scaling: draw the curves, too (.png, .svg, .pdf).")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page instead of a table.")
+    ] = None,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", help="With --html: a card for this recipe, run or not; repeatable."),
+    ] = None,
     table_format: Annotated[
         TableFormat, typer.Option("--format", help="How to print.")
     ] = TableFormat.TERMINAL,
     as_json: JsonOption = False,
 ) -> None:
-    """Results as a table or as scaling curves: step time, tokens/s/GPU, TFLOPs/GPU, MFU, memory."""
-    from moe_bench.report.frame import as_csv, as_markdown, frame_view, records_frame
+    """Results as a table, as scaling curves or as a page: step time, tokens/s/GPU, TFLOPs/GPU, memory."""
     from moe_bench.results.store import read_records
 
     if not scaling and (model is not None or plot is not None):
         raise BadInputError("--model and --plot go with --scaling; add it, or drop them")
+    if html is None and recipes is not None:
+        raise BadInputError("--recipe goes with --html; add it, or drop --recipe")
+    if html is not None and scaling:
+        raise BadInputError("--html draws scaling, too; drop --scaling")
     records = tuple(read_records(tuple(results or (results_root(),))))
-    if scaling:
-        from moe_bench.report import scaling_table
-        from moe_bench.report.scaling import scaling_of
-        from moe_bench.report.scaling_plot import write_scaling_plot
-        from moe_bench.results.published import load_rows
-
-        loader = make_loader()
-        keys = [path.parent.name for path in loader.root.glob("*/model.yaml")]
-        rows = load_rows(data_root() / "results" / "published")
-        found = scaling_of(records, rows, {key: loader.model(key) for key in keys}, model=model)
-        if plot is not None:
-            write_scaling_plot(found.curves, plot)
-        frame, view = scaling_table.scaling_frame(found.curves), scaling_table.scaling_view(found)
+    if html is not None:
+        _write_page(html, records, recipes)
+    elif scaling:
+        _print_scaling(records, model, plot, table_format, as_json)
     else:
+        from moe_bench.report.frame import frame_view, records_frame
+
         frame = records_frame(records)
-        view = frame_view(frame)
+        _print_frame(frame, frame_view(frame), table_format, as_json)
+
+
+def _write_page(path: Path, records: tuple[Record, ...], names: list[str] | None) -> None:
+    from moe_bench.report.html.page import ReportData, render_page
+    from moe_bench.report.html.recipes import page_recipes
+    from moe_bench.results.published import load_rows
+
+    page = render_page(
+        ReportData(
+            records=records,
+            recipes=page_recipes(make_loader(), names or (), records),
+            rows=load_rows(data_root() / "results" / "published"),
+            version=__version__,
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    typer.echo(path)
+
+
+def _print_scaling(
+    records: tuple[Record, ...],
+    model: str | None,
+    plot: Path | None,
+    table_format: TableFormat,
+    as_json: bool,
+) -> None:
+    from moe_bench.report.scaling import scaling_of
+    from moe_bench.report.scaling_plot import write_scaling_plot
+    from moe_bench.report.scaling_table import scaling_frame, scaling_view
+    from moe_bench.results.published import load_rows
+
+    loader = make_loader()
+    models = {path.parent.name: loader.model(path.parent.name) for path in loader.root.glob("*/model.yaml")}
+    found = scaling_of(records, load_rows(data_root() / "results" / "published"), models, model=model)
+    if plot is not None:
+        write_scaling_plot(found.curves, plot)
+    _print_frame(scaling_frame(found.curves), scaling_view(found), table_format, as_json)
+
+
+def _print_frame(frame: pd.DataFrame, view: RenderableType, table_format: TableFormat, as_json: bool) -> None:
+    from moe_bench.report.frame import as_csv, as_markdown
+
     if table_format is TableFormat.MARKDOWN:
         typer.echo(as_markdown(frame))
     elif table_format is TableFormat.CSV:

@@ -1,0 +1,158 @@
+"""The words of the page: what a recipe asks for, where a row stands, where a run was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moe_bench.analysis.size import counted_size
+from moe_bench.report.recipe_list import layout_label
+from moe_bench.results.published import PublishedRow
+from moe_bench.results.record import Provenance, Record
+from moe_bench.spec.recipe import Recipe
+
+_BILLION = 1e9
+_GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A label and what it says."""
+
+    label: str
+    text: str
+    url: str | None = None
+
+
+def recipe_facts(recipe: Recipe, row: PublishedRow | None) -> tuple[Fact, ...]:
+    """What a card says of `recipe`; `row` is the published one that it copies."""
+    model, kernels, dispatch = recipe.model, recipe.kernels, recipe.dispatch
+    size = counted_size(model)
+    moments = dict.fromkeys((recipe.optimizer.exp_avg_dtype, recipe.optimizer.exp_avg_sq_dtype))
+    facts = [
+        Fact(label="system", text=f"{recipe.parallel.num_gpus} × {recipe.system.display_name}"),
+        Fact(label="layout", text=layout_label(recipe) or "DP1"),
+        Fact(label="precision", text=recipe.precision.upper().replace("_", " ")),
+        Fact(
+            label="parameters",
+            text=f"{size.total[size.nearest_total] / _BILLION:,.1f} B, "
+            f"{size.active[size.nearest_active] / _BILLION:,.1f} B active per token",
+        ),
+        Fact(label="layers", text=_layers_text(recipe)),
+        Fact(
+            label="batch",
+            text=f"{recipe.global_batch_size:,} sequences of {recipe.seq_len:,} tokens; micro batch "
+            f"{recipe.micro_batch_size}, {recipe.num_micro_batches} per rank",
+        ),
+        Fact(
+            label="kernels",
+            text=f"{kernels.family.replace('_', ' ')}, {dispatch.dispatcher} dispatch, "
+            f"{'grouped GEMM' if kernels.grouped_gemm else 'one GEMM per expert'}",
+        ),
+        Fact(label="routing", text=recipe.routing.mode.replace("_", " ")),
+        Fact(label="recomputed", text=_recompute_text(recipe)),
+        Fact(
+            label="optimizer",
+            text=f"{recipe.optimizer.name}, gradients {recipe.optimizer.gradient_dtype}, moments "
+            f"{' and '.join(moments)}, {recipe.parallel.data_sharding.replace('_', ' ')}",
+        ),
+    ]
+    if row is not None:
+        facts.append(Fact(label="copies row", text=row.id, url=row_source(row).url))
+        facts.append(Fact(label="published", text=_published_text(row)))
+    return tuple(facts)
+
+
+def _layers_text(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.moe is None:
+        return f"{model.num_layers}, without experts"
+    moe = model.moe
+    dense = f"{model.num_dense_layers} dense, " if model.num_dense_layers else ""
+    shared = ", a shared one" if moe.shared_expert_ffn_hidden_size else ""
+    mtp = f", {recipe.num_mtp_layers} MTP" if recipe.num_mtp_layers else ""
+    num_moe = model.num_layers - model.num_dense_layers
+    return f"{dense}{num_moe} with {moe.num_experts} experts, {moe.top_k} per token{shared}{mtp}"
+
+
+def _recompute_text(recipe: Recipe) -> str:
+    recompute = recipe.recompute
+    if recompute.granularity == "selective":
+        return ", ".join(recompute.modules)
+    return "nothing" if recompute.granularity == "none" else f"whole layers ({recompute.method})"
+
+
+def _published_text(row: PublishedRow) -> str:
+    tokens_per_s = row.tokens_per_s_per_gpu
+    parts = [] if tokens_per_s is None else [f"{tokens_per_s:,.0f} tokens/s/GPU"]
+    if row.metrics.tflops_per_gpu is not None:
+        parts.append(f"{row.metrics.tflops_per_gpu:g} TFLOPs/GPU as printed")
+    return ", ".join([*parts, f"trust {row.trust}"])
+
+
+def row_source(row: PublishedRow) -> Fact:
+    """Where a row is printed, with an address where the source has one, and the row's name."""
+    source = row.source
+    place = ", ".join(part for part in (source.repo, source.path, source.table, source.paper) if part)
+    url = source.url
+    if url is None and source.repo is not None:
+        url = f"https://github.com/{source.repo}"
+        if source.commit is not None and source.path is not None:
+            url += f"/blob/{source.commit}/{source.path}"
+    return Fact(label=place or source.url or "not named", text=row.id, url=url)
+
+
+def row_sources(rows: Iterable[PublishedRow]) -> tuple[Fact, ...]:
+    """Every source once, with the names of its rows."""
+    names: dict[tuple[str, str | None], list[str]] = {}
+    for fact in map(row_source, rows):
+        names.setdefault((fact.label, fact.url), []).append(fact.text)
+    return tuple(Fact(label=label, text=", ".join(found), url=url) for (label, url), found in names.items())
+
+
+def run_provenance(record: Record) -> tuple[Fact, ...]:
+    """Where, when and with what a run was made."""
+    provenance = record.provenance
+    git = provenance.git
+    source = "installed without a checkout"
+    if git.commit is not None:
+        changes = ", uncommitted changes" if git.is_dirty else ""
+        source = f"{git.commit[:12]} on {git.branch or 'no branch'}{changes}"
+    hosts = sorted(set(provenance.hosts))
+    packages = [f"{name} {version}" for name, version in sorted(provenance.packages.items())]
+    variables = [f"{name}={value}" for name, value in sorted(provenance.environment.items())]
+    return (
+        Fact(label="started", text=provenance.started_at),
+        Fact(label="source", text=source),
+        Fact(label="job", text=provenance.job_id),
+        Fact(label="hosts", text=f"{len(hosts)}: {hosts[0]}{f' to {hosts[-1]}' if len(hosts) > 1 else ''}"),
+        Fact(label="processor", text=provenance.cpu_model or "not recorded"),
+        *_gpu_facts(provenance),
+        Fact(label="container", text=provenance.container or "none"),
+        Fact(label="system", text=provenance.os),
+        Fact(label="packages", text=", ".join([f"Python {provenance.python_version}", *packages])),
+        Fact(label="environment", text=", ".join(variables) or "none of the variables that change a number"),
+        Fact(label="command", text=" ".join(provenance.command)),
+    )
+
+
+def _gpu_facts(provenance: Provenance) -> tuple[Fact, ...]:
+    gpus = provenance.gpus
+    if not gpus:
+        return (Fact(label="GPUs", text="none"),)
+    names = ", ".join(sorted({gpu.name for gpu in gpus}))
+    drivers = ", ".join(sorted({gpu.driver_version or "not recorded" for gpu in gpus}))
+    clocks_hz = [gpu.sm_clock_hz for gpu in gpus if gpu.sm_clock_hz is not None]
+    clocks = (
+        f"{min(clocks_hz) / _GIGA:.3f} to {max(clocks_hz) / _GIGA:.3f} GHz" if clocks_hz else "not recorded"
+    )
+    limits_w = [gpu.power_limit_w for gpu in gpus if gpu.power_limit_w is not None]
+    limits = f"{min(limits_w):.0f} to {max(limits_w):.0f} W" if limits_w else "not recorded"
+    return (
+        Fact(label="GPUs", text=f"{len(gpus)} × {names}"),
+        Fact(label="driver", text=drivers),
+        Fact(label="SM clock", text=clocks),
+        Fact(label="power limit", text=limits),
+        Fact(label="CUDA", text=provenance.cuda_version or "not recorded"),
+        Fact(label="NCCL", text=provenance.nccl_version or "not recorded"),
+    )

@@ -1,0 +1,240 @@
+"""Puts the page together: what it shows, in which order, and what is missing from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from moe_bench.analysis.memory import memory_fit
+from moe_bench.report.html.chart import Chart
+from moe_bench.report.html.facts import Fact, recipe_facts, row_sources, run_provenance
+from moe_bench.report.html.job_drawing import JobDrawing, job_drawing
+from moe_bench.report.html.memory_chart import memory_chart
+from moe_bench.report.html.run_charts import (
+    load_chart,
+    load_heatmap,
+    peak_memory_chart,
+    step_time_chart,
+    worst_load_ratios,
+)
+from moe_bench.report.html.scaling_charts import scaling_charts
+from moe_bench.report.html.throughput_chart import Line, throughput_chart, throughput_lines
+from moe_bench.report.metrics import run_metrics
+from moe_bench.report.reproduce import Reproduction, reproductions
+from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
+from moe_bench.report.scaling import Curve, ScalingPoint, scaling_of
+from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
+from moe_bench.results.published import PublishedRow
+from moe_bench.results.record import Record
+from moe_bench.spec.recipe import Difference, Recipe
+from moe_bench.spec.scale import Substitution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """Everything that the page shows."""
+
+    records: tuple[Record, ...]
+    recipes: tuple[Recipe, ...]
+    """At full size; a card each."""
+    rows: tuple[PublishedRow, ...]
+    """The registry."""
+    version: str
+    """Of moe_bench."""
+    projected: tuple[ScalingPoint, ...] = ()
+    """Points whose label is the name of a recipe."""
+    pipeline_pictures: Mapping[str, Chart] = field(default_factory=dict)
+    """Which stage computes when, by recipe name."""
+    waterfalls: Mapping[str, Chart] = field(default_factory=dict)
+    """Where the step time goes, by recipe name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One recipe."""
+
+    title: str
+    name: str
+    facts: tuple[Fact, ...]
+    differences: tuple[Difference, ...]
+    drawing: JobDrawing
+    charts: tuple[Chart, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPart:
+    """One run in full."""
+
+    title: str
+    is_as_asked: bool
+    facts: tuple[tuple[str, str], ...]
+    charts: tuple[Chart, ...]
+    substitutions: tuple[Substitution, ...]
+    provenance: tuple[Fact, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absence:
+    """Something that the page would show, and why it does not."""
+
+    what: str
+    why: str
+
+
+def render_page(data: ReportData) -> str:
+    """The page as HTML: styles inside, no script, nothing fetched."""
+    templates = Environment(
+        loader=PackageLoader("moe_bench.report.html"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"px": pixels, "soft": breakable}
+    lines = throughput_lines(data.recipes, data.rows, data.records, data.projected)
+    curves = model_curves(data)
+    reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, data.records)
+    rows = rows_shown(data.rows, lines, curves)
+    latest = latest_records(data.records)
+    return templates.get_template("page.html.j2").render(
+        data=data,
+        overview=[overview_row(record) for record in _by_start(data.records)],
+        runs=[_run_part(index, record) for index, record in enumerate(latest)],
+        num_older=len(data.records) - len(latest),
+        throughput=throughput_chart("throughput", lines) if lines else None,
+        verdict_line=summary_line(reproduced),
+        verdicts=[verdict_row(one) for one in reproduced if one.scale == "full"],
+        scaling=scaling_charts(curves, {one.model.key: one.model.display_name for one in data.recipes}),
+        cards=[_card(data, index, recipe) for index, recipe in enumerate(data.recipes)],
+        sources=row_sources(rows),
+        num_rows=len(rows),
+        absences=absences(data, curves),
+    )
+
+
+def pixels(value: float) -> str:
+    """A length to a tenth of a pixel, without a trailing zero."""
+    return f"{round(value, 1):g}"
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be folded behind each slash and underscore."""
+    return Markup(escape(name).replace("/", Markup("/<wbr>")).replace("_", Markup("_<wbr>")))
+
+
+def latest_records(records: Sequence[Record]) -> tuple[Record, ...]:
+    """The newest record of every recipe, scale and change; full-scale ones first."""
+    newest = {
+        (record.plan.scale != "full", record.plan.asked, record.plan.scale, record.plan.modified): record
+        for record in _by_start(records)
+    }
+    return tuple(newest[key] for key in sorted(newest))
+
+
+def model_curves(data: ReportData) -> tuple[Curve, ...]:
+    """Scaling curves of the models on the page."""
+    models = {recipe.model.key: recipe.model for recipe in data.recipes}
+    found = scaling_of(data.records, data.rows, models, projected=data.projected)
+    return tuple(curve for curve in found.curves if curve.subject.model in models)
+
+
+def rows_shown(
+    rows: Sequence[PublishedRow], lines: Sequence[Line], curves: Sequence[Curve]
+) -> tuple[PublishedRow, ...]:
+    """The published rows that stand on a chart."""
+    ids = {number.row_id for line in lines for number in line.numbers}
+    ids |= {one.point.label for curve in curves for one in curve.efficiencies}
+    return tuple(row for row in rows if row.id in ids)
+
+
+def absences(data: ReportData, curves: Sequence[Curve]) -> tuple[Absence, ...]:
+    """What the page names instead of drawing."""
+    no_projection = "no projection is among these results"
+    candidates = (
+        (
+            any(record.plan.scale == "full" for record in data.records),
+            "Measured throughput at full scale",
+            "none of these results is a full-scale run; `sbatch slurm/run_recipe.sh RECIPE` makes one",
+        ),
+        (
+            any(worst_load_ratios(record) for record in data.records),
+            "Expert load",
+            "none of these results counted tokens per expert",
+        ),
+        (
+            bool(curves),
+            "Weak and strong scaling",
+            "no two results or rows of these models differ in size at equal batch, per GPU or in all",
+        ),
+        (bool(data.projected), "Projected throughput", no_projection),
+        (bool(data.pipeline_pictures), "Pipeline picture: which stage computes when", no_projection),
+        (bool(data.waterfalls), "Waterfall: where the step time goes", no_projection),
+    )
+    return tuple(Absence(what=what, why=why) for is_there, what, why in candidates if not is_there)
+
+
+def overview_row(record: Record) -> dict[str, str]:
+    """One line of the table of runs; the headings are equal for all."""
+    metrics = run_metrics(record)
+    return {
+        "run": run_title(record),
+        "started (UTC)": record.provenance.started_at[:16].replace("T", " "),
+        "ranks": str(record.num_ranks),
+        "step time, 95 %": step_time_text(metrics),
+        "tokens/s per rank": f"{metrics.tokens_per_s_per_gpu:,.0f}",
+        "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TFLOPS:.3g}",
+        "MFU": "-" if metrics.mfu_fraction is None else f"{metrics.mfu_fraction:.1%}",
+        "last loss": f"{metrics.last_loss:.4f}",
+    }
+
+
+def verdict_row(one: Reproduction) -> dict[str, str]:
+    """One line of the table of verdicts."""
+    ours = one.tokens_per_s_per_gpu
+    return {
+        "recipe": one.published.recipe,
+        "published": published_text(one),
+        "ours": "-" if ours is None else f"{ours:,.0f}",
+        "ratio, 95 %": ratio_text(one),
+        "verdict": str(one.verdict),
+        "because": "; ".join(one.because) or "-",
+    }
+
+
+def _by_start(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: record.provenance.started_at)
+
+
+def _card(data: ReportData, index: int, recipe: Recipe) -> Card:
+    row = next((row for row in data.rows if row.id == recipe.reproduces), None)
+    charts = [] if recipe.system.gpu is None else [memory_chart(f"memory-{index}", memory_fit(recipe))]
+    charts += [
+        charts_by_name[recipe.name]
+        for charts_by_name in (data.pipeline_pictures, data.waterfalls)
+        if recipe.name in charts_by_name
+    ]
+    return Card(
+        title=recipe.model.display_name,
+        name=recipe.name,
+        facts=recipe_facts(recipe, row),
+        differences=recipe.differences,
+        drawing=job_drawing(f"layout-{index}", recipe),
+        charts=tuple(charts),
+    )
+
+
+def _run_part(index: int, record: Record) -> RunPart:
+    charts = [step_time_chart(f"steps-{index}", record), peak_memory_chart(f"peak-{index}", record)]
+    if worst_load_ratios(record):
+        charts += [load_heatmap(f"experts-{index}", record), load_chart(f"load-{index}", record)]
+    return RunPart(
+        title=run_title(record),
+        is_as_asked=record.plan.scale == "full" and not record.plan.modified,
+        facts=tuple(run_rows(record)),
+        charts=tuple(charts),
+        substitutions=record.plan.substitutions,
+        provenance=run_provenance(record),
+    )

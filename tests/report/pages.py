@@ -1,0 +1,98 @@
+"""Made-up results with everything that the page can draw, and how many marks each of its charts must have."""
+
+import math
+import random
+from functools import cache
+
+from moe_bench.analysis.memory import memory_fit
+from moe_bench.report.html.memory_chart import memory_chart, memory_parts
+from moe_bench.report.html.page import ReportData
+from moe_bench.report.scaling import Kind, ScalingPoint, recipe_subject
+from moe_bench.results.published import load_rows
+from moe_bench.results.record import Record
+from moe_bench.spec.catalogue import data_root, find_recipe
+from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import full_plan, smoke_plan
+from tests.results.records import LOADER, record
+
+NUM_STEPS = 24
+NUM_LAYERS, NUM_EXPERTS = 4, 16
+
+
+@cache
+def recipe(name: str) -> Recipe:
+    return LOADER.recipe(find_recipe(name, LOADER))
+
+
+def run(name: str, step_s: float, *, started_at: str, job_id: str = "job1", scale: str = "full") -> Record:
+    """A run whose first steps are slow, whose 20th is an outlier, and whose experts are loaded unevenly."""
+    noise = random.Random(job_id)
+    asked = recipe(name)
+    plan = full_plan(asked, modified=())
+    if scale == "smoke":
+        plan = smoke_plan(asked, host=LOADER.system("cpu_host"), modified=())
+    num_ranks = plan.recipe.parallel.num_gpus
+    levels_s = [step_s * noise.gauss(1, 0.002) * (1 + 0.4 * 0.3**step) for step in range(NUM_STEPS)]
+    levels_s[19] *= 1.2
+    times_s = tuple(
+        tuple(level_s * (1 - abs(noise.gauss(0, 0.003))) for level_s in levels_s) for _ in range(num_ranks)
+    )
+    made = record(plan, step_times_s=times_s, started_at=started_at, job_id=job_id)
+    weights = [[math.exp(noise.gauss(0, 0.3)) for _ in range(NUM_EXPERTS)] for _ in range(NUM_LAYERS)]
+    tokens = tuple(
+        tuple(tuple(round(1000 * weight * noise.gauss(1, 0.05)) for weight in layer) for layer in weights)
+        for _ in range(NUM_STEPS)
+    )
+    samples = made.samples.model_copy(update={"tokens_per_expert": tokens})
+    return made.model_copy(update={"samples": samples})
+
+
+QWEN, DEEPSEEK = "qwen3_30b_a3b/h100_sxm_16g_bf16", "deepseek_v3/h100_sxm_256g_bf16"
+
+
+@cache
+def full_page() -> ReportData:
+    """Two recipes: one with two full-scale runs, a projection and pictures, one with a smoke run."""
+    qwen = recipe(QWEN)
+    picture = memory_chart("picture", memory_fit(qwen))
+    return ReportData(
+        records=(
+            run(QWEN, 19.9, started_at="2026-11-20T10:00:00+00:00"),
+            run(QWEN, 19.8, started_at="2026-11-20T11:00:00+00:00", job_id="job2"),
+            run(DEEPSEEK, 0.5, started_at="2026-11-20T09:00:00+00:00", scale="smoke"),
+        ),
+        recipes=(qwen, recipe(DEEPSEEK), recipe("mixtral_8x22b")),
+        rows=load_rows(data_root() / "results" / "published"),
+        version="0.0.0-test",
+        projected=(
+            ScalingPoint(
+                kind=Kind.PROJECTED,
+                subject=recipe_subject(qwen),
+                family="projection",
+                label=QWEN,
+                num_gpus=16,
+                global_batch_size=1024,
+                layout="EP16",
+                tokens_per_s_per_gpu=12_500.0,
+            ),
+        ),
+        pipeline_pictures={QWEN: picture},
+        waterfalls={},
+    )
+
+
+def expected_marks(data: ReportData) -> dict[str, int]:
+    """Data points of each chart that follows from one record or recipe alone, by the chart's key."""
+    smoke, newest = data.records[2], data.records[1]
+    counts = {}
+    for index, one in enumerate((newest, smoke)):
+        counts |= {
+            f"steps-{index}": NUM_STEPS,
+            f"peak-{index}": one.num_ranks,
+            f"experts-{index}": NUM_LAYERS * NUM_EXPERTS,
+            f"load-{index}": NUM_STEPS,
+        }
+    for index, one in enumerate(data.recipes):
+        sizes = [size for rank in memory_fit(one).ranks for size in memory_parts(rank).values()]
+        counts[f"memory-{index}"] = sum(size > 0 for size in sizes)
+    return counts
