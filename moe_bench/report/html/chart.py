@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from moe_bench.report.html.axis import Axis
@@ -127,7 +127,7 @@ class Chart:
     top_px: int = TOP_PX
     y_grid: bool = True
     x_grid: bool = False
-    width_px: int = field(default=WIDTH_PX)
+    width_px: int = WIDTH_PX
 
     @property
     def bottom_px(self) -> int:

@@ -9,7 +9,7 @@ from moe_bench.report.html.chart import WIDTH_PX
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.recipe import Recipe
 
-GPU_SIZES_PX = (12, 10, 8, 7, 6)
+GPU_SIZES_PX = (12, 10, 8, 7, 6, 5)
 MAX_HEIGHT_PX = 280
 """GPUs are drawn as large as this height allows."""
 _GAP_PX = 2
