@@ -9,7 +9,7 @@ import pytest
 
 from moe_bench import __version__
 from moe_bench.cli import main
-from moe_bench.errors import EXIT_CODES
+from moe_bench.errors import EXIT_CODES, MeasurementError
 from moe_bench.results.store import write_record
 from tests.results.records import record
 from tests.spec.conftest import RECIPE
@@ -128,6 +128,19 @@ def test_a_wrong_command_line_exits_2(arguments: list[str], capsys: pytest.Captu
 def test_a_recipe_for_gpus_says_what_is_missing_here_and_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "deepseek_v3"]) == 3
     assert "deepseek_v3/h100_sxm_256g_bf16 needs 256 GPUs" in capsys.readouterr().err
+
+
+def test_what_a_failed_rank_wrote_is_shown_below_the_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        error = MeasurementError("rank 1 died in step 2 (signal 9)")
+        error.add_note("Traceback of rank 1")
+        raise error
+
+    monkeypatch.setattr("moe_bench.spec.schema.recipe_file_schema", fail)
+    assert main(["schema"]) == 1
+    assert capsys.readouterr().err == "rank 1 died in step 2 (signal 9)\nTraceback of rank 1\n"
 
 
 def test_a_node_needs_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
     except MoeBenchError as error:
-        typer.echo(str(error), err=True)
+        # a note is what a failed rank wrote to its standard error; a user's own mistake has none
+        typer.echo("\n".join((str(error), *getattr(error, "__notes__", ()))), err=True)
         return error.exit_code
     except typer.TyperException as error:
         typer.echo(str(error), err=True)
