@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_bench.analysis.size import counted_size
 from moe_bench.report.recipe_list import layout_label
-from moe_bench.results.published import PublishedRow
+from moe_bench.results.published import PublishedRow, Source
 from moe_bench.results.record import Provenance, Record
 from moe_bench.spec.recipe import Recipe
 
 _BILLION = 1e9
 _GIGA = 1e9
+_ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
+_THREAD = re.compile(r"(?:issue|PR) #(\d+)")
+_VERSION = re.compile(r"(?:tag )?(\S+)")
+_PATH = re.compile(r"([\w./-]+)(?!\S)(?! / )")
+"""Of a source, as it is written in the registry: the first file or folder, without the words behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +97,31 @@ def _published_text(row: PublishedRow) -> str:
 
 
 def row_source(row: PublishedRow) -> Fact:
-    """Where a row is printed, with an address where the source has one, and the row's name."""
+    """Where a row is printed, with an address where one follows from the source, and the row's name."""
     source = row.source
     place = ", ".join(part for part in (source.repo, source.path, source.table, source.paper) if part)
-    url = source.url
-    if url is None and source.repo is not None:
-        url = f"https://github.com/{source.repo}"
-        if source.commit is not None and source.path is not None:
-            url += f"/blob/{source.commit}/{source.path}"
-    return Fact(label=place or source.url or "not named", text=row.id, url=url)
+    return Fact(label=place or source.url or "not named", text=row.id, url=source_url(source))
+
+
+def source_url(source: Source) -> str | None:
+    """The page of a source: its own address, the paper, the issue or pull request, or the file as read."""
+    if source.url is not None:
+        return source.url
+    paper = _ARXIV.search(source.paper or "")
+    if paper is not None:
+        return f"https://arxiv.org/abs/{paper[1]}"
+    if source.repo is None:
+        return None
+    repo = f"https://github.com/{source.repo}"
+    thread = _THREAD.match(source.path or "")
+    if thread is not None:
+        # GitHub leads from the number of a pull request to the pull request
+        return f"{repo}/issues/{thread[1]}"
+    version, path = _VERSION.match(source.commit or ""), _PATH.match(source.path or "")
+    if version is None or path is None:
+        return repo
+    kind = "blob" if "." in path[1].rpartition("/")[2] else "tree"
+    return f"{repo}/{kind}/{version[1]}/{path[1]}"
 
 
 def row_sources(rows: Iterable[PublishedRow]) -> tuple[Fact, ...]:
@@ -118,7 +140,7 @@ def run_provenance(record: Record) -> tuple[Fact, ...]:
     if git.commit is not None:
         changes = ", uncommitted changes" if git.is_dirty else ""
         source = f"{git.commit[:12]} on {git.branch or 'no branch'}{changes}"
-    hosts = sorted(set(provenance.hosts))
+    hosts = list(dict.fromkeys(provenance.hosts))
     packages = [f"{name} {version}" for name, version in sorted(provenance.packages.items())]
     variables = [f"{name}={value}" for name, value in sorted(provenance.environment.items())]
     return (
