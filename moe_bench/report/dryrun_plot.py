@@ -17,6 +17,7 @@ _COLOURS = {
     "weights": "#3b5b92",
     "gradients": "#6f8fc4",
     "optimizer states": "#a9bde0",
+    "inputs": "#d9d2c0",
     "activations": "#c2691c",
     "recomputed": "#e0a15a",
     "backward": "#8b3a3a",

@@ -35,6 +35,8 @@ class Category(StrEnum):
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
     OPTIMIZER = "optimizer states"
+    INPUTS = "inputs"
+    """Tokens, labels, positions and loss mask of all micro batches of a step."""
     ACTIVATIONS = "activations"
     """Made by a forward pass, kept for the backward pass or just passing."""
     RECOMPUTED = "recomputed"

@@ -98,6 +98,11 @@ def _type(mode: CudaMeansMeta, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return found.replace("torch.meta.", "torch.cuda.") if isinstance(found, str) else found
 
 
+def _tolist(mode: CudaMeansMeta, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor = args[0]
+    return func(*args, **kwargs) if has_values(tensor) else torch.ones(tensor.shape).long().tolist()
+
+
 def _device(mode: CudaMeansMeta, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return torch.device(META) if args and _is_gpu(args[0]) else func(*args, **kwargs)
 
@@ -122,6 +127,7 @@ _SPECIAL: dict[str, Special] = {
     "cuda": _cuda,
     "pin_memory": _pin_memory,
     "type": _type,
+    "tolist": _tolist,
     "device": _device,
     "backward": _backward,
 }

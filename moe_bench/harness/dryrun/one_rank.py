@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
 from moe_bench.harness.dryrun.accounting import Account, Category
 from moe_bench.harness.dryrun.findings import Findings
-from moe_bench.harness.dryrun.meta_device import META, meta_device
+from moe_bench.harness.dryrun.meta_device import META, has_values, meta_device
 from moe_bench.harness.dryrun.outcome import (
     FlopsLine,
     MemoryPeak,
@@ -94,6 +95,8 @@ def _stage(
     arguments = megatron_arguments(recipe)
     mends = (*patch_names("host"), *patch_names("no_transformer_engine"), *recipe.patches)
     with contextlib.ExitStack() as stack:
+        # What Megatron-Core warns of is a matter of the run itself.
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(meta_device())
         stack.enter_context(patches([name for name in mends if name != SHARED_STORAGE]))
         used = stack.enter_context(stand_ins(recipe, watch.account.add_flops))
@@ -124,6 +127,8 @@ def _built(recipe: Recipe, watch: _Watch) -> Training:
         config.perform_initialization = False
         set_seeds(settings.seed)
         chunks = model_chunks(arguments, settings, config, device="cuda")
+        for chunk in chunks:
+            _move_to_device(chunk)
         watch.places.name_modules(chunks)
         with account.holding(Category.OPTIMIZER):
             built = training(arguments, settings, config, chunks, device="cuda")
@@ -132,6 +137,19 @@ def _built(recipe: Recipe, watch: _Watch) -> Training:
     for tensor, category in _buffers(built):
         account.assign(tensor, category)
     return built
+
+
+def _move_to_device(chunk: torch.nn.Module) -> None:
+    """Parameters that were made on the host, with the marks that `Module.to` would lose on the way to meta.
+
+    From host to GPU it keeps the parameter and exchanges its data; between host and meta torch cannot.
+    """
+    for module in chunk.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if has_values(parameter):
+                moved = torch.nn.Parameter(parameter.detach().to(META), requires_grad=parameter.requires_grad)
+                vars(moved).update(vars(parameter))
+                setattr(module, name, moved)
 
 
 def _buffers(built: Training) -> Iterator[tuple[torch.Tensor, Category]]:
@@ -176,9 +194,11 @@ def _stepped(
     account.num_calls.clear()
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     shapes = known_shapes(recipe, pipeline_rank=pipeline_rank, num_micro_batches=num_run)
+    with account.holding(Category.INPUTS):
+        micro_batches = _micro_batches(recipe)
     with shapes, phases(places, built), places.during(Phase.FORWARD):
         account.start_peak()
-        train_step(built, _micro_batches(recipe, num_run))
+        train_step(built, micro_batches[:num_run])
     peak = account.peak
     findings = watch.findings.conclude(built.chunks, account)
     dense, expert = _num_params(built)
@@ -205,15 +225,15 @@ def _stepped(
     )
 
 
-def _micro_batches(recipe: Recipe, num: int) -> list[MicroBatch]:
-    """Batches without values, each as wide as the part of a sequence that a context rank holds."""
+def _micro_batches(recipe: Recipe) -> list[MicroBatch]:
+    """A step's batches without values, each as long as the part of a sequence that a context rank holds."""
     shape = (recipe.micro_batch_size, recipe.seq_len // recipe.parallel.context)
     return [
         {
             **{name: torch.zeros(shape, dtype=torch.int64, device=META) for name in _INTEGERS},
             "loss_mask": torch.zeros(shape, device=META),
         }
-        for _ in range(num)
+        for _ in range(recipe.num_micro_batches)
     ]
 
 

@@ -56,6 +56,8 @@ class Places:
         self.phase = Phase.BUILD
         self._names: dict[int, str] = {}
         self._stack: list[str] = []
+        self._recomputing: list[int] = []
+        """Numbers of the autograd nodes whose recomputation runs, innermost last."""
         self._marks: list[int] = []
         """Sequence numbers from which on `_marked` names the module that creates nodes."""
         self._marked: list[str] = []
@@ -83,6 +85,35 @@ class Places:
         finally:
             self.phase = before
 
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Run a part again, in the middle of a backward pass, until the block ends.
+
+        Whatever runs under the autograd node that asked for it is recomputation; a backward pass that starts
+        inside the block runs under nodes of its own.
+        """
+        node = _current_node()
+        if node is None:
+            yield
+            return
+        self._recomputing.append(node)
+        try:
+            with self.inside(self.module(Spot(Phase.RECOMPUTE, OUTSIDE, node))):
+                yield
+        finally:
+            self._recomputing.pop()
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Be in the module of this name until the block ends, where none is called as such."""
+        self._stack.append(name)
+        self._mark()
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            self._mark()
+
     def name_modules(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Learn the modules' names, with layers numbered from 0 over the whole model."""
         for chunk in chunks:
@@ -98,12 +129,12 @@ class Places:
         phase = self.phase
         if phase is not Phase.FORWARD:
             return Spot(phase, self._stack[-1] if self._stack else OUTSIDE, None)
-        node: Any = torch._C._current_autograd_node()
+        node = _current_node()
         if node is None:
             return Spot(phase, self._stack[-1] if self._stack else OUTSIDE, None)
-        if self._stack:
+        if self._recomputing and node == self._recomputing[-1]:
             return Spot(Phase.RECOMPUTE, self._stack[-1], None)
-        return Spot(Phase.BACKWARD, OUTSIDE, node._sequence_nr())
+        return Spot(Phase.BACKWARD, OUTSIDE, node)
 
     def module(self, spot: Spot) -> str:
         """Name of the module at a spot."""
@@ -117,9 +148,10 @@ class Places:
         return self._names.get(id(module), OUTSIDE)
 
     def where(self) -> tuple[str, str]:
-        """Phase and layer, for a ledger."""
+        """Phase and layer, for a ledger; buckets of weights and gradients are of no one layer."""
         spot = self.spot()
-        return spot.phase.value, layer_of(self.module(spot))
+        is_bucket = spot.phase in (Phase.GRADIENT_SYNC, Phase.PARAMETER_SYNC)
+        return spot.phase.value, OUTSIDE if is_bucket else layer_of(self.module(spot))
 
     def _enter(self, module: torch.nn.Module, inputs: object) -> None:
         self._stack.append(self._names.get(id(module)) or (self._stack[-1] if self._stack else OUTSIDE))
@@ -132,6 +164,12 @@ class Places:
     def _mark(self) -> None:
         self._marks.append(_get_sequence_nr())
         self._marked.append(self._stack[-1] if self._stack else OUTSIDE)
+
+
+def _current_node() -> int | None:
+    """Number of the autograd node that runs."""
+    node: Any = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
 
 
 def _global_name(module: torch.nn.Module) -> str | None:

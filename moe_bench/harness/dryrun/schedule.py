@@ -15,9 +15,12 @@ def num_micro_batches_to_run(recipe: Recipe) -> int:
     One after the other (no pipeline): 2, so that one follows another; 3 where the forward pass of one runs
     beside the backward pass of another. 1F1B: PP, as many as are ever in flight, at least 2. Interleaved:
     three groups of PP (or of `micro_batch_group_size`), as the first fills the pipeline, the second is in
-    flight with it and the third is the first to alternate.
+    flight with it and the third is the first to alternate. Megatron-FSDP: all, as it gathers weights for
+    some micro batches and finds them still gathered for others.
     """
     parallel = recipe.parallel
+    if parallel.data_sharding == "megatron_fsdp":
+        return recipe.num_micro_batches
     if parallel.virtual_pipeline > 1:
         wanted = 3 * max(parallel.pipeline, parallel.micro_batch_group_size)
     else:

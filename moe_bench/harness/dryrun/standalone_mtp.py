@@ -25,6 +25,7 @@ Shape = list[int]
 def known_shapes(recipe: Recipe, *, pipeline_rank: int, num_micro_batches: int) -> Iterator[None]:
     """Answer with the shapes that the neighbours of this pipeline rank would send, until the block ends."""
     received = _Received(recipe, pipeline_rank=pipeline_rank, num_micro_batches=num_micro_batches)
+    exchange = P2PCommunicator._communicate_shapes
 
     def communicate_shapes(
         self: P2PCommunicator,
@@ -33,6 +34,7 @@ def known_shapes(recipe: Recipe, *, pipeline_rank: int, num_micro_batches: int) 
         recv_prev: bool,
         recv_next: bool,
     ) -> tuple[Shape, Shape]:
+        exchange(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next)
         return received.next_forward(recv_prev), received.next_backward(recv_next)
 
     with substituted(Substitution(P2PCommunicator, "_communicate_shapes", communicate_shapes)):

@@ -19,7 +19,9 @@ def load_dry_run() -> Callable[..., DryRun]:
     """`moe_bench.harness.dryrun.stages.dry_run`, imported quietly; takes several seconds the first time.
 
     Megatron-Core compiles functions as it is imported, which loads torch's compiler for as long again.
-    Nothing is compiled without data, so `torch.compile` returns what it is given meanwhile. Raises MissingRequirementError where torch or Megatron-Core is not installed.
+    Nothing is compiled without data, so `torch.compile` returns what it is given meanwhile.
+
+    Raises MissingRequirementError where torch or Megatron-Core is not installed.
     """
     for package in ("torch", "megatron.core"):
         if not _is_installed(package):

@@ -1,0 +1,49 @@
+"""How many micro batches are run, and what is scaled."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_bench.harness.dryrun.places import Phase
+from moe_bench.harness.dryrun.schedule import num_micro_batches_to_run, over_the_step
+from moe_bench.spec.recipe import Overlap
+from tests.harness.dryrun.conftest import toy
+
+PP2 = {"num_gpus": 2, "pipeline": 2}
+VPP2 = {**PP2, "virtual_pipeline": 2}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "overlap", "asked", "run"),
+    [
+        ({}, {}, 64, 2),
+        ({}, {}, 1, 1),
+        ({"num_gpus": 2, "expert": 2}, {"expert_parallel": True}, 64, 3),
+        (PP2, {}, 64, 2),
+        ({"num_gpus": 4, "pipeline": 4}, {}, 64, 4),
+        (VPP2, {"p2p": True}, 64, 6),
+        (VPP2, {"p2p": True}, 4, 4),
+        ({**VPP2, "micro_batch_group_size": 4}, {"p2p": True}, 64, 12),
+        (
+            {"num_gpus": 2, "data_sharding": "megatron_fsdp"},
+            {"grad_reduce": True, "param_gather": True},
+            7,
+            7,
+        ),
+    ],
+)
+def test_as_few_micro_batches_are_run_as_reach_the_steady_state(
+    parallel: dict[str, object], overlap: dict[str, bool], asked: int, run: int
+) -> None:
+    recipe = toy("qwen3_30b_a3b", parallel=parallel, num_micro_batches=asked, overlap=Overlap(**overlap))
+    assert num_micro_batches_to_run(recipe) == run
+
+
+def test_what_comes_once_per_step_is_not_scaled() -> None:
+    assert over_the_step(6, Phase.BACKWARD, num_run=2, num_micro_batches=10) == 30
+    assert over_the_step(6, Phase.GRADIENT_SYNC, num_run=2, num_micro_batches=10) == 6
+
+
+def test_what_does_not_come_with_every_micro_batch_cannot_be_scaled() -> None:
+    with pytest.raises(ValueError, match="forward: 7 does not divide over the 2 micro batches"):
+        over_the_step(7, Phase.FORWARD, num_run=2, num_micro_batches=5)

@@ -1,0 +1,148 @@
+"""Stand-ins keep what their entries say; on a GPU, the real kernels keep the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+
+from moe_bench.harness.dryrun import stand_in_kernels as kernels
+from moe_bench.harness.dryrun.operator_flops import FlopKind
+from moe_bench.harness.dryrun.stand_ins import STAND_INS, stand_ins
+from moe_bench.spec.recipe import Fusions
+from tests.harness.dryrun.conftest import toy
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+ENTRIES = [entry for family in STAND_INS.values() for entry in family]
+BATCH, HEADS, GROUPS, TOKENS, CHANNELS = 2, 8, 2, 64, 32
+
+
+def kept_bytes(compute: Callable[[], Any]) -> int:
+    """Bytes of the different storages that autograd keeps, each counted once."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compute()
+    assert output is not None
+    return sum(storages.values())
+
+
+def make(*shape: int, device: str, requires_grad: bool = True) -> Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device=device, requires_grad=requires_grad)
+
+
+def ignore(kind: FlopKind, num_flops: int) -> None:
+    """Operations are counted elsewhere."""
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.kernel)
+def test_every_entry_says_where_it_was_read_and_that_no_gpu_has_confirmed_it(entry: Any) -> None:
+    assert entry.keeps
+    assert any(
+        project in entry.source
+        for project in ("torch 2", "transformer_engine 2", "megatron-core 0", "moe_bench/")
+    )
+    assert not entry.verified
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "window", "pairs"),
+    [
+        (64, 64, None, 64 * 32),
+        (32, 64, None, 32 * 32),
+        (64, 64, 16, 64 * 16 - 120),
+        (32, 64, 16, (64 * 16 - 120) // 2),
+        (64, 64, 64, 64 * 32),
+    ],
+)
+def test_pairs_that_a_mask_leaves(num_queries: int, num_keys: int, window: int | None, pairs: int) -> None:
+    found = kernels.visible_pairs(num_queries=num_queries, num_keys=num_keys, window_tokens=window)
+    assert found == pairs
+
+
+def test_attention_keeps_its_inputs_its_output_and_a_number_per_row_and_head() -> None:
+    query = make(BATCH, HEADS, TOKENS, CHANNELS, device="meta")
+    key, value = (make(BATCH, GROUPS, TOKENS, CHANNELS, device="meta") for _ in range(2))
+    found = kept_bytes(lambda: kernels.Attention.apply(query, key, value, None, ignore))
+    rows = BATCH * TOKENS
+    assert found == 2 * rows * CHANNELS * (2 * HEADS + 2 * GROUPS) + 4 * rows * HEADS
+
+
+def test_the_permutation_keeps_its_row_maps() -> None:
+    tokens, probs = make(TOKENS, 16, device="meta"), make(TOKENS, 8, device="meta")
+    assert kept_bytes(lambda: kernels.Permute.apply(tokens, probs, 2 * TOKENS)) == 4 * TOKENS * 17
+    rows, weights = make(2 * TOKENS, 16, device="meta"), make(2 * TOKENS, device="meta")
+    assert kept_bytes(lambda: kernels.SortChunks.apply(rows, weights)) == 4 * 2 * TOKENS
+
+
+def test_the_router_keeps_scores_in_fp32_and_its_map() -> None:
+    logits = make(TOKENS, 8, device="meta")
+    assert kept_bytes(lambda: kernels.TopkScores.apply(logits)) == TOKENS * 8 * (4 + 1)
+    assert kept_bytes(lambda: kernels.AuxLossScores.apply(logits)) == TOKENS * 8 * 4
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_torchs_flash_kernel_keeps_what_its_stand_in_keeps() -> None:
+    query, key, value = (make(BATCH, HEADS, TOKENS, CHANNELS, device="cuda") for _ in range(3))
+    backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    with torch.nn.attention.sdpa_kernel(backend):
+        real = kept_bytes(lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True))
+    stand_in = kept_bytes(lambda: kernels.Attention.apply(query, key, value, None, ignore))
+    # the real one also keeps the state of its random numbers
+    assert stand_in <= real <= stand_in + 64
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_torchs_norm_keeps_what_its_stand_in_keeps() -> None:
+    x, weight = make(TOKENS, CHANNELS, device="cuda"), make(CHANNELS, device="cuda")
+    real = kept_bytes(lambda: functional.rms_norm(x, weight.shape, weight, 1e-5))
+    assert real == kept_bytes(lambda: kernels.RMSNorm.apply(x, weight))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_transformer_engines_permutation_and_router_keep_what_their_stand_ins_keep() -> None:
+    engine = pytest.importorskip("transformer_engine.pytorch")
+    router = pytest.importorskip("transformer_engine.pytorch.router")
+    tokens, probs = make(TOKENS, 16, device="cuda"), torch.rand(TOKENS, 8, device="cuda", requires_grad=True)
+    routing_map = torch.zeros(TOKENS, 8, dtype=torch.bool, device="cuda")
+    routing_map[:, :2] = True
+    real = kept_bytes(
+        lambda: engine.moe_permute_with_probs(tokens, probs, routing_map, num_out_tokens=2 * TOKENS)
+    )
+    assert real == kept_bytes(lambda: kernels.Permute.apply(tokens, probs, 2 * TOKENS))
+    logits = torch.rand(TOKENS, 8, device="cuda", requires_grad=True)
+    real = kept_bytes(
+        lambda: router.fused_topk_with_score_function(logits, 2, False, None, None, None, "softmax", None)
+    )
+    assert real == kept_bytes(lambda: kernels.TopkScores.apply(logits))
+
+
+def test_only_what_a_recipe_uses_is_replaced_and_only_for_a_while() -> None:
+    recipe = toy("qwen3_30b_a3b")
+    fused = {entry.kernel for entry in ENTRIES if entry.used_by(recipe)}
+    unfused = recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update={"fusions": Fusions()})})
+    assert fused - {entry.kernel for entry in ENTRIES if entry.used_by(unfused)} == {
+        "permutation of tokens and of chunks",
+        "router",
+        "rotary embedding",
+        "rotary embedding of multi-latent attention (Triton)",
+        "cross entropy",
+        "SwiGLU of dense MLPs and shared experts (compiled)",
+    }
+    original = functional.rms_norm
+    with stand_ins(recipe, ignore) as used:
+        assert functional.rms_norm is not original
+        assert {entry.kernel for entry in used} == fused
+    assert functional.rms_norm is original

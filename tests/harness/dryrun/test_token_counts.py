@@ -1,0 +1,43 @@
+"""Token counts add up, whether balanced or given."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_bench.errors import BadInputError
+from moe_bench.harness.dryrun.one_rank import dry_run_rank
+from moe_bench.harness.dryrun.token_counts import balanced_counts, host_routing_map
+from tests.harness.dryrun.conftest import toy
+
+EP4 = {"num_gpus": 4, "expert": 4}
+
+
+@given(num_tokens=st.integers(1, 500), num_experts=st.integers(1, 64), top_k=st.integers(1, 8))
+def test_balanced_counts_differ_by_one_at_most(num_tokens: int, num_experts: int, top_k: int) -> None:
+    counts = balanced_counts(num_tokens=num_tokens, num_experts=num_experts, top_k=top_k)
+    assert sum(counts) == num_tokens * top_k
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_map_has_the_counts_as_column_sums_and_every_token_as_often() -> None:
+    counts = (7, 1, 4, 0, 8)
+    routing_map = host_routing_map(counts, num_tokens=10)
+    assert tuple(routing_map.sum(dim=0).tolist()) == counts
+    assert routing_map.sum(dim=1).tolist() == [2] * 10
+
+
+@pytest.mark.parametrize(
+    ("counts", "complaint"),
+    [
+        (((16,) * 8,) * 3, "3 rows of [8] counts; one row for each of the 4 ranks"),
+        (((32,) * 4,) * 4, "4 rows of [4] counts"),
+        (((16,) * 7 + (15,), *((16,) * 8,) * 3), "row 0 adds up to 127; a micro batch makes 128 choices"),
+    ],
+)
+def test_a_matrix_that_does_not_fit_is_refused(counts: tuple[tuple[int, ...], ...], complaint: str) -> None:
+    recipe = toy("qwen3_30b_a3b", parallel=EP4)
+    with pytest.raises(BadInputError) as refused:
+        dry_run_rank(recipe, 0, counts=counts)
+    assert complaint in str(refused.value)
