@@ -64,6 +64,9 @@ def show(
     ] = False,
     megatron: Annotated[bool, typer.Option("--megatron", help="Megatron-Core's arguments.")] = False,
     comms: Annotated[bool, typer.Option("--comms", help="What a rank communicates in one step.")] = False,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="What a rank's kernels compute in one step.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """One recipe, what follows from it, and what Megatron-Core is given."""
@@ -84,6 +87,11 @@ def show(
 
         stages = stage_transfers(plan.recipe)
         print_view(comms_view(stages), comms_json(plan.recipe, stages), as_json)
+    elif flops:
+        from moe_bench.report.rank_flops import rank_flops_json, rank_flops_view, stage_flops
+
+        lines = stage_flops(plan.recipe)
+        print_view(rank_flops_view(lines), rank_flops_json(plan.recipe, lines), as_json)
     else:
         print_view(plan_view(plan), plan.model_dump(mode="json"), as_json)
 

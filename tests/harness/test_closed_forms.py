@@ -1,9 +1,10 @@
-"""What real Megatron-Core hands to its collectives is, to the byte, what the closed form says.
+"""What real Megatron-Core sends and multiplies is, to the byte and the operation, what the closed forms say.
 
 One rank of every pipeline stage takes a whole step among loopback groups (the dry run), on toy sizes of real
 structures. Scalars are left out on both sides: loss, gradient norm.
 """
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ import pytest
 
 from moe_bench.analysis.collectives import Group
 from moe_bench.analysis.comms import step_transfers
+from moe_bench.analysis.rank_flops import rank_flops
 from moe_bench.harness.dryrun.one_rank import dry_run_rank
-from moe_bench.harness.dryrun.outcome import TrafficLine
+from moe_bench.harness.dryrun.outcome import RankDryRun, TrafficLine
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.derive_dryrun import dryrun_plan
 from moe_bench.spec.load import Loader
@@ -133,47 +135,60 @@ CASES: Mapping[str, Recipe] = {
 }
 
 
-def stepped(recipe: Recipe, stage: int) -> list[TrafficLine]:
-    """The ledger of one rank's step without scalars, and with groups under one name each."""
+@functools.cache
+def stepped(case: str, stage: int) -> RankDryRun:
+    """One rank's whole step."""
+    recipe = CASES[case]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outcome = dry_run_rank(
-            recipe, first_rank_of(recipe, stage), num_micro_batches=recipe.num_micro_batches
-        )
+        return dry_run_rank(recipe, first_rank_of(recipe, stage), num_micro_batches=recipe.num_micro_batches)
+
+
+def traffic(case: str, stage: int) -> list[TrafficLine]:
+    """The ledger without scalars."""
     return [
         line
-        for line in outcome.traffic
+        for line in stepped(case, stage).traffic
         if line.op != "all_reduce" or line.num_bytes > SCALAR_BYTES * line.num_calls
     ]
 
 
-def assert_equal_bytes(recipe: Recipe, stage: int) -> None:
-    counted = Counter[tuple[str, str]]()
-    for transfer in step_transfers(recipe, stage):
-        counted[str(transfer.op), str(transfer.group)] += transfer.num_bytes
-    carried = Counter[tuple[str, str]]()
-    for line in stepped(recipe, stage):
-        carried[line.op, SAME_RANKS.get(line.group, line.group)] += line.num_bytes
-    assert counted == carried, f"stage {stage}"
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_carries_the_counted_bytes(case: str) -> None:
-    recipe = CASES[case]
-    for stage in range(recipe.parallel.pipeline):
-        assert_equal_bytes(recipe, stage)
+    for stage in range(CASES[case].parallel.pipeline):
+        counted = Counter[tuple[str, str]]()
+        for transfer in step_transfers(CASES[case], stage):
+            counted[str(transfer.op), str(transfer.group)] += transfer.num_bytes
+        carried = Counter[tuple[str, str]]()
+        for line in traffic(case, stage):
+            carried[line.op, SAME_RANKS.get(line.group, line.group)] += line.num_bytes
+        assert counted == carried, f"stage {stage}"
 
 
 def test_a_layer_carries_the_counted_bytes_in_each_pass() -> None:
-    recipe = CASES["everything recomputed, MTP"]
-    layer = "decoder.2"
+    case, layer = "everything recomputed, MTP", "decoder.2"
     counted = Counter[tuple[str, str, str]]()
-    for transfer in step_transfers(recipe, 0):
+    for transfer in step_transfers(CASES[case], 0):
         if transfer.place == layer:
             counted[str(transfer.phase), str(transfer.op), str(transfer.group)] += transfer.num_bytes
     carried = Counter[tuple[str, str, str]]()
-    for line in stepped(recipe, 0):
+    for line in traffic(case, 0):
         if line.layer == layer and line.group not in (Group.DATA_CONTEXT, Group.EXPERT_DATA):
             carried[line.phase, line.op, line.group] += line.num_bytes
     assert counted == carried
     assert {phase for phase, _, _ in counted} == {"forward", "recompute", "backward"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_of_each_layer_spend_the_counted_operations(case: str) -> None:
+    for stage in range(CASES[case].parallel.pipeline):
+        counted = Counter[tuple[str, str, str]]()
+        for part in rank_flops(CASES[case], stage):
+            kernel = str(part.kernel)
+            counted[kernel, part.place, "forward"] += part.forward_flops
+            counted[kernel, part.place, "recompute"] += part.recompute_flops
+            counted[kernel, part.place, "backward"] += part.dgrad_flops + part.wgrad_flops
+        spent = Counter[tuple[str, str, str]]()
+        for line in stepped(case, stage).flops:
+            spent[line.kind, line.layer, line.phase] += line.num_flops
+        assert counted == spent, f"stage {stage}"

@@ -1,0 +1,246 @@
+"""Floating-point operations that one rank spends in one optimizer step, by layer, part and kind of kernel.
+
+Where `flops.py` counts what a model needs, whoever computes it, this counts what the kernels of one rank do:
+the share that tensor, context, expert and pipeline parallelism leave it, recomputation, the scores that fused
+attention computes again backward, and the zero columns of padded values. Routing is taken to be balanced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moe_bench.analysis.activations import token_counts
+from moe_bench.analysis.dispatch import MOE, dispatched_rows
+from moe_bench.analysis.flops import CORE_ATTENTION, core_attention_flops
+from moe_bench.analysis.params import Part
+from moe_bench.spec.model import Attention, GroupedQueryAttention, MixtureOfExperts
+from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.recipe import Recipe, RecomputeModule
+
+EXPERT_BIAS = "expert_bias"
+"""Key of the products by which the torch-native kernels add each expert's bias to its rows."""
+
+Modules = frozenset[RecomputeModule]
+
+
+class Kernel(StrEnum):
+    """Kinds of kernels that multiply matrices."""
+
+    GEMM = "mm"
+    GROUPED = "grouped GEMM"
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFlops:
+    """One part of one layer over one optimizer step."""
+
+    place: str
+    """`decoder.<n>`, `mtp.<n>` or `output_layer`."""
+    part: str
+    kernel: Kernel
+    forward_flops: int
+    dgrad_flops: int
+    wgrad_flops: int
+    recompute_flops: int
+
+    @property
+    def total_flops(self) -> int:
+        """All of it."""
+        return self.forward_flops + self.dgrad_flops + self.wgrad_flops + self.recompute_flops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """Operations of one part per micro batch, forward, and how many times as many its gradients take."""
+
+    part: str
+    kernel: Kernel
+    flops: int
+    dgrad_flops: int
+    wgrad_flops: int
+    repeated_by: Modules = frozenset()
+
+
+def rank_flops(recipe: Recipe, pipeline_rank: int) -> tuple[RankFlops, ...]:
+    """Everything that a rank of pipeline rank `pipeline_rank` multiplies in one step."""
+    chunks = pipeline_chunks(
+        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
+    )
+    own = [chunk for chunk in chunks if chunk.pipeline_rank == pipeline_rank]
+    return tuple(line for chunk in own for line in _chunk(recipe, chunk))
+
+
+def _chunk(recipe: Recipe, chunk: Chunk) -> Iterator[RankFlops]:
+    recompute = recipe.recompute
+    is_uniform = recompute.granularity == "full" and recompute.method == "uniform"
+    is_block = recompute.granularity == "full" and recompute.method == "block"
+    for index, layer in enumerate(chunk.layers):
+        is_whole = is_uniform or (is_block and index < recompute.num_layers)
+        for product in _layer(recipe, layer):
+            yield _over_the_step(recipe, f"decoder.{layer}", product, is_whole=is_whole)
+    for index in range(chunk.num_mtp_layers):
+        hidden = recipe.model.hidden_size
+        projection = _gemm(recipe, Part.MTP_PROJECTION, _gathered(recipe), 2 * hidden * hidden)
+        for product in (projection, *_layer(recipe, None)):
+            yield _over_the_step(recipe, f"mtp.{index}", product, is_whole=is_uniform)
+    if chunk.has_loss:
+        weights = recipe.model.vocab_size * recipe.model.hidden_size * (1 + recipe.num_mtp_layers)
+        head = _gemm(recipe, Part.LM_HEAD, _gathered(recipe), weights)
+        yield _over_the_step(recipe, "output_layer", head, is_whole=False)
+
+
+def _over_the_step(recipe: Recipe, place: str, product: _Product, *, is_whole: bool) -> RankFlops:
+    number = recipe.num_micro_batches
+    modules = recipe.recompute.modules if recipe.recompute.granularity == "selective" else ()
+    is_recomputed = is_whole or bool(product.repeated_by & set(modules))
+    return RankFlops(
+        place=place,
+        part=product.part,
+        kernel=product.kernel,
+        forward_flops=number * product.flops,
+        dgrad_flops=number * product.dgrad_flops,
+        wgrad_flops=number * product.wgrad_flops,
+        recompute_flops=number * product.flops * is_recomputed,
+    )
+
+
+def _gathered(recipe: Recipe) -> int:
+    return token_counts(recipe).gathered
+
+
+def _gemm(
+    recipe: Recipe,
+    part: Part,
+    rows: int,
+    weights: int,
+    *,
+    is_split: bool = True,
+    modules: Modules = frozenset(),
+) -> _Product:
+    """F = 2 rows weights / TP (`is_split`) forward, as much for each gradient."""
+    flops = 2 * rows * weights // (recipe.parallel.tensor if is_split else 1)
+    return _Product(
+        part=part,
+        kernel=Kernel.GEMM,
+        flops=flops,
+        dgrad_flops=flops,
+        wgrad_flops=flops,
+        repeated_by=modules,
+    )
+
+
+def _layer(recipe: Recipe, layer: int | None) -> Iterator[_Product]:
+    """One decoder layer, counted from 0; None is the layer inside an MTP module."""
+    model = recipe.model
+    yield from _projections(recipe, model.attention)
+    yield _core(recipe, model.attention, layer)
+    moe = model.moe
+    if moe is not None and model.is_moe_layer(model.num_layers - 1 if layer is None else layer):
+        yield from _experts(recipe, moe)
+    else:
+        weights = 3 * model.hidden_size * (model.dense_ffn_hidden_size or 0)
+        yield _gemm(recipe, Part.DENSE_MLP, _gathered(recipe), weights, modules=frozenset({"mlp"}))
+
+
+def _projections(recipe: Recipe, attention: Attention) -> Iterator[_Product]:
+    """2 T w / TP; MLA's down-projections are whole and see this rank's tokens only: 2 t w."""
+    hidden, heads, rows = recipe.model.hidden_size, attention.num_heads, _gathered(recipe)
+    if attention.kind == "gqa":
+        channels = attention.head_dim * (2 * heads + 2 * attention.num_query_groups)
+        yield _gemm(recipe, Part.ATTENTION, rows, hidden * channels)
+        return
+    query = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
+    keys = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    up = (attention.q_lora_rank or hidden) * query + attention.kv_lora_rank * keys
+    down = hidden * ((attention.q_lora_rank or 0) + attention.kv_lora_rank + attention.qk_rope_head_dim)
+    yield _gemm(recipe, Part.ATTENTION, token_counts(recipe).sharded, down, is_split=False)
+    yield _gemm(recipe, Part.ATTENTION, rows, up, modules=frozenset({"mla_up_proj"}))
+    yield _gemm(recipe, Part.ATTENTION, rows, heads * attention.v_head_dim * hidden)
+
+
+def _core(recipe: Recipe, attention: Attention, layer: int | None) -> _Product:
+    """Scores and their product with the values, F = 2 b n pairs (d_k + d_v) / (TP CP); backward the scores
+    again and four products: 2 b n pairs (3 d_k + 2 d_v) / (TP CP) (arXiv:2307.08691, 3.1.2).
+
+    The torch-native flash kernel takes values as wide as keys, so MLA's are padded (harness/kernels).
+    """
+    if attention.kind == "mla":
+        qk_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        v_dim = qk_dim if _pads_values(recipe) else attention.v_head_dim
+    else:
+        qk_dim = v_dim = attention.head_dim
+
+    def flops(qk_channels: int, v_channels: int) -> int:
+        whole = core_attention_flops(
+            num_seqs=recipe.micro_batch_size,
+            seq_len=recipe.seq_len,
+            num_heads=attention.num_heads,
+            qk_dim=qk_channels,
+            v_dim=v_channels,
+            window_tokens=_window_tokens(attention, layer),
+            causal_half=True,
+        )
+        return whole // (recipe.parallel.tensor * recipe.parallel.context)
+
+    return _Product(
+        part=CORE_ATTENTION,
+        kernel=Kernel.ATTENTION,
+        flops=flops(qk_dim, v_dim),
+        dgrad_flops=flops(3 * qk_dim, 2 * v_dim),
+        wgrad_flops=0,
+        repeated_by=frozenset({"core_attn"}),
+    )
+
+
+def _pads_values(recipe: Recipe) -> bool:
+    return recipe.kernels.family == "torch_native" and recipe.parallel.context == 1
+
+
+def _window_tokens(attention: Attention, layer: int | None) -> int | None:
+    """Tokens that a query of this layer sees; None for all."""
+    if layer is None or not isinstance(attention, GroupedQueryAttention):
+        return None
+    window = attention.sliding_window
+    if window is None or (layer + 1) % window.full_attention_every == 0:
+        return None
+    return window.window_tokens
+
+
+def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
+    """Router 2 t H E; routed experts 6 r H F, r = t k rows received; shared experts 6 T H F_s / TP.
+
+    ETP ranks compute each other's rows with their share of F, which comes to the same. The torch-native
+    kernels add biases as a product with the rows' experts, one-hot: 2 r E (2 F + H) / EP, and as much for
+    the bias's gradient.
+    """
+    model = recipe.model
+    hidden, expert = model.hidden_size, MOE
+    sharded, rows = token_counts(recipe).sharded, dispatched_rows(recipe, moe)
+    yield _gemm(recipe, Part.ROUTER, sharded, hidden * moe.num_experts, is_split=False, modules=expert)
+    flops = 6 * rows * hidden * moe.expert_ffn_hidden_size
+    yield _Product(
+        part=Part.ROUTED_EXPERTS,
+        kernel=Kernel.GROUPED if recipe.kernels.grouped_gemm else Kernel.GEMM,
+        flops=flops,
+        dgrad_flops=flops,
+        wgrad_flops=flops,
+        repeated_by=expert,
+    )
+    if model.linear_bias and recipe.kernels.family == "torch_native":
+        etp = recipe.parallel.expert_tensor
+        num_experts = moe.num_experts // recipe.parallel.expert
+        bias = 2 * rows * etp * num_experts * (2 * moe.expert_ffn_hidden_size // etp + hidden)
+        yield _Product(
+            part=EXPERT_BIAS,
+            kernel=Kernel.GEMM,
+            flops=bias,
+            dgrad_flops=0,
+            wgrad_flops=bias,
+            repeated_by=expert,
+        )
+    if moe.shared_expert_ffn_hidden_size:
+        weights = 3 * hidden * moe.shared_expert_ffn_hidden_size
+        yield _gemm(recipe, Part.SHARED_EXPERTS, _gathered(recipe), weights, modules=MOE | {"shared_experts"})
