@@ -150,6 +150,33 @@ def test_padding_to_capacity_fixes_the_rows_and_needs_no_counts(stage: Recipe) -
     }
 
 
+@pytest.mark.parametrize(
+    ("strategy", "num_reductions"), [("optim", 1), ("optim_grads", 16), ("optim_grads_params", 16)]
+)
+def test_megatron_fsdp_reduces_and_gathers_as_its_strategy_says(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker, strategy: str, num_reductions: int
+) -> None:
+    model = models["mixtral_8x7b"]
+    parallel = ParallelSpec.model_validate(
+        {"num_gpus": 16, "expert": 8, "data_sharding": "megatron_fsdp", "fsdp_strategy": strategy}
+    )
+    recipe = make_recipe(model, parallel)
+    params = rank_params(recipe, 0)
+    by_phase = total_bytes(step_transfers(recipe, 0), by=lambda t: (str(t.phase), str(t.group)))
+    assert by_phase["gradient sync", "DPxCP"] == num_reductions * 2 * params.dense
+    assert by_phase["gradient sync", "EDP"] == num_reductions * 2 * params.expert
+    gathered = by_phase["parameter sync", "DPxCP"]
+    if strategy != "optim_grads_params":
+        assert gathered == 2 * params.dense
+        return
+    # embedding, head and the last norm once; 32 layers twice in each of 16 micro batches, the first once more
+    ends = 2 * 32_000 * 4096 + 4096
+    layers = params.dense - ends
+    assert gathered == 2 * (ends + 2 * 16 * layers + layers // 32)
+    experts = 2 * (2 * 16 * params.expert + params.expert // 32)
+    assert by_phase["parameter sync", "EDP"] == experts
+
+
 def test_copies_of_the_embedding_are_summed_over_their_stages(
     models: dict[str, ModelSpec], make_recipe: RecipeMaker
 ) -> None:
