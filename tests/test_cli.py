@@ -130,6 +130,13 @@ def test_a_recipe_for_gpus_says_what_is_missing_here_and_exits_3(capsys: pytest.
     assert "deepseek_v3/h100_sxm_256g_bf16 needs 256 GPUs" in capsys.readouterr().err
 
 
+def test_a_slice_without_a_gpu_exits_3_and_is_never_queued(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "deepseek_v3", "--scale", "slice"]) == 3
+    assert "with --scale tiny_slice" in capsys.readouterr().err
+    assert main(["submit", "deepseek_v3", "--scale", "slice"]) == 2
+    assert "a slice is one process" in capsys.readouterr().err
+
+
 def test_what_a_failed_rank_wrote_is_shown_below_the_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,9 +200,7 @@ def test_a_light_verb_imports_neither_torch_nor_pandas(command: list[str]) -> No
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [["report"], ["reproduce", "--results"], ["compare", "."]], ids=str
-)
+@pytest.mark.parametrize("command", [["report"], ["reproduce", "--results"], ["compare", "."]], ids=str)
 def test_a_verb_that_reads_results_does_not_import_torch(command: list[str], tmp_path: Path) -> None:
     write_record(tmp_path, record())
     code = (

@@ -28,6 +28,8 @@ class ScaleOption(StrEnum):
     FULL = "full"
     NODE = "node"
     SMOKE = "smoke"
+    SLICE = "slice"
+    TINY_SLICE = "tiny_slice"
 
 
 class TableFormat(StrEnum):
@@ -47,7 +49,11 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ScaleOptionType = Annotated[
     ScaleOption,
-    typer.Option("--scale", help="full: as asked; node: real widths on --num-gpus; smoke: toy on CPU."),
+    typer.Option(
+        "--scale",
+        help="full: as asked; node: real widths on --num-gpus; smoke: toy on CPU; "
+        "slice: one rank on one GPU; tiny_slice: the same at toy size on CPU.",
+    ),
 ]
 NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="GPUs for --scale node.")]
 
@@ -84,6 +90,8 @@ def derived_plan(
     if scale is ScaleOption.SMOKE:
         toy = smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
         return require_legal(toy, path, loader)
+    if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
+        return require_legal(_slice(recipe, loader, scale=scale, modified=modified), path, loader)
     if scale is ScaleOption.NODE:
         from moe_bench.analysis.memory import fits
 
@@ -94,6 +102,15 @@ def derived_plan(
     if num_gpus is not None:
         raise BadInputError("--num-gpus goes with --scale node; a recipe's own size is parallel.num_gpus")
     return full_plan(recipe, modified=modified)
+
+
+def _slice(recipe: Recipe, loader: Loader, *, scale: ScaleOption, modified: tuple[str, ...]) -> Plan:
+    from moe_bench.analysis.memory import fits
+    from moe_bench.spec.derive_slice import slice_plan, tiny_slice_plan
+
+    if scale is ScaleOption.TINY_SLICE:
+        return tiny_slice_plan(recipe, host=loader.system("cpu_host"), modified=modified)
+    return slice_plan(recipe, fits=fits, modified=modified)
 
 
 def run_arguments(

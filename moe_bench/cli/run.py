@@ -68,13 +68,13 @@ def run(
     before = set(folder.glob("*.json"))
     if place is None and plan.recipe.system.gpu is not None:
         # torchrun ends with 1 whatever a rank ends with, so what is missing is found before it starts
-        require_gpus_here(plan.recipe, asked=plan.asked, run=run_captured)
+        require_gpus_here(plan, run=run_captured)
         require_runnable(megatron_arguments(plan.recipe))
         if repeats == 1:
-            start_ranks_here(plan.recipe, run_args=tuple(sys.argv[2:]))
+            start_ranks_here(plan, run_args=tuple(sys.argv[2:]))
         args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
         args += ("--out", str(root), *(["--json"] if as_json else []))
-        code = repeat_ranks_here(plan.recipe, run_args=args, num_repeats=repeats, run_live=run_live)
+        code = repeat_ranks_here(plan, run_args=args, num_repeats=repeats, run_live=run_live)
         if code:
             raise typer.Exit(code)
     else:
@@ -146,6 +146,8 @@ def submit(
     from moe_bench.launch.variants import interleaved
     from moe_bench.launch.verbs import submit_verb
 
+    if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
+        raise BadInputError(f"submit --scale {scale.value}: a slice is one process; use run on one machine")
     variants = interleaved(vary or (), num_repeats=repeats)
     jobs = []
     for variant in variants:  # every one is checked before the first is queued

@@ -201,16 +201,18 @@ class LoopbackGroup(distributed.ProcessGroup):
         return _finished()
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: object = None) -> Any:
-        """Repeat the input along the first dimension."""
-        _fill(output, input)
+        """Repeat the input along the first dimension; in place, leave the other ranks' parts as they are."""
+        if not _is_part_of(input, output):
+            _fill(output, input)
         return self._done("all_gather", [output], [output])
 
     def all_gather_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: object = None
     ) -> Any:
-        """Repeat every input."""
+        """The same for every input."""
         for output, input in zip(outputs, inputs, strict=True):
-            _fill(output, input)
+            if not _is_part_of(input, output):
+                _fill(output, input)
         return self._done("all_gather", outputs, outputs)
 
     def allgather(
@@ -375,6 +377,15 @@ def _fill(output: Tensor, input: Tensor) -> None:
     source = input.detach().reshape(-1)
     repeats = -(-output.numel() // source.numel())
     output.detach().copy_(source.repeat(repeats)[: output.numel()].view_as(output))
+
+
+def _is_part_of(input: Tensor, output: Tensor) -> bool:
+    """Whether a collective is in place, as where the distributed optimizer gathers its weights.
+
+    The rest of the output is then the last that was known of the other ranks, and nearer to what they would
+    send than this rank's share: a norm's weights are no part of a projection's.
+    """
+    return input.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
 
 
 def _fill_pattern(tensor: Tensor) -> None:

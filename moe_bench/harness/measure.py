@@ -45,7 +45,9 @@ def measure(
     def seen(report: StepReport) -> None:
         on_step(report.step, report.num_steps, report.loss)
 
-    outcome = run(megatron_arguments(plan.recipe), rendezvous=rendezvous, on_report=seen)
+    outcome = run(
+        megatron_arguments(plan.recipe), rendezvous=rendezvous, on_report=seen, is_slice=plan.is_slice
+    )
     if outcome is None:
         return None
     return Record(

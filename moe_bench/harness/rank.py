@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -48,6 +49,8 @@ class RankReport:
     """Over the timed steps; None where the GPU does not count it."""
     implementations: Implementations
     patches: tuple[AppliedPatch, ...]
+    stood_in_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of one step, by collective and group, that loopback groups stood in for; empty where all ranks ran."""
 
 
 def run_rank(
@@ -59,7 +62,25 @@ def run_rank(
     where no number may come of it, MissingRequirementError where something asked for is not here.
     """
     settings = settings_of(arguments)
-    has_gpu = settings.device is not None
+    with (
+        machine(settings, rendezvous) as (device, applied),
+        process_groups(
+            rendezvous,
+            backend="nccl" if device == "cuda" else "gloo",
+            sizes=arguments.parallel_state,
+            listen_fd=listen_fd,
+        ),
+    ):
+        report = measured(arguments, settings, rendezvous, watch, applied, device=device)
+        return _gathered(report, rendezvous)
+
+
+@contextlib.contextmanager
+def machine(settings: Settings, rendezvous: Rendezvous) -> Iterator[tuple[Device, tuple[AppliedPatch, ...]]]:
+    """This rank's device, and Megatron-Core patched for it, until the block ends.
+
+    Raises MeasurementError on another GPU than the recipe names, MissingRequirementError without one.
+    """
     with contextlib.ExitStack() as stack:
         if settings.device is not None:
             _take_gpu(rendezvous, settings.device)
@@ -70,18 +91,7 @@ def run_rank(
             torch.set_num_threads(1)
             stack.enter_context(host_device())
         applied = stack.enter_context(patches(wanted_patches(settings)))
-        stack.enter_context(
-            process_groups(
-                rendezvous,
-                backend="nccl" if has_gpu else "gloo",
-                sizes=arguments.parallel_state,
-                listen_fd=listen_fd,
-            )
-        )
-        report = _measure(
-            arguments, settings, rendezvous, watch, applied, device="cuda" if has_gpu else "cpu"
-        )
-        return _gathered(report, rendezvous)
+        yield ("cpu" if settings.device is None else "cuda"), applied
 
 
 def wanted_patches(settings: Settings) -> tuple[str, ...]:
@@ -126,7 +136,7 @@ def _gathered(report: RankReport, rendezvous: Rendezvous) -> tuple[RankReport, .
     return None if reports is None else tuple(reports)
 
 
-def _measure(
+def measured(
     arguments: MegatronArguments,
     settings: Settings,
     rendezvous: Rendezvous,
@@ -134,7 +144,12 @@ def _measure(
     applied: tuple[AppliedPatch, ...],
     *,
     device: Device,
+    is_alone: bool = False,
 ) -> RankReport:
+    """Build the model, train its steps, and say what was measured; the process groups exist already.
+
+    `is_alone` says that the other ranks do not run, so that what is counted is this rank's share.
+    """
     try:
         built = build(arguments, settings, device=device)
     except ImportError as error:
@@ -149,7 +164,8 @@ def _measure(
     timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
     after_j = device_facts.energy_counter_j() if device == "cuda" else None
     loads = counter.loads()
-    _require_sound_routing(built, settings, plan, loads)
+    num_counted = 1 if is_alone else settings.world_size
+    _require_sound_routing(built, settings, plan, loads, num_counted=num_counted)
     return RankReport(
         rank=rendezvous.rank,
         host=socket.gethostname(),
@@ -196,15 +212,23 @@ def batch_plan(settings: Settings, *, vocab_size: int, device: Device) -> BatchP
 
 
 def _require_sound_routing(
-    built: Training, settings: Settings, plan: BatchPlan, loads: tuple[ExpertLoad, ...]
+    built: Training,
+    settings: Settings,
+    plan: BatchPlan,
+    loads: tuple[ExpertLoad, ...],
+    *,
+    num_counted: int,
 ) -> None:
+    """Refuse loads that the recipe does not allow; they are of `num_counted` ranks of all."""
     if built.config.moe_expert_capacity_factor is not None:
         return
     sanity.require_no_drops(
-        loads, tokens_per_step=settings.tokens_per_step, top_k=built.config.moe_router_topk
+        loads,
+        tokens_per_step=settings.tokens_per_step * num_counted // settings.world_size,
+        top_k=built.config.moe_router_topk,
     )
     if settings.routing_mode == "round_robin":
-        sanity.require_balance(loads, num_shares=plan.num_micro_batches * settings.world_size)
+        sanity.require_balance(loads, num_shares=plan.num_micro_batches * num_counted)
 
 
 def _peak_memory_bytes(device: Device) -> int:

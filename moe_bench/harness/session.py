@@ -14,6 +14,7 @@ from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.rank import RankReport, run_rank
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
+from moe_bench.harness.slice import run_slice_rank
 from moe_bench.harness.trainer import StepReport, Watch
 from moe_bench.harness.workers import Message, Seat, run_forked
 from moe_bench.results.record import GpuFacts, Implementations, Samples
@@ -39,8 +40,9 @@ def run(
     *,
     rendezvous: Rendezvous | None,
     on_report: Callable[[StepReport], None],
+    is_slice: bool = False,
 ) -> Outcome | None:
-    """Run as many steps as `arguments` ask for.
+    """Run as many steps as `arguments` ask for; of a slice, one rank.
 
     With a `rendezvous` this process is one rank, and all but rank 0 return None; `on_report` is then called
     on the one rank that knows the loss. Without one, and without a GPU, the ranks are forked from this
@@ -50,44 +52,51 @@ def run(
     """
     require_runnable(arguments)
     settings = settings_of(arguments)
-    world_size = settings.world_size
+    num_ranks = 1 if is_slice else settings.world_size
     if rendezvous is not None:
-        return _run_as_one_rank(arguments, rendezvous, world_size, on_report)
+        return _run_as_one_rank(arguments, rendezvous, num_ranks, on_report, is_slice=is_slice)
     if settings.device is not None:
         raise MissingRequirementError(
-            f"{world_size} GPU ranks need a launcher: start them with torchrun, srun or slurm/run_recipe.sh"
+            f"{num_ranks} GPU ranks need a launcher: start them with torchrun, srun or slurm/run_recipe.sh"
         )
-    gathered, *_ = run_forked(world_size, partial(_forked_rank, arguments), on_progress=on_report)
-    return None if gathered is None else _outcome(gathered, world_size)
+    rank_program = partial(_forked_rank, arguments, is_slice=is_slice)
+    gathered, *_ = run_forked(num_ranks, rank_program, on_progress=on_report)
+    return None if gathered is None else _outcome(gathered, num_ranks)
 
 
-def _forked_rank(arguments: MegatronArguments, seat: Seat) -> tuple[RankReport, ...] | None:
+def _forked_rank(
+    arguments: MegatronArguments, seat: Seat, *, is_slice: bool
+) -> tuple[RankReport, ...] | None:
     watch = Watch(
         now_s=time.perf_counter,
         on_step=lambda step: seat.send(Message(kind="step", content=step)),
         on_report=lambda report: seat.send(Message(kind="progress", content=report)),
     )
+    if is_slice:
+        return run_slice_rank(arguments, seat.rendezvous, watch)
     return run_rank(arguments, seat.rendezvous, watch, listen_fd=seat.listen_fd)
 
 
 def _run_as_one_rank(
     arguments: MegatronArguments,
     rendezvous: Rendezvous,
-    world_size: int,
+    num_ranks: int,
     on_report: Callable[[StepReport], None],
+    *,
+    is_slice: bool,
 ) -> Outcome | None:
-    if rendezvous.world_size != world_size:
-        raise MissingRequirementError(
-            f"parallel.num_gpus: the recipe needs {world_size} ranks, {rendezvous.world_size} were started"
-        )
+    if rendezvous.world_size != num_ranks:
+        what = "a slice is one rank" if is_slice else f"parallel.num_gpus: the recipe needs {num_ranks} ranks"
+        raise MissingRequirementError(f"{what}, {rendezvous.world_size} were started")
     watch = Watch(now_s=time.perf_counter, on_step=lambda step: None, on_report=on_report)
-    gathered = run_rank(arguments, rendezvous, watch)
-    return None if gathered is None else _outcome(gathered, world_size)
+    run_one = run_slice_rank if is_slice else run_rank
+    gathered = run_one(arguments, rendezvous, watch)
+    return None if gathered is None else _outcome(gathered, num_ranks)
 
 
-def _outcome(reports: tuple[RankReport, ...], world_size: int) -> Outcome:
+def _outcome(reports: tuple[RankReport, ...], num_ranks: int) -> Outcome:
     """Join what the ranks measured."""
-    sanity.require_all_ranks([report.rank for report in reports], world_size=world_size)
+    sanity.require_all_ranks([report.rank for report in reports], world_size=num_ranks)
     speaker = next(report for report in reports if report.losses is not None)
     first = reports[0]
     gpus = tuple(report.gpu for report in reports if report.gpu is not None)
@@ -102,6 +111,7 @@ def _outcome(reports: tuple[RankReport, ...], world_size: int) -> Outcome:
             energy_j=_energies_j(reports),
             implementations=_joined_implementations(reports),
             patches=tuple(patch.name for patch in first.patches),
+            stood_in_bytes=dict(first.stood_in_bytes),
         ),
         hosts=tuple(report.host for report in reports),
         gpus=gpus,

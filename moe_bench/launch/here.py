@@ -9,14 +9,19 @@ from collections.abc import Callable, Sequence
 from moe_bench.errors import MissingRequirementError
 from moe_bench.launch.local import local_command
 from moe_bench.launch.runner import Runner
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan
 
 Execute = Callable[[str, tuple[str, ...]], object]
 
 
-def require_gpus_here(recipe: Recipe, *, asked: str, run: Runner) -> None:
-    """Raise MissingRequirementError where this machine has fewer GPUs than `recipe`, named `asked`, needs."""
-    num_needed, num_here = recipe.parallel.num_gpus, num_gpus_here(run)
+def require_gpus_here(plan: Plan, *, run: Runner) -> None:
+    """Raise MissingRequirementError where this machine has fewer GPUs than `plan` needs."""
+    asked, num_needed, num_here = plan.asked, plan.num_ranks, num_gpus_here(run)
+    if plan.is_slice and num_here == 0:
+        raise MissingRequirementError(
+            f"a slice of {asked} needs 1 GPU and this machine has 0; "
+            "run it at toy size on the CPU with --scale tiny_slice"
+        )
     if num_here < num_needed:
         smaller = f"--scale node --num-gpus {num_here}" if num_here else "--scale smoke"
         raise MissingRequirementError(
@@ -25,14 +30,14 @@ def require_gpus_here(recipe: Recipe, *, asked: str, run: Runner) -> None:
         )
 
 
-def start_ranks_here(recipe: Recipe, *, run_args: tuple[str, ...], execute: Execute = os.execvp) -> None:
+def start_ranks_here(plan: Plan, *, run_args: tuple[str, ...], execute: Execute = os.execvp) -> None:
     """Replace this process by torchrun with one rank per GPU; `run_args` is what followed `moe-bench run`."""
-    command = local_command(recipe, run_args=run_args, python=sys.executable)
+    command = local_command(plan, run_args=run_args, python=sys.executable)
     execute(command[0], command)
 
 
 def repeat_ranks_here(
-    recipe: Recipe, *, run_args: tuple[str, ...], num_repeats: int, run_live: Callable[[Sequence[str]], int]
+    plan: Plan, *, run_args: tuple[str, ...], num_repeats: int, run_live: Callable[[Sequence[str]], int]
 ) -> int:
     """Start all ranks afresh `num_repeats` times, one after another; the first exit code that is not 0.
 
@@ -41,7 +46,7 @@ def repeat_ranks_here(
     """
     for repeat in range(num_repeats):
         args = (*run_args, "--repeat", str(repeat))
-        code = run_live(local_command(recipe, run_args=args, python=sys.executable))
+        code = run_live(local_command(plan, run_args=args, python=sys.executable))
         if code:
             return code
     return 0

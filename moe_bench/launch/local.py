@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan
 
 MODULE = "moe_bench"
 
 
-def local_command(recipe: Recipe, *, run_args: tuple[str, ...], python: str) -> tuple[str, ...]:
-    """The command that runs `recipe` here; `run_args` is what follows `moe-bench run`.
+def local_command(plan: Plan, *, run_args: tuple[str, ...], python: str) -> tuple[str, ...]:
+    """The command that runs `plan` here; `run_args` is what follows `moe-bench run`.
 
     Without GPUs it is one process, which forks its ranks after the imports that they share.
     """
     start: tuple[str, ...] = ()
-    if recipe.system.gpu is not None:
-        start = torchrun(num_nodes=1, ranks_per_node=recipe.parallel.num_gpus, meet_at=("--standalone",))
-    return (*env_prefix(recipe.env), python, *start, "-m", MODULE, "run", *run_args)
+    if plan.recipe.system.gpu is not None:
+        start = torchrun(num_nodes=1, ranks_per_node=plan.num_ranks, meet_at=("--standalone",))
+    return (*env_prefix(plan.recipe.env), python, *start, "-m", MODULE, "run", *run_args)
 
 
 def torchrun(*, num_nodes: int, ranks_per_node: int, meet_at: tuple[str, ...]) -> tuple[str, ...]:

@@ -54,14 +54,17 @@ def run_metrics(record: Record) -> RunMetrics:
     tokens/s = sequences x length / median step time. FLOPs/s per GPU = step FLOPs / (GPUs x step time),
     counted as COUNTING says. MFU = that over the GPU's dense BF16 peak (arXiv:2204.02311, appendix B), for
     FP8 runs too: one denominator keeps them comparable, though several publishers divide by the FP8 peak.
+
+    Of a slice one rank ran, and its recipe is that of a whole pipeline stage, whose ranks all do the same
+    work: the FLOPs of the step over all GPUs of the recipe are that rank's, and so are the tokens.
     """
     recipe, samples = record.plan.recipe, record.samples
     times_s = record.slowest_step_times_s()
     steady = steady_state(times_s)
     interval = median_interval(times_s[steady.first_step :])
-    num_gpus = record.num_ranks
-    tokens_per_s = recipe.tokens_per_step / interval.median_s
-    flops_per_s_per_gpu = step_flops(recipe, counting=COUNTING) / (num_gpus * interval.median_s)
+    tokens_per_s = record.tokens_per_step / interval.median_s
+    rank_flops = step_flops(recipe, counting=COUNTING) / record.num_sharing_ranks
+    flops_per_s_per_gpu = rank_flops / interval.median_s
     gpu = recipe.system.gpu
     peak_memory_bytes = max(samples.peak_memory_bytes)
     slowest_rank = record.slowest_rank()
@@ -73,7 +76,7 @@ def run_metrics(record: Record) -> RunMetrics:
         has_settled=steady.has_settled,
         outlier_steps=tuple(step for step, is_far in enumerate(outliers(times_s)) if is_far),
         tokens_per_s=tokens_per_s,
-        tokens_per_s_per_gpu=tokens_per_s / num_gpus,
+        tokens_per_s_per_gpu=tokens_per_s / record.num_ranks,
         flops_per_s_per_gpu=flops_per_s_per_gpu,
         mfu_fraction=None if gpu is None else flops_per_s_per_gpu / gpu.bf16_flops_per_s,
         peak_memory_bytes=peak_memory_bytes,
@@ -84,7 +87,7 @@ def run_metrics(record: Record) -> RunMetrics:
         slowest_host=record.provenance.hosts[slowest_rank],
         energy_per_token_j=None
         if samples.energy_j is None
-        else sum(samples.energy_j) / (recipe.tokens_per_step * len(samples.step_times_s[0])),
+        else sum(samples.energy_j) / (record.tokens_per_step * len(samples.step_times_s[0])),
         max_over_mean_load_ratio=_worst_load(samples.tokens_per_expert),
     )
 
@@ -92,7 +95,7 @@ def run_metrics(record: Record) -> RunMetrics:
 def gpu_s_per_token(record: Record) -> tuple[float, ...]:
     """GPU-seconds per token of each steady step: the inverse of tokens/s/GPU, by the slowest rank's time."""
     times_s = record.slowest_step_times_s()
-    scale = record.num_ranks / record.plan.recipe.tokens_per_step
+    scale = record.num_ranks / record.tokens_per_step
     return tuple(time_s * scale for time_s in times_s[steady_state(times_s).first_step :])
 
 

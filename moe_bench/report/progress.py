@@ -23,8 +23,9 @@ def announce(plan: Plan, console: Console) -> None:
     """Say what will run, and every substitution, before it starts."""
     recipe = plan.recipe
     unit = "processes" if recipe.system.gpu is None else "GPUs"
+    whole = f"{recipe.parallel.num_gpus} {unit}"
     console.print(
-        f"{plan.asked} at {plan.scale} scale: {recipe.parallel.num_gpus} {unit} "
+        f"{plan.asked} at {plan.scale} scale: {f'one rank of {whole}' if plan.is_slice else whole} "
         f"({layout_label(recipe) or 'DP1'}), "
         f"{recipe.steps.num_warmup} warm-up and {recipe.steps.num_timed} timed steps",
         highlight=False,

@@ -16,6 +16,7 @@ from moe_bench.results.record import Record
 
 TFLOPS = 1e12
 MAX_OUTLIERS_SHOWN = 5
+MAX_TRANSFERS_SHOWN = 3
 
 
 def run_view(record: Record, path: Path) -> RenderableType:
@@ -68,8 +69,9 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
     return [
         (
             "ran on",
-            f"{record.num_ranks} {unit}{'es' if unit == 'process' else 's'}, {layout_label(recipe) or 'DP1'}",
+            f"{_counted(record.num_ranks, unit)}, {layout_label(recipe) or 'DP1'}",
         ),
+        *slice_rows(record),
         ("step time", f"{step_time_text(metrics)}, {steps_text(metrics, len(samples.step_times_s[0]))}"),
         *outlier_rows(record, metrics),
         ("tokens/s", f"{metrics.tokens_per_s:,.0f} ({metrics.tokens_per_s_per_gpu:,.0f} per {unit})"),
@@ -86,6 +88,24 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
         ("kernels", f"attention {used.attention}, experts {used.experts}, dispatch {used.dispatcher}"),
         ("optimizer", used.optimizer),
         ("patches", ", ".join(samples.patches) or "none"),
+    ]
+
+
+def _counted(num: int, unit: str) -> str:
+    plural = "es" if unit == "process" else "s"
+    return f"{num} {unit}{'' if num == 1 else plural}"
+
+
+def slice_rows(record: Record) -> list[tuple[str, str]]:
+    """What the numbers of a slice are, and what its rank would have exchanged; none for other runs."""
+    if not record.plan.is_slice:
+        return []
+    carried = sorted(record.samples.stood_in_bytes.items(), key=lambda item: -item[1])
+    shown = [f"{name} {num_bytes / GIB:.3g} GiB" for name, num_bytes in carried[:MAX_TRANSFERS_SHOWN]]
+    shown += [f"{len(carried) - len(shown)} smaller"] if len(carried) > len(shown) else []
+    return [
+        ("read as", "compute of one rank, upper bound: no communication, no pipeline bubble"),
+        ("not sent", f"{', '.join(shown) or 'nothing'} per step"),
     ]
 
 
@@ -124,6 +144,7 @@ def run_json(record: Record, path: Path) -> dict[str, object]:
         "scale": record.plan.scale,
         "modified": list(record.plan.modified),
         "num_ranks": record.num_ranks,
+        "is_compute_of_one_rank": record.plan.is_slice,
         **dataclasses.asdict(run_metrics(record)),
         "flops_counting": str(COUNTING),
         "substitutions": [row.model_dump() for row in record.plan.substitutions],

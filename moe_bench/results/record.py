@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
 from moe_bench.spec.scale import Plan
 
@@ -80,12 +82,16 @@ class Samples(Spec):
     peak_memory_bytes: tuple[int, ...]
     """Per rank: device memory allocated, or the process's resident set without a GPU."""
     tokens_per_expert: tuple[tuple[tuple[int, ...], ...], ...]
-    """Step, expert layer, expert: tokens routed over the whole job in that step; warm-up left out."""
+    """Step, expert layer, expert: tokens routed in that step over the whole job, of a slice by its one rank;
+    warm-up left out."""
     energy_j: tuple[float, ...] | None
     """Per rank over the timed steps, where the GPU counts it."""
     implementations: Implementations
     patches: tuple[str, ...]
     """Names of the changes to Megatron-Core that were applied."""
+    stood_in_bytes: dict[str, int] = Field(default_factory=dict)
+    """Of the first timed step, by `<collective> <group>`: bytes that the rank of a slice handed to loopback
+    groups, as `Transfer.num_bytes` counts them. Nothing was sent. Empty where all ranks ran."""
 
 
 class Record(Spec):
@@ -100,6 +106,16 @@ class Record(Spec):
     def num_ranks(self) -> PositiveInt:
         """Processes that took part."""
         return len(self.samples.step_times_s)
+
+    @property
+    def num_sharing_ranks(self) -> PositiveInt:
+        """Ranks that share the work of the recipe's step equally; of a slice, only one of them ran."""
+        return self.plan.recipe.parallel.num_gpus if self.plan.is_slice else self.num_ranks
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of one optimizer step that were trained here; of a slice, one rank's share."""
+        return self.plan.recipe.tokens_per_step * self.num_ranks / self.num_sharing_ranks
 
     def slowest_step_times_s(self) -> tuple[float, ...]:
         """Time of each timed step: that of its slowest rank, for the step ends when the last one does."""

@@ -12,6 +12,9 @@ from moe_bench.errors import BadInputError
 from moe_bench.results.record import SCHEMA_VERSION, Record
 from moe_bench.spec.scale import Plan
 
+CALIBRATION_FOLDER = "calibration"
+"""Folder beside the models' that holds measurements of single operations (results/calibration.py)."""
+
 
 class RecordError(BadInputError):
     """A result file that cannot be read, or that would be overwritten."""
@@ -63,8 +66,9 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(places: tuple[Path, ...]) -> Iterator[Record]:
-    """The records in files and below folders, in the order of their paths."""
+    """The records in files and below folders, in the order of their paths; calibrations are passed over."""
     for place in places:
         paths = sorted(place.rglob("*.json")) if place.is_dir() else [place]
         for path in paths:
-            yield read_record(path)
+            if CALIBRATION_FOLDER not in path.relative_to(place).parts:
+                yield read_record(path)

@@ -29,7 +29,7 @@ from moe_bench.spec.recipe import (
 )
 from moe_bench.spec.system import SystemSpec
 
-Scale = Literal["full", "node", "smoke", "dryrun"]
+Scale = Literal["full", "node", "smoke", "slice", "tiny_slice", "dryrun"]
 
 
 class Substitution(Spec):
@@ -51,6 +51,16 @@ class Plan(Spec):
     substitutions: tuple[Substitution, ...] = ()
     modified: tuple[Text, ...] = ()
     """The user's own `key=value` changes; results made with any carry the mark `modified`."""
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether one rank runs, and loopback groups stand in for the others."""
+        return self.scale in ("slice", "tiny_slice")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that run."""
+        return 1 if self.is_slice else self.recipe.parallel.num_gpus
 
 
 def full_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:

@@ -4,6 +4,7 @@ import pytest
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.launch.here import num_gpus_here, repeat_ranks_here, require_gpus_here, start_ranks_here
+from moe_bench.spec.scale import full_plan
 from tests.launch.conftest import FakeRunner, recipe_of
 
 TWO_GPUS = FakeRunner(
@@ -26,9 +27,9 @@ def test_enough_gpus_make_this_process_torchrun() -> None:
     def execute(program: str, command: tuple[str, ...]) -> None:
         started.append(f"{program}: {' '.join(command[1:])}")
 
-    recipe = recipe_of(parallel={"num_gpus": 2}, env={"A": "1"})
-    require_gpus_here(recipe, asked="tiny", run=TWO_GPUS)
-    start_ranks_here(recipe, run_args=("tiny",), execute=execute)
+    plan = full_plan(recipe_of(parallel={"num_gpus": 2}, env={"A": "1"}), modified=())
+    require_gpus_here(plan, run=TWO_GPUS)
+    start_ranks_here(plan, run_args=("tiny",), execute=execute)
     assert len(started) == 1
     assert started[0].startswith("env: A=1 ")
     assert started[0].endswith("--nproc-per-node=2 --standalone -m moe_bench run tiny")
@@ -41,8 +42,18 @@ def test_enough_gpus_make_this_process_torchrun() -> None:
 def test_too_few_gpus_are_a_missing_requirement_that_says_what_would_run(
     machine: FakeRunner, advice: str
 ) -> None:
-    with pytest.raises(MissingRequirementError, match=f"tiny needs 16 GPUs and this machine .*{advice}"):
-        require_gpus_here(recipe_of(), asked="tiny", run=machine)
+    with pytest.raises(MissingRequirementError, match=f"needs 16 GPUs and this machine .*{advice}"):
+        require_gpus_here(full_plan(recipe_of(), modified=()), run=machine)
+
+
+def test_a_slice_needs_one_gpu_and_offers_the_toy_where_there_is_none() -> None:
+    plan = full_plan(recipe_of(), modified=()).model_copy(update={"scale": "slice"})
+    require_gpus_here(plan, run=TWO_GPUS)
+    with pytest.raises(MissingRequirementError, match=r"needs 1 GPU .* has 0; .*--scale tiny_slice"):
+        require_gpus_here(plan, run=NO_DRIVER)
+    started: list[str] = []
+    start_ranks_here(plan, run_args=("tiny",), execute=lambda _, command: started.extend(command))
+    assert "--nproc-per-node=1" in started
 
 
 def test_repeats_start_all_ranks_afresh_each_time_and_stop_at_a_failure() -> None:
@@ -53,6 +64,6 @@ def test_repeats_start_all_ranks_afresh_each_time_and_stop_at_a_failure() -> Non
         started.append(" ".join(command).partition(" -m moe_bench ")[2])
         return next(codes)
 
-    recipe = recipe_of(parallel={"num_gpus": 2})
-    assert repeat_ranks_here(recipe, run_args=("tiny",), num_repeats=3, run_live=run_live) == 3
+    plan = full_plan(recipe_of(parallel={"num_gpus": 2}), modified=())
+    assert repeat_ranks_here(plan, run_args=("tiny",), num_repeats=3, run_live=run_live) == 3
     assert started == ["run tiny --repeat 0", "run tiny --repeat 1"]

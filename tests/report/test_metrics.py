@@ -2,9 +2,9 @@
 
 import pytest
 
-from moe_bench.analysis.flops import step_flops
-from moe_bench.report.metrics import COUNTING, run_metrics
-from tests.results.records import RECIPE, full, record, smoke
+from moe_bench.analysis.flops import forward_flops_by_part, step_flops
+from moe_bench.report.metrics import COUNTING, gpu_s_per_token, run_metrics
+from tests.results.records import RECIPE, full, one_rank, record, smoke
 
 
 def test_throughput_is_tokens_over_the_median_of_the_slowest_rank() -> None:
@@ -44,3 +44,22 @@ def test_energy_is_that_of_all_gpus_per_token_of_the_timed_steps() -> None:
     metrics = run_metrics(counted.model_copy(update={"samples": samples}))
     assert metrics.energy_per_token_j == pytest.approx(56000.0 / (2 * RECIPE.tokens_per_step))
     assert run_metrics(counted).energy_per_token_j is None
+
+
+def test_the_numbers_of_a_slice_are_those_of_the_layers_and_tokens_of_its_rank() -> None:
+    found = record(one_rank(), step_times_s=((10.0,),))
+    cut = found.plan.recipe
+    assert (cut.parallel.num_gpus, cut.parallel.tensor, cut.parallel.context) == (8, 1, 1)
+    num_seqs = cut.num_micro_batches * cut.micro_batch_size
+    metrics = run_metrics(found)
+    assert metrics.tokens_per_s == pytest.approx(num_seqs * cut.seq_len / 10.0)
+    assert metrics.tokens_per_s_per_gpu == metrics.tokens_per_s
+    assert gpu_s_per_token(found) == pytest.approx((1 / metrics.tokens_per_s,))
+    forward = forward_flops_by_part(
+        cut.model,
+        num_seqs=num_seqs,
+        seq_len=cut.seq_len,
+        num_mtp_layers=cut.num_mtp_layers,
+        counting=COUNTING,
+    )
+    assert metrics.flops_per_s_per_gpu == pytest.approx(3 * sum(forward.values()) / 10.0)

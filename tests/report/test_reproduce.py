@@ -109,7 +109,7 @@ def test_a_recipe_that_carries_a_row_over_from_another_engine_is_only_comparable
     assert any(one.startswith("framework:") for one in found.because)
 
 
-@pytest.mark.parametrize("scale", ["smoke", "node"])
+@pytest.mark.parametrize("scale", ["smoke", "node", "slice"])
 def test_smaller_scales_get_a_number_and_never_a_verdict(scale: str) -> None:
     plan = PLAN.model_copy(update={"scale": scale})
     found = reproduction(list(runs(published_step_s(), plan=plan)))

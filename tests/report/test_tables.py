@@ -6,7 +6,7 @@ from rich.console import Console
 
 from moe_bench.report.frame import as_csv, as_markdown, frame_view, records_frame
 from moe_bench.report.tables import run_json, run_rows, run_title, run_view
-from tests.results.records import full, record
+from tests.results.records import full, one_rank, record
 
 
 def shown(renderable) -> str:
@@ -22,6 +22,19 @@ def test_a_smoke_run_cannot_be_mistaken_for_the_recipe() -> None:
     assert "substitutions" in text
     assert "model.hidden_size" in text
     assert "none: no peak is known for this machine" in text
+
+
+def test_a_slice_says_that_it_is_the_compute_of_one_rank() -> None:
+    found = record(one_rank(), step_times_s=((0.1, 0.2, 0.1),))
+    sent = {"all_to_all EP": 3 * 2**30, "all_reduce TP": 1, "all_gather DPxCP": 2**30, "broadcast TP": 1}
+    found = found.model_copy(update={"samples": found.samples.model_copy(update={"stood_in_bytes": sent})})
+    assert run_title(found) == "qwen3_30b_a3b/h100_sxm_8g_bf16 (slice scale)"
+    rows = dict(run_rows(found))
+    assert rows["ran on"].startswith("1 GPU, ")
+    assert rows["read as"].startswith("compute of one rank, upper bound")
+    assert rows["not sent"].startswith("all_to_all EP 3 GiB, all_gather DPxCP 1 GiB, ")
+    assert rows["not sent"].endswith(", 1 smaller per step")
+    assert "read as" not in dict(run_rows(record()))
 
 
 def test_a_changed_recipe_carries_the_mark() -> None:

@@ -2,6 +2,7 @@
 
 from moe_bench.results.record import GitState, Implementations, Provenance, Record, Samples
 from moe_bench.spec.catalogue import recipes_root
+from moe_bench.spec.derive_slice import slice_plan
 from moe_bench.spec.load import Loader
 from moe_bench.spec.scale import Plan, full_plan, smoke_plan
 
@@ -15,6 +16,10 @@ def smoke() -> Plan:
 
 def full(modified: tuple[str, ...] = ()) -> Plan:
     return full_plan(RECIPE, modified=modified)
+
+
+def one_rank() -> Plan:
+    return slice_plan(RECIPE, fits=lambda _: True, modified=())
 
 
 def record(

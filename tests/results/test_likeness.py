@@ -14,7 +14,7 @@ from moe_bench.results.likeness import (
 )
 from moe_bench.results.record import GpuFacts, Record
 from moe_bench.spec.scale import Plan
-from tests.results.records import RECIPE, full, record
+from tests.results.records import RECIPE, full, one_rank, record
 
 
 def changed(**updates: object) -> Plan:
@@ -58,6 +58,7 @@ def test_what_a_recipe_is_called_does_not_count(updates: dict[str, object]) -> N
 
 def test_scale_kernels_and_gpu_count() -> None:
     assert "scale" in differing(record(full()), record())
+    assert "scale" in differing(record(full()), record(one_rank()))
     assert differing(record(full()), record(full(), dispatcher="DeepEP")) == ["implementations.dispatcher"]
     slow = with_gpu(record(full()), power_limit_w=500.0)
     assert differing(with_gpu(record(full()), power_limit_w=700.0), slow) == ["gpu.power_limit_w"]

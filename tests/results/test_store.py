@@ -62,3 +62,11 @@ def test_repeats_of_one_command_have_a_file_each(tmp_path: Path) -> None:
     first, second = write_record(tmp_path, record()), write_record(tmp_path, record(repeat=1))
     assert second.name == first.name.replace(".json", "-r1.json")
     assert {path.parent for path in (first, second)} == {record_folder(tmp_path, record().plan)}
+
+
+def test_calibrations_beside_the_records_are_not_read_as_records(tmp_path: Path) -> None:
+    write_record(tmp_path, record())
+    calibration = tmp_path / "calibration" / "a_gpu" / "one.json"
+    calibration.parent.mkdir(parents=True)
+    calibration.write_text("{}")
+    assert len(list(read_records((tmp_path,)))) == 1

@@ -1,0 +1,236 @@
+"""What single operations achieve on one GPU, as measured: where the projection will take its rates from.
+
+A file holds one measurement run on one GPU, `results/calibration/<gpu>/<start>-<commit>-<job>.json`: raw
+seconds of every operation, shape and dtype. Rates are computed on read from the work that the shape implies.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from moe_bench.errors import BadInputError
+from moe_bench.results.record import GitState, GpuFacts
+from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+
+SCHEMA_VERSION = 1
+"""1: first layout."""
+
+Dtype = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2"]
+Direction = Literal["forward", "dgrad", "wgrad"]
+_BYTES_PER_ELEMENT = {"fp32": 4, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+
+
+class DenseGemm(Spec):
+    """One matrix product, [rows, inner] x [inner, columns]."""
+
+    operation: Literal["dense_gemm"]
+    num_rows: PositiveInt
+    num_inner: PositiveInt
+    num_columns: PositiveInt
+
+    @property
+    def num_flops(self) -> int:
+        """A multiplication and an addition per element of the product's volume."""
+        return 2 * self.num_rows * self.num_inner * self.num_columns
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """Both factors read and the product written, once."""
+        elements = (
+            self.num_rows * self.num_inner
+            + self.num_inner * self.num_columns
+            + self.num_rows * self.num_columns
+        )
+        return elements * _BYTES_PER_ELEMENT[dtype]
+
+
+class GroupedGemm(Spec):
+    """The products of all local experts in one kernel: expert e has `tokens_per_expert[e]` rows.
+
+    `forward` is [tokens, inputs] x [inputs, outputs], `dgrad` [tokens, outputs] x [outputs, inputs], `wgrad`
+    [inputs, tokens] x [tokens, outputs]: the same work, another shape.
+    """
+
+    operation: Literal["grouped_gemm"]
+    direction: Direction
+    tokens_per_expert: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    num_inputs: PositiveInt
+    num_outputs: PositiveInt
+    accumulates_fp32: bool = False
+    """Whether `wgrad` adds to a gradient in FP32."""
+
+    @model_validator(mode="after")
+    def _require_wgrad(self) -> Self:
+        if self.accumulates_fp32 and self.direction != "wgrad":
+            raise ValueError(f"accumulates_fp32 in {self.direction}: only wgrad adds to a gradient")
+        return self
+
+    @property
+    def num_flops(self) -> int:
+        """2 x tokens x inputs x outputs, in every direction."""
+        return 2 * sum(self.tokens_per_expert) * self.num_inputs * self.num_outputs
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """Rows on both sides and the experts' weights or gradients once; what is added to twice."""
+        rows = sum(self.tokens_per_expert) * (self.num_inputs + self.num_outputs)
+        weights = len(self.tokens_per_expert) * self.num_inputs * self.num_outputs
+        weight_bytes = weights * (2 * 4 if self.accumulates_fp32 else _BYTES_PER_ELEMENT[dtype])
+        return rows * _BYTES_PER_ELEMENT[dtype] + weight_bytes
+
+
+class AttentionCore(Spec):
+    """Causal attention after the projections; a window where each query sees the nearest tokens only."""
+
+    operation: Literal["attention"]
+    direction: Literal["forward", "backward"]
+    num_seqs: PositiveInt
+    seq_len: PositiveInt
+    num_heads: PositiveInt
+    num_query_groups: PositiveInt
+    qk_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    window_tokens: PositiveInt | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """Query and key pairs of one head and sequence that the mask leaves: the triangle, or its band."""
+        window = min(self.window_tokens or self.seq_len, self.seq_len)
+        return window * (window + 1) // 2 + (self.seq_len - window) * window
+
+    @property
+    def num_flops(self) -> int:
+        """Scores and weighted sum of what the mask leaves; 2.5 times that backward (arXiv:2307.08691, 4.1).
+
+        Backward has five products where forward has two: scores again, and the gradients of all four factors.
+        """
+        qk, v = self.qk_head_dim, self.v_head_dim
+        per_pair = 2 * (qk + v) if self.direction == "forward" else 2 * (3 * qk + 2 * v)
+        return self.num_seqs * self.num_heads * self.num_pairs * per_pair
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """Queries, keys, values and output once; backward the four and their gradients."""
+        queries = self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        keys = self.num_query_groups * (self.qk_head_dim + self.v_head_dim)
+        elements = self.num_seqs * self.seq_len * (queries + keys)
+        return elements * _BYTES_PER_ELEMENT[dtype] * (1 if self.direction == "forward" else 2)
+
+
+class MemoryBound(Spec):
+    """An operation that moves tensors and computes little: what it must read and write is stated."""
+
+    operation: Literal["permutation", "norm", "router", "optimizer_step", "copy"]
+    direction: Literal["forward", "backward"] = "forward"
+    variant: Text
+    """Which one, such as `unpermute`, `rmsnorm`, `sigmoid top-8 of 256`, `adam`, `device to host`."""
+    shape: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Of the main input; for an optimizer step, the number of parameters."""
+    num_read_bytes: NonNegativeInt
+    num_written_bytes: NonNegativeInt
+    num_flops: NonNegativeInt = 0
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """What it must move, whatever the dtype of its main input."""
+        return self.num_read_bytes + self.num_written_bytes
+
+
+class Launch(Spec):
+    """The host's time to start kernels that do next to nothing."""
+
+    operation: Literal["launch"]
+    num_kernels: PositiveInt
+
+    @property
+    def num_flops(self) -> int:
+        """Nothing is computed."""
+        return 0
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """Nothing is moved."""
+        return 0
+
+
+Operation = Annotated[
+    DenseGemm | GroupedGemm | AttentionCore | MemoryBound | Launch, Field(discriminator="operation")
+]
+
+
+class Measurement(Spec):
+    """One operation, timed so often."""
+
+    what: Operation
+    dtype: Dtype
+    """Of the inputs; sums are FP32."""
+    implementation: Text
+    """Kernel or library call that ran, as `torch.nn.functional.grouped_mm`."""
+    cold_l2: bool
+    """Whether the L2 cache was flushed before each sample."""
+    samples_s: tuple[PositiveFloat, ...] = Field(min_length=1)
+    """One call each, in the order in which they ran."""
+
+    @property
+    def median_s(self) -> float:
+        """Median of the samples."""
+        return statistics.median(self.samples_s)
+
+    @property
+    def flops_per_s(self) -> float | None:
+        """Achieved rate; None for what computes nothing that counts."""
+        return self.what.num_flops / self.median_s if self.what.num_flops else None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Rate at which the bytes that must move did; None for what moves none."""
+        num_bytes = self.what.num_bytes(self.dtype)
+        return num_bytes / self.median_s if num_bytes else None
+
+
+class CalibrationProvenance(Spec):
+    """Where, when and with what a file was measured."""
+
+    started_at: Text
+    """UTC, ISO 8601."""
+    command: tuple[str, ...]
+    job_id: Text
+    git: GitState
+    python_version: Text
+    packages: dict[str, str]
+    host: Text
+    gpu: GpuFacts
+    """Before the first sample."""
+    end_sm_clock_hz: PositiveFloat | None = None
+    """After the last one: far below `gpu.sm_clock_hz`, the GPU was throttled."""
+    cuda_version: str | None
+    environment: dict[str, str]
+
+
+class Calibration(Spec):
+    """One measurement run on one GPU, written once."""
+
+    schema_version: Literal[1] = 1
+    provenance: CalibrationProvenance
+    measurements: tuple[Measurement, ...] = Field(min_length=1)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """The measurements in `path`; BadInputError names the file, the field and what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text)["schema_version"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise BadInputError(
+            f"{path}: not a calibration file ({type(error).__name__}: {error}); remove it or name another"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise BadInputError(
+            f"{path}: schema_version: {version}, {SCHEMA_VERSION} is read here; use the release that wrote it"
+        )
+    try:
+        return Calibration.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(element) for element in first["loc"])
+        raise BadInputError(f"{path}: {field}: {first['msg']}; the file was changed or cut short") from error
