@@ -48,6 +48,20 @@ LIMITS = (
     Limit(name="check one", arguments=("check", "deepseek_v3"), limit_s=1.0),
     Limit(name="report of 57 records", arguments=("report", "{records}"), limit_s=2.0),
     Limit(
+        name="dryrun of one rank",
+        arguments=("dryrun", "deepseek_v3"),
+        limit_s=30.0,
+        limit_bytes=3 * GIB,
+        num_runs=3,
+    ),
+    Limit(
+        name="dryrun of all stages",
+        arguments=("dryrun", "deepseek_v3", "--all-stages"),
+        limit_s=70.0,
+        limit_bytes=3 * GIB,
+        num_runs=1,
+    ),
+    Limit(
         name="smoke run",
         arguments=("run", "deepseek_v3", "--scale", "smoke", "--out", "{out}"),
         limit_s=60.0,
