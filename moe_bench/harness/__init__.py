@@ -1,1 +1,1 @@
-"""The only package that imports torch or Megatron-Core: it builds what a recipe asks for, runs it, times it."""
+"""The only package that imports torch or Megatron-Core: it builds what a recipe asks for and times it."""
