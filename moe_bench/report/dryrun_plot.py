@@ -13,7 +13,7 @@ from moe_bench.report.show import GIB
 _WIDTH, _HEIGHT = 960, 640
 _LEFT, _RIGHT, _TOP = 64, 24, 56
 _BARS_HEIGHT, _LINE_HEIGHT, _GAP = 260, 170, 70
-_COLOURS = {
+COLOURS = {
     "weights": "#3b5b92",
     "gradients": "#6f8fc4",
     "optimizer states": "#a9bde0",
@@ -64,7 +64,7 @@ def _bars(ranks: Sequence[RankDryRun], usable: int | None, top: float) -> Iterat
             y -= height
             yield (
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{step * 0.7:.1f}" height="{height:.1f}" '
-                f'fill="{_COLOURS[name]}"><title>{escape(name)}: {num_bytes / GIB:.2f} GiB</title></rect>'
+                f'fill="{COLOURS[name]}"><title>{escape(name)}: {num_bytes / GIB:.2f} GiB</title></rect>'
             )
         middle = x + step * 0.35
         yield _text(middle, y - 4, f"{rank.peak.num_bytes / GIB:.1f}", size=10, anchor="middle")
@@ -73,7 +73,7 @@ def _bars(ranks: Sequence[RankDryRun], usable: int | None, top: float) -> Iterat
         y = bottom - usable / top * _BARS_HEIGHT
         yield _line(_LEFT, y, _WIDTH - _RIGHT - 150, y, colour="black", dash="6 3")
         yield _text(_WIDTH - _RIGHT - 146, y + 4, f"usable {usable / GIB:.1f} GiB", size=11)
-    for index, (name, colour) in enumerate(_COLOURS.items()):
+    for index, (name, colour) in enumerate(COLOURS.items()):
         y = bottom - 18 * index
         yield f'<rect x="{_WIDTH - _RIGHT - 146}" y="{y - 10:.0f}" width="12" height="12" fill="{colour}"/>'
         yield _text(_WIDTH - _RIGHT - 128, y, name, size=11)

@@ -90,7 +90,7 @@ def _memory_table(recipe: Recipe, outcome: RankOutcome) -> Table:
         "gradients": closed.gradients_bytes,
         "optimizer states": closed.optimizer_bytes,
     }
-    for category, num_bytes in run.peak.bytes_by_category.items():
+    for category, num_bytes in bytes_by_category(run).items():
         formula = formulas.get(category)
         table.add_row(category, _gib(num_bytes), "" if formula is None else _gib(formula))
     peak = run.peak
@@ -140,6 +140,17 @@ def state_bytes(run: RankDryRun) -> int:
 
 
 STATE_CATEGORIES = ("weights", "gradients", "optimizer states")
+CATEGORIES = (
+    *STATE_CATEGORIES,
+    "inputs",
+    "activations",
+    "recomputed",
+    "backward",
+    "pipeline",
+    "optimizer step",
+    "synchronisation",
+)
+"""`moe_bench.harness.dryrun.accounting.Category`, states first."""
 
 
 def _flops_table(lines: Sequence[FlopsLine]) -> Table:
@@ -236,7 +247,6 @@ def _gib(num_bytes: int) -> str:
 
 
 def bytes_by_category(run: RankDryRun) -> Mapping[str, int]:
-    """Categories of the peak, states first."""
+    """Categories of the peak, in one order for all ranks."""
     found = run.peak.bytes_by_category
-    ordered = (*STATE_CATEGORIES, *(name for name in found if name not in STATE_CATEGORIES))
-    return {name: found[name] for name in ordered if name in found}
+    return {name: found[name] for name in CATEGORIES if name in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -95,8 +96,7 @@ def _stage(
     arguments = megatron_arguments(recipe)
     mends = (*patch_names("host"), *patch_names("no_transformer_engine"), *recipe.patches)
     with contextlib.ExitStack() as stack:
-        # What Megatron-Core warns of is a matter of the run itself.
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(_quiet())
         stack.enter_context(meta_device())
         stack.enter_context(patches([name for name in mends if name != SHARED_STORAGE]))
         used = stack.enter_context(stand_ins(recipe, watch.account.add_flops))
@@ -115,6 +115,19 @@ def _stage(
             yield used
         finally:
             destroy_moe_metrics_tracker()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave to the run itself what Megatron-Core warns of (deprecated classes, fusions)."""
+    logger = logging.getLogger("megatron.core")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _built(recipe: Recipe, watch: _Watch) -> Training:

@@ -11,6 +11,8 @@ from torch.nn.functional import grouped_mm
 from moe_bench.harness.dryrun.accounting import BLOCK_BYTES, Account, Category
 from moe_bench.harness.dryrun.operator_flops import FlopKind
 from moe_bench.harness.dryrun.places import Phase, Places
+from moe_bench.report.dryrun_plot import COLOURS
+from moe_bench.report.dryrun_view import CATEGORIES
 
 MEBI = 2**20
 
@@ -108,3 +110,8 @@ def test_products_are_counted_by_kind_grouped_ones_too(account: Account) -> None
         FlopKind.BMM: 4 * 2 * 8 * 16 * 48,
         FlopKind.GROUPED: 2 * (2 * 32 * 16 * 48),
     }
+
+
+def test_every_category_is_shown_and_drawn() -> None:
+    assert set(CATEGORIES) == {category.value for category in Category}
+    assert set(COLOURS) == set(CATEGORIES)
