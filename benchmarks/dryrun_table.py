@@ -47,6 +47,8 @@ peak, in GiB, closed form / dry run; *peak* is the closed form's total over the 
 class Job:
     """One stage of one recipe."""
 
+    name: str
+    """Of the recipe as asked; the derived one has another precision and so another name."""
     recipe: Recipe
     pipeline_rank: int
 
@@ -72,7 +74,7 @@ def main() -> None:
 def _jobs(recipe: Recipe, *, only: str) -> Iterator[Job]:
     if only in recipe.name:
         derived = dryrun_plan(recipe, modified=()).recipe
-        yield from (Job(derived, stage) for stage in range(derived.parallel.pipeline))
+        yield from (Job(recipe.name, derived, stage) for stage in range(derived.parallel.pipeline))
 
 
 def _row(job: Job) -> str:
@@ -83,7 +85,7 @@ def _row(job: Job) -> str:
     closed, params = rank_memory(recipe, stage), rank_params(recipe, stage)
     states = state_bytes(run)
     cells = (
-        recipe.name,
+        job.name,
         f"{stage} of {recipe.parallel.pipeline}",
         _compared(run.num_dense_params + run.num_expert_params, params.dense + params.expert),
         _traffic(run, recipe, stage),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,6 +21,8 @@ from moe_bench.spec.recipe import Recipe
 NOT_COMPARED = "unverified: no figure here has been compared with a GPU"
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_COLUMNS = 100
+_NUM_HOLDERS = 12
+_NUMBER = re.compile(r"\.\d+\b")
 
 
 def dry_run_view(run: DryRun) -> RenderableType:
@@ -66,6 +69,8 @@ def _rank_parts(recipe: Recipe, outcome: RankOutcome) -> Iterable[RenderableType
     yield Text(f"micro batches: {run.num_micro_batches_run} run of {run.num_micro_batches}{_scaled(run)}")
     yield Text()
     yield _memory_table(recipe, outcome)
+    yield _holders_table(run)
+    yield Text()
     yield Text(f"memory over the step  {_spark(run.timeline_bytes)}", style="dim")
     yield Text()
     yield _flops_table(run.flops)
@@ -103,6 +108,21 @@ def _memory_table(recipe: Recipe, outcome: RankOutcome) -> Table:
     table.add_row("as asked (unverified)", _gib(outcome.corrected_peak_bytes), "", style="bold")
     if recipe.system.gpu is not None:
         table.add_row(f"usable on {recipe.system.display_name}", _gib(recipe.system.gpu.usable_bytes), "")
+    return table
+
+
+def _holders_table(run: RankDryRun) -> Table:
+    """What fills the rest of the peak, by the module that ran, all layers of a kind together."""
+    table = _table(
+        "held at the peak beside the states", "GiB", "category", "taken by", "layers", right=(0, 3)
+    )
+    sums: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for line in run.peak.bytes_by_owner:
+        if line.category not in STATE_CATEGORIES:
+            sums[line.category, _NUMBER.sub(".*", line.module)].append(line.num_bytes)
+    largest = sorted(sums.items(), key=lambda item: -sum(item[1]))[:_NUM_HOLDERS]
+    for (category, module), sizes in largest:
+        table.add_row(_gib(sum(sizes)), category, module, str(len(sizes)))
     return table
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,13 +77,19 @@ class Role(Enum):
     """Brings one number to the host."""
 
 
+class Owner(NamedTuple):
+    """What a storage is for, and the module that ran when it was taken."""
+
+    category: Category
+    module: str
+
+
 @dataclass(slots=True)
 class Held:
     """One storage that is alive."""
 
     num_bytes: int
-    category: Category
-    spot: Spot
+    owner: Owner
     reference: weakref.ref[Any]
 
 
@@ -92,7 +98,7 @@ class Peak:
     """The most that was held at once, and where."""
 
     num_bytes: int
-    by_category: Mapping[Category, int]
+    by_owner: Mapping[Owner, int]
     phase: Phase
     module: str
 
@@ -113,11 +119,11 @@ class Account(TorchDispatchMode):
         """Bytes held after each operator that launches work."""
         self.peak_bytes_by_phase: dict[Phase, int] = defaultdict(int)
         self._category: Category | None = None
-        self._by_category: dict[Category, int] = defaultdict(int)
+        self._by_owner: dict[Owner, int] = defaultdict(int)
         self._roles: dict[Any, tuple[Role, FlopFormula | None]] = {}
         self._peak_bytes = 0
         self._peak_spot = Spot(Phase.BUILD, OUTSIDE, None)
-        self._peak_by_category: dict[Category, int] | None = {}
+        self._peak_by_owner: dict[Owner, int] | None = {}
         """None while the peak is what is held now."""
 
     @classmethod
@@ -180,13 +186,13 @@ class Account(TorchDispatchMode):
         """Say what a storage is for, that was allocated as something else."""
         held = self.held[tensor.untyped_storage()._cdata]
         self._settle_peak()
-        self._by_category[held.category] -= held.num_bytes
-        self._by_category[category] += held.num_bytes
-        held.category = category
+        self._by_owner[held.owner] -= held.num_bytes
+        held.owner = Owner(category, held.owner.module)
+        self._by_owner[held.owner] += held.num_bytes
 
     def start_peak(self) -> None:
         """Look for the peak, and keep the timeline, from here on."""
-        self._peak_bytes, self._peak_by_category = self.total_bytes, None
+        self._peak_bytes, self._peak_by_owner = self.total_bytes, None
         self._peak_spot = self.places.spot()
         self.peak_bytes_by_phase.clear()
         self.timeline = array("q")
@@ -197,7 +203,7 @@ class Account(TorchDispatchMode):
         self._settle_peak()
         return Peak(
             num_bytes=self._peak_bytes,
-            by_category=dict(self._peak_by_category or {}),
+            by_owner=dict(self._peak_by_owner or {}),
             phase=self._peak_spot.phase,
             module=self.places.module(self._peak_spot),
         )
@@ -205,7 +211,7 @@ class Account(TorchDispatchMode):
     @property
     def bytes_by_category(self) -> dict[Category, int]:
         """What is held now."""
-        return {category: num_bytes for category, num_bytes in self._by_category.items() if num_bytes}
+        return bytes_by_category(self._by_owner)
 
     def _learn(self, func: Any) -> tuple[Role, FlopFormula | None]:
         """What an operator does, from its schema."""
@@ -225,43 +231,62 @@ class Account(TorchDispatchMode):
         if key in self.held:
             return
         num_bytes = _rounded(storage.nbytes())
-        category = self._category or _CATEGORY_OF[spot.phase]
         reference = weakref.ref(storage, partial(self._release, key))
-        self.held[key] = Held(num_bytes, category, spot, reference)
-        self._grow(category, num_bytes, spot)
+        held = self.held[key] = Held(0, self._owner(spot), reference)
+        self._grow(held, num_bytes, spot)
 
-    def _grow(self, category: Category, num_bytes: int, spot: Spot) -> None:
-        if num_bytes < 0:
-            self._settle_peak()
-        self._by_category[category] += num_bytes
+    def _owner(self, spot: Spot) -> Owner:
+        return Owner(self._category or _CATEGORY_OF[spot.phase], self.places.module(spot))
+
+    def _shrink(self, held: Held, num_bytes: int) -> None:
+        self._settle_peak()
+        held.num_bytes -= num_bytes
+        self._by_owner[held.owner] -= num_bytes
+        self.total_bytes -= num_bytes
+
+    def _grow(self, held: Held, num_bytes: int, spot: Spot) -> None:
+        held.num_bytes += num_bytes
+        self._by_owner[held.owner] += num_bytes
         self.total_bytes += num_bytes
         if self.total_bytes > self.peak_bytes_by_phase[spot.phase]:
             self.peak_bytes_by_phase[spot.phase] = self.total_bytes
         if self.total_bytes > self._peak_bytes:
-            self._peak_bytes, self._peak_spot, self._peak_by_category = self.total_bytes, spot, None
+            self._peak_bytes, self._peak_spot, self._peak_by_owner = self.total_bytes, spot, None
 
     def _release(self, key: int, reference: object) -> None:
         held = self.held.pop(key)
-        self._grow(held.category, -held.num_bytes, held.spot)
+        self._shrink(held, held.num_bytes)
 
     def _resized(self, storage: Any) -> None:
         held = self.held.get(storage._cdata)
         if held is None:
             return
-        spot = self.places.spot()
-        if held.num_bytes == 0 and held.category in _MOVING:
-            held.category, held.spot = self._category or _CATEGORY_OF[spot.phase], spot
         change = _rounded(storage.nbytes()) - held.num_bytes
-        held.num_bytes += change
-        self._grow(held.category, change, spot)
+        if change < 0:
+            self._shrink(held, -change)
+            return
+        spot = self.places.spot()
+        if held.num_bytes == 0 and held.owner.category in _MOVING:
+            held.owner = self._owner(spot)
+        self._grow(held, change, spot)
 
     def _settle_peak(self) -> None:
         """Note what the peak is made of before it is left."""
-        if self._peak_by_category is None:
-            self._peak_by_category = self.bytes_by_category
+        if self._peak_by_owner is None:
+            self._peak_by_owner = {
+                owner: num_bytes for owner, num_bytes in self._by_owner.items() if num_bytes
+            }
 
 
 _MOVING = frozenset({Category.ACTIVATIONS, Category.RECOMPUTED, Category.BACKWARD})
+
+
+def bytes_by_category(by_owner: Mapping[Owner, int]) -> dict[Category, int]:
+    """Added up by what they are for, without what is zero."""
+    total: dict[Category, int] = defaultdict(int)
+    for owner, num_bytes in by_owner.items():
+        total[owner.category] += num_bytes
+    return {category: num_bytes for category, num_bytes in total.items() if num_bytes}
 
 
 def _on_device(values: Any) -> list[Tensor]:

@@ -19,11 +19,12 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
-from moe_bench.harness.dryrun.accounting import Account, Category
+from moe_bench.harness.dryrun.accounting import Account, Category, bytes_by_category
 from moe_bench.harness.dryrun.findings import Findings
 from moe_bench.harness.dryrun.meta_device import META, has_values, meta_device
 from moe_bench.harness.dryrun.outcome import (
     FlopsLine,
+    HeldLine,
     MemoryPeak,
     RankDryRun,
     StandInUse,
@@ -222,7 +223,13 @@ def _stepped(
         num_expert_params=expert,
         peak=MemoryPeak(
             num_bytes=peak.num_bytes,
-            bytes_by_category={category.value: size for category, size in peak.by_category.items()},
+            bytes_by_category={
+                category.value: size for category, size in bytes_by_category(peak.by_owner).items()
+            },
+            bytes_by_owner=tuple(
+                HeldLine(category=owner.category.value, module=owner.module, num_bytes=size)
+                for owner, size in sorted(peak.by_owner.items())
+            ),
             bytes_by_phase={phase.value: size for phase, size in account.peak_bytes_by_phase.items()},
             phase=peak.phase.value,
             module=peak.module,

@@ -9,11 +9,21 @@ from moe_bench.spec.scale import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldLine:
+    """What was held at the peak for one purpose and taken while one module ran."""
+
+    category: str
+    module: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPeak:
     """The most device memory that live tensors held at once."""
 
     num_bytes: int
     bytes_by_category: Mapping[str, int]
+    bytes_by_owner: tuple[HeldLine, ...]
     phase: str
     module: str
     """Module that ran when the peak was reached, `decoder.17.mlp.experts`; `-` outside of the model."""
