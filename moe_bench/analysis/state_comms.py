@@ -158,6 +158,8 @@ def _finalize_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[P
         for tensor in chunk_tensors(recipe, chunk)
         if tensor.sums_over_tensor
     )
+    if parallel.data_sharding == "megatron_fsdp":
+        summed //= parallel.dense_shards  # the mean: a rank sums what its shard holds, which may be nothing
     what = "norms, routers and repeated projections"
     yield Phase.FINALIZE, Call(REDUCE, Group.TENSOR, gradient_bytes(recipe) * summed, what)
     ranks = embedding_pipeline_ranks(
