@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch.overrides import TorchFunctionMode
 
 from moe_bench.harness.host_device import cuda_substitutions, is_cuda
@@ -31,8 +33,22 @@ def meta_device() -> Iterator[None]:
             stack.enter_context(substituted(substitution))
         # Functions that were compiled when Megatron-Core was imported run as they are written.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_own_loss_scales())
         stack.enter_context(CudaMeansMeta())
         yield
+
+
+@contextlib.contextmanager
+def _own_loss_scales() -> Iterator[None]:
+    """Megatron-Core keeps the scales of auxiliary losses on classes, where they would stay without values."""
+    scalers = (MoEAuxLossAutoScaler, MTPLossAutoScaler)
+    before = [scaler.main_loss_backward_scale for scaler in scalers]
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # a new one is made where the loss is
+    try:
+        yield
+    finally:
+        for scaler, scale in zip(scalers, before, strict=True):
+            scaler.main_loss_backward_scale = scale
 
 
 def has_values(tensor: torch.Tensor) -> bool:
