@@ -36,6 +36,7 @@ _DTYPE_FIELDS = frozenset(
         "params_dtype",
         "pipeline_dtype",
         "main_grads_dtype",
+        "megatron_fsdp_main_grads_dtype",
         "main_params_dtype",
         "exp_avg_dtype",
         "exp_avg_sq_dtype",

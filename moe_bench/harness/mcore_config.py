@@ -389,6 +389,7 @@ def _ddp(recipe: Recipe) -> Arguments:
         "num_distributed_optimizer_instances": parallel.num_optimizer_instances,
         "use_megatron_fsdp": is_fsdp,
         "data_parallel_sharding_strategy": parallel.fsdp_strategy if is_fsdp else "no_shard",
+        "megatron_fsdp_main_grads_dtype": recipe.optimizer.gradient_dtype,  # by default that of the weights
         "fp8_param_gather": low is not None and low.param_gather and recipe.precision != "nvfp4",
         "fp4_param_gather": low is not None and low.param_gather and recipe.precision == "nvfp4",
         "reuse_grad_buf_for_mxfp8_param_ag": low is not None and low.reuse_grad_buffer,

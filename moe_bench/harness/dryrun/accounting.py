@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_bench.harness.dryrun.operator_flops import FlopFormula, FlopKind, flop_formulas
@@ -132,9 +133,17 @@ class Account(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operator and count it."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            # It comes again for the part that this rank holds.
+            return NotImplemented
+        # The device mode would redirect what has arrived at its device, and say that it is not meta.
         with torch._C.DisableTorchFunction():  # type: ignore[no-untyped-call]
             return self._counted(func, args, kwargs)
 
@@ -266,8 +275,11 @@ class Account(TorchDispatchMode):
             self._shrink(held, -change)
             return
         spot = self.places.spot()
-        if held.num_bytes == 0 and held.owner.category in _MOVING:
-            held.owner = self._owner(spot)
+        if held.num_bytes == 0:
+            owner = self._owner(spot)
+            # Megatron-FSDP makes its buffers for gathered weights once, and fills and empties them in turn.
+            is_reused = held.owner.category not in _MOVING
+            held.owner = Owner(Category.SYNC, owner.module) if is_reused else owner
         self._grow(held, change, spot)
 
     def _settle_peak(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from torch.distributed.tensor import DTensor
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.batches import MicroBatch
@@ -85,7 +86,7 @@ def dry_run_rank(
     num_run = num_micro_batches or num_micro_batches_to_run(recipe)
     with _stage(recipe, rank, watch, counts) as used:
         built = _built(recipe, watch)
-        _make_optimizer_states(built, watch)
+        _make_optimizer_states(recipe, built, watch)
         return _stepped(recipe, rank, built, watch, used, num_run=num_run)
 
 
@@ -190,13 +191,32 @@ def _sharded_buffers(chunk: FullyShardedDataParallel) -> Iterator[tuple[torch.Te
                 yield buffer.data, category
 
 
-def _make_optimizer_states(built: Training, watch: _Watch) -> None:
-    """Let the optimizer take a step first, as the moments are made in the first one."""
-    with watch.account.holding(Category.OPTIMIZER):
-        for chunk in built.chunks:
-            chunk.zero_grad_buffer()
-        built.optimizer.step()
-        built.optimizer.zero_grad()
+def _make_optimizer_states(recipe: Recipe, built: Training, watch: _Watch) -> None:
+    """Let the optimizer take a step first, as the moments are made in the first one.
+
+    Megatron-FSDP hands over gradients only after a backward pass; it gets one micro batch.
+    """
+    with watch.places.during(Phase.FORWARD):
+        if recipe.parallel.data_sharding == "megatron_fsdp":
+            train_step(built, _micro_batches(recipe)[:1])
+        else:
+            for chunk in built.chunks:
+                chunk.zero_grad_buffer()
+            built.optimizer.step()
+            built.optimizer.zero_grad()
+    for state in _optimizer_states(built):
+        watch.account.assign(state, Category.OPTIMIZER)
+
+
+def _optimizer_states(built: Training) -> Iterator[torch.Tensor]:
+    """Moments and FP32 weights inside the optimizers, on the device."""
+    optimizer = built.optimizer
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            for value in state.values():
+                tensor = value.to_local() if isinstance(value, DTensor) else value
+                if isinstance(tensor, torch.Tensor) and not has_values(tensor):
+                    yield tensor
 
 
 def _stepped(

@@ -35,10 +35,14 @@ def token_counts(counts: SenderCounts | None) -> Iterator[None]:
         yield
 
 
-def balanced_counts(*, num_tokens: int, num_experts: int, top_k: int) -> tuple[int, ...]:
-    """Tokens for each expert when a sender's `num_tokens` choose `top_k` experts in turn."""
+def balanced_counts(*, num_tokens: int, num_experts: int, top_k: int, sender: int) -> tuple[int, ...]:
+    """Tokens for each expert when a sender's `num_tokens` choose `top_k` experts in turn.
+
+    Each sender goes on where the one before it ended, so that what the experts receive is even as well.
+    """
     each, remainder = divmod(num_tokens * top_k, num_experts)
-    return tuple(each + (expert < remainder) for expert in range(num_experts))
+    first = sender * remainder
+    return tuple(each + ((expert - first) % num_experts < remainder) for expert in range(num_experts))
 
 
 def host_routing_map(counts: Sequence[int], *, num_tokens: int) -> torch.Tensor:
@@ -84,7 +88,10 @@ def _senders(dispatcher: Any, counts: SenderCounts | None, *, num_tokens: int) -
     config, num_ranks = dispatcher.config, dispatcher.tp_ep_group.size()
     num_experts, top_k = config.num_moe_experts, config.moe_router_topk
     if counts is None:
-        senders = [balanced_counts(num_tokens=num_tokens, num_experts=num_experts, top_k=top_k)] * num_ranks
+        senders = [
+            balanced_counts(num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, sender=sender)
+            for sender in range(num_ranks)
+        ]
     else:
         senders = [tuple(row) for row in counts]
         _require_counts(senders, num_ranks=num_ranks, num_experts=num_experts, num_choices=num_tokens * top_k)

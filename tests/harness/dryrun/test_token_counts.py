@@ -14,11 +14,22 @@ from tests.harness.dryrun.conftest import toy
 EP4 = {"num_gpus": 4, "expert": 4}
 
 
-@given(num_tokens=st.integers(1, 500), num_experts=st.integers(1, 64), top_k=st.integers(1, 8))
-def test_balanced_counts_differ_by_one_at_most(num_tokens: int, num_experts: int, top_k: int) -> None:
-    counts = balanced_counts(num_tokens=num_tokens, num_experts=num_experts, top_k=top_k)
-    assert sum(counts) == num_tokens * top_k
-    assert max(counts) - min(counts) <= 1
+@given(
+    num_tokens=st.integers(1, 500),
+    num_experts=st.integers(1, 64),
+    top_k=st.integers(1, 8),
+    num_senders=st.integers(1, 16),
+)
+def test_balanced_counts_differ_by_one_at_most_for_sender_and_for_all(
+    num_tokens: int, num_experts: int, top_k: int, num_senders: int
+) -> None:
+    senders = [
+        balanced_counts(num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, sender=sender)
+        for sender in range(num_senders)
+    ]
+    for counts in (*senders, tuple(map(sum, zip(*senders, strict=True)))):
+        assert max(counts) - min(counts) <= 1
+    assert {sum(counts) for counts in senders} == {num_tokens * top_k}
 
 
 def test_a_map_has_the_counts_as_column_sums_and_every_token_as_often() -> None:
