@@ -48,8 +48,8 @@ What is not equal, and why:
 - With Megatron-FSDP weights are gathered for both passes of every micro batch and gradients reduced after
   each, with rows padded to the ranks; the closed form counts neither.
 - *rest* is lower in the closed form. It leaves out the copy of the logits that Transformer Engine 2.20.2's
-  loss keeps (2.16.0's keeps none), the weight gradient of the product whose backward pass runs, what biases of
-  experts keep, what pipeline neighbours have sent, and what modules and the dispatcher hold past its use.
+  loss keeps (2.16.0's keeps none), the weight gradient of the product whose backward pass runs, what biases
+  of experts keep, what pipeline neighbours have sent, and what is held past its use.
 
 | recipe | stage | parameters | traffic | FLOPs | states | rest | peak | peak at |
 |---|---|---|---|---|---|---|---|---|"""
