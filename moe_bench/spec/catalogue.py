@@ -43,7 +43,7 @@ def find_recipe(name: str, loader: Loader) -> Path:
     if "/" in name and direct.is_file():
         return direct
     if (loader.root / name / "model.yaml").is_file():
-        return loader.root / name / f"{loader.model(name).default_run}.yaml"
+        return loader.root / name / f"{loader.default_run(name)}.yaml"
     known = [path.parent.name for path in loader.root.glob("*/model.yaml")]
     known += [f"{path.parent.name}/{path.stem}" for path in recipe_paths(loader.root)]
     raise UnknownNameError("recipe", name, sorted(known))

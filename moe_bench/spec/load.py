@@ -38,6 +38,11 @@ class Loader:
         tree = self._model_tree(key, beside=None)
         return validated(tree, ModelSpec)
 
+    def default_run(self, key: str) -> str:
+        """Run that the bare name of a model stands for, read without compiling the schema of models."""
+        named = self._model_tree(key, beside=None).nearest(("default_run",)).value
+        return named if isinstance(named, str) else self.model(key).default_run
+
     def system(self, key: str) -> SystemSpec:
         """The system in `recipes/systems/<key>.yaml`."""
         return validated(self._system_tree(key), SystemSpec)
