@@ -7,8 +7,8 @@ from importlib import metadata
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.mcore_config import MegatronArguments
+from moe_bench.harness.mcore_fields import SUPPORTED_MEGATRON_CORE
 
-SUPPORTED_MEGATRON = "0.19"
 _FLEX_PACKAGES = {"deepep": "deep_ep", "hybridep": "deep_ep", "ncclep": "transformer_engine"}
 """Package that each backend of the flex dispatcher imports (transformer/moe/fused_a2a.py:11, :271, :610)."""
 
@@ -47,9 +47,10 @@ def require_runnable(arguments: MegatronArguments) -> None:
 
 def _require_versions() -> None:
     version = metadata.version("megatron-core")
-    if version.split(".")[:2] != SUPPORTED_MEGATRON.split("."):
+    if version.split(".")[:2] != SUPPORTED_MEGATRON_CORE.split("."):
         raise MissingRequirementError(
-            f"megatron-core {version} is installed; this version of moe_bench speaks {SUPPORTED_MEGATRON}.x"
+            f"megatron-core {version} is installed; "
+            f"this version of moe_bench speaks {SUPPORTED_MEGATRON_CORE}.x"
         )
 
 

@@ -84,7 +84,7 @@ def published_line(row: PublishedRow, model: ModelSpec | None) -> Line:
     }
 
 
-def row_layout(row: PublishedRow) -> str:
+def row_sizes(row: PublishedRow) -> str:
     """Printed parallel sizes above one, as `TP2 PP8 VPP4 EP32`."""
     sizes = (
         ("TP", row.tp),
@@ -94,8 +94,12 @@ def row_layout(row: PublishedRow) -> str:
         ("EP", row.ep),
         ("ETP", row.etp),
     )
-    label = " ".join(f"{name}{size}" for name, size in sizes if size is not None and size > 1)
-    return label + (f" {row.sharding.upper()}" if row.sharding in ("fsdp", "fsdp2") else "")
+    return " ".join(f"{name}{size}" for name, size in sizes if size is not None and size > 1)
+
+
+def row_layout(row: PublishedRow) -> str:
+    """Printed parallel sizes, and FSDP where the row says so."""
+    return row_sizes(row) + (f" {row.sharding.upper()}" if row.sharding in ("fsdp", "fsdp2") else "")
 
 
 def published_view(lines: Iterable[Line]) -> RenderableType:

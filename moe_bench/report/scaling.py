@@ -12,6 +12,7 @@ from operator import attrgetter
 
 from moe_bench.analysis.equivalence import ratio_between
 from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
+from moe_bench.report.published import row_sizes
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.results.likeness import RunSet, is_covered, run_sets
 from moe_bench.results.published import PublishedRow, model_key
@@ -201,22 +202,10 @@ def _row_point(row: PublishedRow, model: ModelSpec | None) -> ScalingPoint | Non
         label=row.id,
         num_gpus=row.num_gpus,
         global_batch_size=row.gbs,
-        layout=_row_layout(row),
+        layout=row_sizes(row),
         tokens_per_s_per_gpu=ours.tokens_per_s_per_gpu,
         remark="" if ours.basis in (Basis.PRINTED, Basis.STEP_TIME) else f"from {ours.basis}",
     )
-
-
-def _row_layout(row: PublishedRow) -> str:
-    sizes = (
-        ("TP", row.tp),
-        ("PP", row.pp),
-        ("VPP", row.vpp),
-        ("CP", row.cp),
-        ("EP", row.ep),
-        ("ETP", row.etp),
-    )
-    return " ".join(f"{name}{size}" for name, size in sizes if size is not None and size > 1)
 
 
 def curves(points: Iterable[ScalingPoint]) -> tuple[Curve, ...]:

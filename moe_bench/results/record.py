@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from moe_bench.analysis.stats import slowest_ranks
 from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
 from moe_bench.spec.scale import Plan
 
@@ -119,7 +120,7 @@ class Record(Spec):
 
     def slowest_step_times_s(self) -> tuple[float, ...]:
         """Time of each timed step: that of its slowest rank, for the step ends when the last one does."""
-        return tuple(max(times) for times in zip(*self.samples.step_times_s, strict=True))
+        return tuple(step.step_time_s for step in slowest_ranks(self.samples.step_times_s))
 
     def slowest_rank(self) -> NonNegativeInt:
         """The rank with the largest total time over the timed steps."""
