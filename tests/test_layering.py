@@ -62,7 +62,7 @@ def test_a_module_imports_only_from_its_own_layer_or_below(path: Path) -> None:
         "moe_bench.harness.mcore_config",
         "moe_bench.harness.mcore_fields",
         "moe_bench.launch.submit",
-        "moe_bench.report.metrics",
+        "moe_bench.results.metrics",
         "moe_bench.spec.check",
         "moe_bench.cli",
     ],

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bench.analysis.flops import FlopsCounting, defines, step_flops_by_part
-from moe_bench.report.metrics import COUNTING
 from moe_bench.results.flops_convention import CONVENTIONS, FlopsConvention
+from moe_bench.results.metrics import COUNTING
 from moe_bench.spec.recipe import Recipe
 
 AUDITED = (

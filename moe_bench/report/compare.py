@@ -18,7 +18,6 @@ from moe_bench.analysis.equivalence import (
     runs_to_decide,
 )
 from moe_bench.errors import BadInputError
-from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu, run_metrics
 from moe_bench.results.likeness import (
     RunSet,
     Unlike,
@@ -28,6 +27,7 @@ from moe_bench.results.likeness import (
     require_known,
     run_sets,
 )
+from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu, run_metrics
 from moe_bench.results.record import Record
 
 MAX_SOFTWARE_SHOWN = 6

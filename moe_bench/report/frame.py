@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.table import Table
 
-from moe_bench.report.metrics import run_metrics
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB
 from moe_bench.report.tables import TFLOPS
+from moe_bench.results.metrics import run_metrics
 from moe_bench.results.record import Record
 
 COLUMNS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_bench.analysis.equivalence import ratio_to_value
-from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
+from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
 from moe_bench.results.record import Record
 
 

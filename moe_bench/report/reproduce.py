@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moe_bench.analysis.equivalence import Claim, RatioInterval, claim, ratio_to_value, runs_to_decide
-from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu, run_metrics
 from moe_bench.results.contradictions import TOLERANCE_FRACTION
 from moe_bench.results.likeness import RunSet, run_sets
+from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu, run_metrics
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised

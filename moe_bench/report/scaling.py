@@ -11,10 +11,10 @@ from itertools import groupby
 from operator import attrgetter
 
 from moe_bench.analysis.equivalence import ratio_between
-from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
 from moe_bench.report.published import row_sizes
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.results.likeness import RunSet, is_covered, run_sets
+from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
 from moe_bench.results.published import PublishedRow, model_key
 from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised

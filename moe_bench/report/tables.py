@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_bench.report.metrics import COUNTING, RunMetrics, run_metrics
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB, substitution_table
+from moe_bench.results.metrics import COUNTING, RunMetrics, run_metrics
 from moe_bench.results.record import Record
 
 TFLOPS = 1e12

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from moe_bench.report.html.page import render_page
-from moe_bench.report.metrics import run_metrics
+from moe_bench.results.metrics import run_metrics
 from tests.report.pages import QWEN, expected_marks, full_page
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 
 from moe_bench.cli import main
 from moe_bench.report.html.page import ReportData, render_page
-from moe_bench.report.metrics import run_metrics
+from moe_bench.results.metrics import run_metrics
 from moe_bench.results.published import load_rows, row_by_id
 from moe_bench.results.store import write_record
 from moe_bench.spec.catalogue import data_root

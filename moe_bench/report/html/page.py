@@ -22,11 +22,11 @@ from moe_bench.report.html.run_charts import (
 )
 from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.html.throughput_chart import Line, throughput_chart, throughput_lines
-from moe_bench.report.metrics import run_metrics
 from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
 from moe_bench.report.scaling import Curve, ScalingPoint, scaling_of
 from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
+from moe_bench.results.metrics import run_metrics
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
 from moe_bench.spec.recipe import Difference, Recipe

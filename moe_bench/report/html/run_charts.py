@@ -19,7 +19,7 @@ from moe_bench.report.html.chart import (
     Stroke,
     legend_of,
 )
-from moe_bench.report.metrics import RunMetrics, run_metrics
+from moe_bench.results.metrics import RunMetrics, run_metrics
 from moe_bench.results.record import Record
 
 HEIGHT_PX = 220

@@ -19,9 +19,9 @@ from moe_bench.report.html.chart import (
     Stroke,
     legend_of,
 )
-from moe_bench.report.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
 from moe_bench.report.scaling import Kind, ScalingPoint, Subject, recipe_subject
 from moe_bench.results.likeness import run_sets
+from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
 from moe_bench.results.published import PublishedRow, model_key
 from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_bench.analysis.flops import forward_flops_by_part, step_flops
-from moe_bench.report.metrics import COUNTING, gpu_s_per_token, run_metrics
+from moe_bench.results.metrics import COUNTING, gpu_s_per_token, run_metrics
 from tests.results.records import RECIPE, full, one_rank, record, smoke
 
 
