@@ -12,7 +12,7 @@ from moe_bench.results.record import Record
 Facts = Mapping[str, str]
 """What two runs must have in common, by dotted name; `dispatch.dispatcher` is a field of the recipe."""
 
-_NAMES_ONLY = {"variant", "reproduces", "differences"}
+_NAMES_ONLY = {"variant", "reproduces", "differences", "origin"}
 """Parts of a recipe that say what it is called and where it comes from, and change nothing that runs."""
 _DESCRIPTIONS = {"display_name", "hf_id", "default_run", "published", "sources", "max_position_embeddings"}
 """The same for models and systems."""

@@ -53,6 +53,15 @@ class Difference(Spec):
     why: Text
 
 
+class Origin(Spec):
+    """The recipe that this one was computed from, and how (moe_bench/spec/family.py)."""
+
+    recipe: Text
+    scaling: Literal["weak", "strong"]
+    changes: tuple[Text, ...] = ()
+    """`key=value` changes that were made to that recipe before it was scaled."""
+
+
 class LowPrecision(Spec):
     """Options of FP8 and FP4 training beyond the recipe's `precision`."""
 
@@ -217,6 +226,8 @@ class Recipe(Spec):
     reproduces: Text | None = None
     """Id of the published row that this recipe copies."""
     differences: tuple[Difference, ...] = ()
+    origin: Origin | None = None
+    """Set in recipes that were computed from another one; null where people wrote it."""
     seq_len: PositiveInt
     global_batch_size: PositiveInt
     """Sequences per optimizer step."""

@@ -142,7 +142,7 @@ _NODE_REASONS = {
     "env": "as many ranks as the expert group has",
 }
 
-_NOT_COMPARED = ("reproduces", "differences", "variant")
+_NOT_COMPARED = ("reproduces", "differences", "variant", "origin")
 
 
 def differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Iterator[Substitution]:

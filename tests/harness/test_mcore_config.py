@@ -34,6 +34,7 @@ NOT_ARGUMENTS = {
     "variant": "part of the file name",
     "reproduces": "names a published row",
     "differences": "explains departures from that row",
+    "origin": "names the recipe that this one was computed from",
     "container": "the launch line names the image (tests/launch/test_slurm.py)",
     "model.key": "file name",
     "model.display_name": "for tables",
