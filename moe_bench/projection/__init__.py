@@ -1,0 +1,1 @@
+"""Step time, memory and scaling of a recipe before anyone pays for the cluster."""
