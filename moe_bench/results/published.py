@@ -9,7 +9,7 @@ from typing import Literal
 from moe_bench.results.flops_convention import FlopsConvention
 from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.load import UnknownNameError, validated
-from moe_bench.spec.yaml_tree import read_yaml
+from moe_bench.spec.yaml_tree import Node, read_yaml
 
 Kind = Literal[
     "pretrain",
@@ -286,5 +286,10 @@ def row_by_id(folder: Path, row_id: str) -> PublishedRow:
 _ID_LINE = re.compile(r"^- id: (\S+)$", flags=re.MULTILINE)
 
 
+def published_rows(tree: Node) -> tuple[PublishedRow, ...]:
+    """The rows of a file in the project's schema; RecipeError names every mistake in it."""
+    return validated(tree, _RowFile).rows
+
+
 def _read(path: Path) -> tuple[PublishedRow, ...]:
-    return validated(read_yaml(path, shown_as=path.name), _RowFile).rows
+    return published_rows(read_yaml(path, shown_as=path.name))

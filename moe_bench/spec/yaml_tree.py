@@ -61,17 +61,29 @@ class Node:
 
 def read_yaml(path: Path, *, shown_as: str) -> Node:
     """The tree of the YAML mapping in `path`; RecipeError for broken YAML and for repeated keys."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(
-            (_whole_file(shown_as, f"cannot be read ({error.strerror})", "check the path"),)
-        ) from error
-    return parse_yaml(text, shown_as=shown_as)
+    return parse_yaml(_text_of(path, shown_as), shown_as=shown_as)
+
+
+def read_yaml_list_or_mapping(path: Path, *, shown_as: str) -> Node:
+    """As `read_yaml`, for a file that may hold a list."""
+    return _parsed(_text_of(path, shown_as), (yaml.MappingNode, yaml.SequenceNode), shown_as=shown_as)
 
 
 def parse_yaml(text: str, *, shown_as: str) -> Node:
     """As `read_yaml`, for text that is already here."""
+    return _parsed(text, (yaml.MappingNode,), shown_as=shown_as)
+
+
+def _text_of(path: Path, shown_as: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            (_whole_file(shown_as, f"cannot be read ({error.strerror})", "check the path"),)
+        ) from error
+
+
+def _parsed(text: str, roots: tuple[type[yaml.Node], ...], *, shown_as: str) -> Node:
     try:
         root = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
@@ -80,7 +92,7 @@ def parse_yaml(text: str, *, shown_as: str) -> Node:
         raise RecipeError(
             (Mistake(file=shown_as, line=line, key="-", problem=problem, fix="mend the syntax"),)
         ) from error
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(root, roots):
         raise RecipeError((_whole_file(shown_as, "is not a mapping", "write `key: value` lines"),))
     mistakes: list[Mistake] = []
     tree = _convert(root, shown_as, (), mistakes)
