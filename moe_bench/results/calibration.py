@@ -6,15 +6,14 @@ seconds of every operation, shape and dtype. Rates are computed on read from the
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from moe_bench.errors import BadInputError
 from moe_bench.results.record import GitState, GpuFacts
+from moe_bench.results.versioned import read_versioned
 from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 
 SCHEMA_VERSION = 1
@@ -216,21 +215,5 @@ class Calibration(Spec):
 
 
 def read_calibration(path: Path) -> Calibration:
-    """The measurements in `path`; BadInputError names the file, the field and what is wrong with it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        version = json.loads(text)["schema_version"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise BadInputError(
-            f"{path}: not a calibration file ({type(error).__name__}: {error}); remove it or name another"
-        ) from error
-    if version != SCHEMA_VERSION:
-        raise BadInputError(
-            f"{path}: schema_version: {version}, {SCHEMA_VERSION} is read here; use the release that wrote it"
-        )
-    try:
-        return Calibration.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(element) for element in first["loc"])
-        raise BadInputError(f"{path}: {field}: {first['msg']}; the file was changed or cut short") from error
+    """The measurements in `path`; RecordError names the file, the field and what is wrong with it."""
+    return read_versioned(path, Calibration, what="calibration file", version=SCHEMA_VERSION)

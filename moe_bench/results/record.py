@@ -21,6 +21,11 @@ class GitState(Spec):
     branch: str | None
     is_dirty: bool | None
 
+    @property
+    def short_name(self) -> str:
+        """`0123abcd`, `0123abcd-dirty`, or `nocommit`: part of a record's file name."""
+        return (self.commit or "nocommit")[:8] + ("-dirty" if self.is_dirty else "")
+
 
 class GpuFacts(Spec):
     """What one rank's GPU said about itself before the first step."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from moe_bench.errors import BadInputError
 from moe_bench.results.record import SCHEMA_VERSION, Record
+from moe_bench.results.versioned import parse_versioned, read_versioned
 from moe_bench.spec.scale import Plan
 
 CALIBRATION_FOLDER = "calibration"
 """Folder beside the models' that holds measurements of single operations (results/calibration.py)."""
-
-
-class RecordError(BadInputError):
-    """A result file that cannot be read, or that would be overwritten."""
+WHAT = "result file"
 
 
 def record_folder(root: Path, plan: Plan) -> Path:
@@ -29,46 +24,72 @@ def record_path(root: Path, record: Record) -> Path:
     """`<root>/<model>/<recipe>[_<scale>]/<start>-<commit>-<job>[-r<repeat>].json`."""
     provenance = record.provenance
     started = provenance.started_at.replace("-", "").replace(":", "").split(".")[0].split("+")[0]
-    commit = (provenance.git.commit or "nocommit")[:8] + ("-dirty" if provenance.git.is_dirty else "")
     repeat = f"-r{provenance.repeat}" if provenance.repeat else ""
-    return record_folder(root, record.plan) / f"{started}Z-{commit}-{provenance.job_id}{repeat}.json"
+    name = f"{started}Z-{provenance.git.short_name}-{provenance.job_id}{repeat}.json"
+    return record_folder(root, record.plan) / name
 
 
 def write_record(root: Path, record: Record) -> Path:
-    """Write `record` to its own new file and return the path; RecordError if the file is there already."""
+    """Write `record` to a new file of its own and return the path.
+
+    A second record of the same name, as two machines make with equal process numbers, gets a number behind it:
+    what was measured is neither overwritten nor dropped. The name is taken first and filled in one step, so
+    whoever reads meanwhile sees an empty file or the whole record.
+    """
     path = record_path(root, record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(record.model_dump_json(indent=1) + "\n")
-    except FileExistsError as error:
-        raise RecordError(f"{path} exists; results are never overwritten; give the job another id") from error
+    path = _taken(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("xb") as file:
+        file.write(record.model_dump_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
     return path
+
+
+def _taken(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that nobody has; an empty file keeps the name."""
+    number, free = 1, path
+    while True:
+        try:
+            free.open("x").close()
+        except FileExistsError:
+            number += 1
+            free = path.with_stem(f"{path.stem}-{number}")
+        else:
+            return free
 
 
 def read_record(path: Path) -> Record:
     """The record in `path`; RecordError names the file and what is wrong with it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        version = json.loads(text).get("schema_version")
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise RecordError(f"{path}: not a result file ({error}); remove it or name another") from error
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"{path}: schema version {version}, {SCHEMA_VERSION} is read here; use the release that wrote it"
-        )
-    try:
-        return Record.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(element) for element in first["loc"])
-        raise RecordError(f"{path}: {place}: {first['msg']}; the file was changed or cut short") from error
+    return read_versioned(path, Record, what=WHAT, version=SCHEMA_VERSION)
+
+
+def parse_record(text: bytes, path: Path) -> Record:
+    """The record in `text`, which was read from `path`; RecordError as above."""
+    return parse_versioned(text, Record, path=path, what=WHAT, version=SCHEMA_VERSION)
+
+
+def record_files(place: Path) -> Iterator[os.DirEntry[str]]:
+    """The JSON files below `place`, in no order.
+
+    Calibrations are passed over, and what begins with a dot: the index, submitted jobs, unfinished records.
+    """
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if entry.name != CALIBRATION_FOLDER:
+                    yield from record_files(Path(entry.path))
+            elif entry.name.endswith(".json"):
+                yield entry
 
 
 def read_records(places: tuple[Path, ...]) -> Iterator[Record]:
-    """The records in files and below folders, in the order of their paths; calibrations are passed over."""
+    """The records in files and below folders, in the order of their paths."""
     for place in places:
-        paths = sorted(place.rglob("*.json")) if place.is_dir() else [place]
+        paths = sorted(Path(entry.path) for entry in record_files(place)) if place.is_dir() else [place]
         for path in paths:
-            if CALIBRATION_FOLDER not in path.relative_to(place).parts:
-                yield read_record(path)
+            yield read_record(path)
