@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_bench.errors import BadInputError, Mistake, RecipeError
-from moe_bench.spec.catalogue import SYSTEMS_FOLDER, find_recipe, recipe_paths
+from moe_bench.spec.catalogue import find_recipe, is_recipe_file, recipe_paths
 from moe_bench.spec.load import Loader, shown
 from moe_bench.spec.scale import Plan
 from moe_bench.spec.yaml_tree import dotted
@@ -104,11 +104,7 @@ def _mistake(path: Path, *, key: str, text: str) -> Mistake:
 
 
 def _recipes_below(folder: Path) -> list[Path]:
-    files = sorted(
-        path
-        for path in folder.rglob("*.yaml")
-        if path.parent.name != SYSTEMS_FOLDER and path.name != "model.yaml"
-    )
+    files = sorted(path for path in folder.rglob("*.yaml") if is_recipe_file(path))
     if not files:
         raise BadInputError(f"{folder}: no recipe in it; name a folder with recipe files")
     return files

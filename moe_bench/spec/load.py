@@ -19,6 +19,9 @@ from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.system import SystemSpec
 from moe_bench.spec.yaml_tree import Node, dotted, parse_value, read_yaml
 
+REFERENCE_MODELS_FOLDER = "reference_models"
+"""Folder of models that have no recipes: one file each, for accounting and projection."""
+
 Rule = Callable[[Recipe], Sequence[Problem]]
 
 
@@ -27,21 +30,28 @@ class Loader:
     """Reads models, systems and recipes below one `recipes/` folder."""
 
     root: Path
-    """The folder that holds `systems/` and one folder per model."""
+    """The folder that holds `systems/`, `reference_models/` and one folder per model with recipes."""
     rules: tuple[Rule, ...] | None = None
     """What a recipe must satisfy beyond its schema; None for the rules of legality."""
     trees: dict[Path, Node] = field(default_factory=dict, repr=False, compare=False)
     """Model and system files read so far: many recipes share them."""
 
     def model(self, key: str) -> ModelSpec:
-        """The model in `recipes/<key>/model.yaml`."""
+        """The model in `recipes/<key>/model.yaml` or `recipes/reference_models/<key>.yaml`."""
         tree = self._model_tree(key, beside=None)
         return validated(tree, ModelSpec)
 
     def default_run(self, key: str) -> str:
         """Run that the bare name of a model stands for, read without compiling the schema of models."""
-        named = self._model_tree(key, beside=None).nearest(("default_run",)).value
-        return named if isinstance(named, str) else self.model(key).default_run
+        tree = self._model_tree(key, beside=None)
+        named = tree.nearest(("default_run",)).value
+        default = named if isinstance(named, str) else self.model(key).default_run
+        if default is not None:
+            return default
+        fix = "write `default_run: <recipe>`, or name a recipe"
+        raise RecipeError(
+            (Mistake(file=tree.file, line=1, key="default_run", problem="the model names none", fix=fix),)
+        )
 
     def system(self, key: str) -> SystemSpec:
         """The system in `recipes/systems/<key>.yaml`."""
@@ -128,14 +138,15 @@ class Loader:
 
     def _model_tree(self, key: str, *, beside: Path | None) -> Node:
         places = [folder / "model.yaml" for folder in (beside, self.root / key) if folder is not None]
+        places.append(self.root / REFERENCE_MODELS_FOLDER / f"{key}.yaml")
         for place in places:
             if place.is_file():
                 tree = self._read_once(place)
                 if tree.nearest(("key",)).value == key:
                     return tree
-        raise UnknownNameError(
-            "model", key, sorted(path.parent.name for path in self.root.glob("*/model.yaml"))
-        )
+        known = [path.parent.name for path in self.root.glob("*/model.yaml")]
+        known += [path.stem for path in self.root.glob(f"{REFERENCE_MODELS_FOLDER}/*.yaml")]
+        raise UnknownNameError("model", key, sorted(known))
 
     def _system_tree(self, key: str) -> Node:
         path = self.root / "systems" / f"{key}.yaml"

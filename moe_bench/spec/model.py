@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moe_bench.errors import BadInputError
 from moe_bench.spec.base import (
     Fraction,
     Key,
@@ -83,12 +84,19 @@ Attention = Annotated[GroupedQueryAttention | MultiLatentAttention, Field(discri
 
 
 class Activation(Spec):
-    """The gated activation between the two projections of an MLP or expert."""
+    """The activation between the projections of an MLP or expert."""
 
-    kind: Literal["swiglu", "clamped_swiglu"]
-    """`clamped_swiglu` (GPT-OSS): x * sigmoid(1.702 x) times the linear part plus an offset, clamped."""
+    kind: Literal["swiglu", "clamped_swiglu", "geglu", "gelu", "squared_relu"]
+    """`clamped_swiglu` (GPT-OSS): x * sigmoid(1.702 x) times the linear part plus an offset, clamped. `gelu`
+    and `squared_relu` (Nemotron) have no gate, so an MLP has two matrices instead of three.
+    """
     clamp_limit: PositiveFloat | None = None
     linear_offset: float = 0.0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether one half of the first projection multiplies the other."""
+        return self.kind not in ("gelu", "squared_relu")
 
 
 class Router(Spec):
@@ -134,11 +142,12 @@ class ModelSpec(Spec):
     """One model: everything that fixes its parameters and its arithmetic."""
 
     key: Key
-    """Name of its folder under `recipes/`."""
+    """Name of its folder under `recipes/`, or of its file under `recipes/reference_models/`."""
     display_name: Text
-    hf_id: Text
-    default_run: Key
-    """Recipe that the bare model name stands for."""
+    hf_id: Text | None = None
+    """Where its weights are, or those whose shape it has; null where none were released."""
+    default_run: Key | None = None
+    """Recipe that the bare model name stands for; null for a reference model, which has none."""
     num_layers: PositiveInt
     hidden_size: PositiveInt
     vocab_size: PositiveInt
@@ -159,6 +168,18 @@ class ModelSpec(Spec):
     init_std: PositiveFloat = 0.02
     published: PublishedSize
     sources: tuple[Text, ...]
+
+    def shortened(self, num_layers: int) -> ModelSpec:
+        """The same model with its first `num_layers` layers only; `published` still counts the whole.
+
+        Raises BadInputError where it has fewer.
+        """
+        if num_layers > self.num_layers:
+            raise BadInputError(
+                f"{self.key} has {self.num_layers} layers, {num_layers} are asked for; name "
+                f"{self.num_layers} or fewer"
+            )
+        return self.model_copy(update={"num_layers": num_layers})
 
     @property
     def num_dense_layers(self) -> int:
