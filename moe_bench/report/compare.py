@@ -27,8 +27,8 @@ from moe_bench.results.likeness import (
     require_known,
     run_sets,
 )
-from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu, run_metrics
-from moe_bench.results.record import Record
+from moe_bench.results.metrics import mean_tokens_per_s_per_gpu
+from moe_bench.results.summary import Run
 
 MAX_SOFTWARE_SHOWN = 6
 
@@ -71,8 +71,8 @@ class Compared:
 
 
 def compare(
-    base: Iterable[Record],
-    new: Iterable[Record],
+    base: Iterable[Run],
+    new: Iterable[Run],
     *,
     vary: Sequence[str] = (),
     band_fraction: float = BAND_FRACTION,
@@ -102,7 +102,7 @@ def compare(
 
 
 def compare_within(
-    records: Iterable[Record], *, vary: Sequence[str], band_fraction: float = BAND_FRACTION
+    runs: Iterable[Run], *, vary: Sequence[str], band_fraction: float = BAND_FRACTION
 ) -> Compared:
     """Compare the sets of one folder that differ in `vary` alone; the first that was started is the base.
 
@@ -110,7 +110,7 @@ def compare_within(
     """
     if not vary:
         raise BadInputError("one folder is compared with itself: name what differs in it with --vary FIELD")
-    sets = _required("BASE", records)
+    sets = _required("BASE", runs)
     require_known(vary, sets[0].facts)
     alike: dict[frozenset[tuple[str, str]], list[RunSet]] = {}
     for one in sets:
@@ -126,8 +126,8 @@ def compare_within(
     return Compared(comparisons=found, only_base=alone, only_new=())
 
 
-def _required(side: str, records: Iterable[Record]) -> tuple[RunSet, ...]:
-    sets = run_sets(records)
+def _required(side: str, runs: Iterable[Run]) -> tuple[RunSet, ...]:
+    sets = run_sets(runs)
     if not sets:
         raise BadInputError(f"{side} holds no records; name record files or folders of them")
     return sets
@@ -175,8 +175,8 @@ def _comparison(old: RunSet, new: RunSet, *, vary: Sequence[str], band_fraction:
 
 def _side(one: RunSet) -> tuple[Side, list[tuple[float, ...]]]:
     """What the table says of one side, and its steady steps in GPU-seconds per token."""
-    runs = [gpu_s_per_token(record) for record in one.records]
-    settled = [run_metrics(record).has_settled for record in one.records]
+    runs = [run.gpu_s_per_token for run in one.runs]
+    settled = [run.metrics.has_settled for run in one.runs]
     return (
         Side(
             num_runs=len(runs),

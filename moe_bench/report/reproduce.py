@@ -9,11 +9,11 @@ from enum import StrEnum
 from moe_bench.analysis.equivalence import Claim, RatioInterval, claim, ratio_to_value, runs_to_decide
 from moe_bench.results.contradictions import TOLERANCE_FRACTION
 from moe_bench.results.likeness import RunSet, run_sets
-from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu, run_metrics
+from moe_bench.results.metrics import mean_tokens_per_s_per_gpu
 from moe_bench.results.published import PublishedRow
-from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised
 from moe_bench.results.row_recipe import disagreements
+from moe_bench.results.summary import Run
 from moe_bench.spec.recipe import Recipe
 
 
@@ -70,7 +70,7 @@ class Reproduction:
 
 
 def reproductions(
-    recipes: Iterable[Recipe], rows: Mapping[str, PublishedRow], records: Iterable[Record]
+    recipes: Iterable[Recipe], rows: Mapping[str, PublishedRow], runs: Iterable[Run]
 ) -> tuple[Reproduction, ...]:
     """Every recipe that names a row, with each set of its runs, newest first; measured ones first.
 
@@ -78,8 +78,8 @@ def reproductions(
     The published number, printed once and without an interval, is taken as exact.
     """
     by_recipe: dict[str, list[RunSet]] = {}
-    for one in run_sets(records):
-        by_recipe.setdefault(one.records[0].plan.asked, []).append(one)
+    for one in run_sets(runs):
+        by_recipe.setdefault(one.runs[0].plan.asked, []).append(one)
     found: list[Reproduction] = []
     for recipe in recipes:
         if recipe.reproduces is None:
@@ -124,8 +124,8 @@ def _not_run(published: Published) -> Reproduction:
 
 
 def _reproduction(published: Published, row: PublishedRow, one: RunSet) -> Reproduction:
-    runs = [gpu_s_per_token(record) for record in one.records]
-    plan = one.records[0].plan
+    runs = [run.gpu_s_per_token for run in one.runs]
+    plan = one.runs[0].plan
     interval = None
     verdict = Verdict.NONE
     because: tuple[str, ...] = (f"{plan.scale} scale is another recipe",)
@@ -149,7 +149,7 @@ def _reproduction(published: Published, row: PublishedRow, one: RunSet) -> Repro
 def _verdict(
     published: Published, row: PublishedRow, one: RunSet, interval: RatioInterval | None
 ) -> tuple[Verdict, tuple[str, ...]]:
-    plan = one.records[0].plan
+    plan = one.runs[0].plan
     differences = [str(difference) for difference in disagreements(row, plan.recipe)]
     if published.basis is Basis.MFU:
         differences.append("the row prints an MFU alone; its throughput rests on an assumed count")
@@ -157,7 +157,7 @@ def _verdict(
         differences.append("the row's throughput and step time contradict each other")
     if differences or plan.modified:
         return Verdict.COMPARABLE, (*plan.modified, *differences)
-    if any(run_metrics(record).has_settled is False for record in one.records):
+    if any(run.metrics.has_settled is False for run in one.runs):
         return Verdict.INCONCLUSIVE, ("the steps drift",)
     verdict = _VERDICTS[claim(interval)]
     if verdict is not Verdict.INCONCLUSIVE:
@@ -167,7 +167,7 @@ def _verdict(
 
 
 def _newest(one: RunSet) -> str:
-    return one.records[-1].provenance.started_at
+    return one.runs[-1].started_at
 
 
 def _rank(one: Reproduction) -> int:

@@ -14,11 +14,11 @@ from moe_bench.analysis.equivalence import ratio_between
 from moe_bench.report.published import row_sizes
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.results.likeness import RunSet, is_covered, run_sets
-from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
+from moe_bench.results.metrics import mean_tokens_per_s_per_gpu
 from moe_bench.results.published import PublishedRow, model_key
-from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised
 from moe_bench.results.row_recipe import PRECISIONS
+from moe_bench.results.summary import Run
 from moe_bench.spec.load import UnknownNameError
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.recipe import Recipe
@@ -121,7 +121,7 @@ class Scaling:
 
 
 def scaling_of(
-    records: Iterable[Record],
+    records: Iterable[Run],
     rows: Iterable[PublishedRow],
     models: Mapping[str, ModelSpec],
     *,
@@ -141,22 +141,22 @@ def scaling_of(
     return Scaling(curves=curves(points), unscaled=unscaled_families(points))
 
 
-def record_points(records: Iterable[Record]) -> tuple[ScalingPoint, ...]:
+def record_points(records: Iterable[Run]) -> tuple[ScalingPoint, ...]:
     """One point per set of like runs, which are repeats of each other; their geometric mean is its number."""
     return tuple(_run_set_point(one) for one in run_sets(records))
 
 
 def _run_set_point(one: RunSet) -> ScalingPoint:
-    plan = one.records[0].plan
+    plan = one.runs[0].plan
     recipe = plan.recipe
-    runs_s = tuple(gpu_s_per_token(record) for record in one.records)
+    runs_s = tuple(run.gpu_s_per_token for run in one.runs)
     fixed = {fact: text for fact, text in one.facts.items() if not is_covered(fact, _FREE_FACTS)}
     return ScalingPoint(
         kind=Kind.MEASURED,
         subject=recipe_subject(recipe),
         family=json.dumps([fixed, dict(one.software)], sort_keys=True),
         label=one.name,
-        num_gpus=one.records[0].num_ranks,
+        num_gpus=one.runs[0].num_ranks,
         global_batch_size=recipe.global_batch_size,
         layout=layout_label(recipe),
         tokens_per_s_per_gpu=mean_tokens_per_s_per_gpu(runs_s),

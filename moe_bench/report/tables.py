@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB, substitution_table
-from moe_bench.results.metrics import COUNTING, RunMetrics, run_metrics
+from moe_bench.results.metrics import COUNTING, RunMetrics, max_over_mean_load_ratio, run_metrics
 from moe_bench.results.record import Record
 
 TFLOPS = 1e12
@@ -63,7 +63,7 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
         if metrics.mfu_fraction is None
         else f"{metrics.mfu_fraction:.1%}"
     )
-    load = metrics.max_over_mean_load_ratio
+    load = max_over_mean_load_ratio(record)
     energy_j = metrics.energy_per_token_j
     used = samples.implementations
     return [
@@ -146,6 +146,7 @@ def run_json(record: Record, path: Path) -> dict[str, object]:
         "num_ranks": record.num_ranks,
         "is_compute_of_one_rank": record.plan.is_slice,
         **dataclasses.asdict(run_metrics(record)),
+        "max_over_mean_load_ratio": max_over_mean_load_ratio(record),
         "flops_counting": str(COUNTING),
         "substitutions": [row.model_dump() for row in record.plan.substitutions],
         "implementations": record.samples.implementations.model_dump(),

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_bench.errors import BadInputError
-from moe_bench.results.record import Record
+from moe_bench.results.facts import Facts
+from moe_bench.results.summary import Run, RunSummary, summary_of
 
-Facts = Mapping[str, str]
-"""What two runs must have in common, by dotted name; `dispatch.dispatcher` is a field of the recipe."""
-
-_NAMES_ONLY = {"variant", "reproduces", "differences", "origin"}
-"""Parts of a recipe that say what it is called and where it comes from, and change nothing that runs."""
-_DESCRIPTIONS = {"display_name", "hf_id", "default_run", "published", "sources", "max_position_embeddings"}
-"""The same for models and systems."""
 MAX_SHOWN = 8
 
 
@@ -47,7 +41,7 @@ class UnlikeRunsError(BadInputError):
 class RunSet:
     """Runs of one recipe, scale and machine by one version of the software: repeats of each other."""
 
-    records: tuple[Record, ...]
+    runs: tuple[RunSummary, ...]
     facts: Facts
     software: Facts
     """Commit, packages and drivers: not the same in two runs that a gate compares."""
@@ -60,59 +54,23 @@ class RunSet:
     @property
     def full_name(self) -> str:
         """The same with every change that the user made."""
-        return self._named(*self.records[0].plan.modified)
+        return self._named(*self.runs[0].plan.modified)
 
     def _named(self, *changes: str) -> str:
-        plan = self.records[0].plan
+        plan = self.runs[0].plan
         marks = [f"{plan.scale} scale"] if plan.scale != "full" else []
         marks += changes if plan.modified else ()
         return plan.asked + (f" ({', '.join(marks)})" if marks else "")
 
 
-def facts_of(record: Record) -> Facts:
-    """Recipe as run, scale, GPUs and the kernels that ran.
-
-    The way in which FLOPs are counted is not among them: it is the reader's, one for all records.
-    """
-    recipe = record.plan.recipe.model_dump(mode="json", exclude=_NAMES_ONLY)
-    for part in ("model", "system"):
-        recipe[part] = {key: value for key, value in recipe[part].items() if key not in _DESCRIPTIONS}
-    facts = {"scale": str(record.plan.scale), "num_ranks": str(record.num_ranks), **_leaves(recipe)}
-    facts |= _leaves(record.samples.implementations.model_dump(mode="json"), "implementations.")
-    facts["patches"] = ", ".join(record.samples.patches) or "none"
-    gpus = record.provenance.gpus
-    if gpus:
-        for field in ("name", "power_limit_w", "max_sm_clock_hz", "memory_bytes"):
-            facts[f"gpu.{field}"] = " and ".join(sorted({str(getattr(gpu, field)) for gpu in gpus}))
-    else:
-        facts["cpu_model"] = str(record.provenance.cpu_model)
-    return facts
-
-
-def software_of(record: Record) -> Facts:
-    """Commit, packages, drivers and libraries that a record was made with."""
-    provenance = record.provenance
-    drivers = sorted({str(gpu.driver_version) for gpu in provenance.gpus})
-    return {
-        "commit": f"{provenance.git.commit}{' dirty' if provenance.git.is_dirty else ''}",
-        **{f"packages.{name}": version for name, version in provenance.packages.items()},
-        "driver": " and ".join(drivers) or "none",
-        "nccl": str(provenance.nccl_version),
-        "cuda": str(provenance.cuda_version),
-        "python": provenance.python_version,
-        "container": str(provenance.container),
-    }
-
-
-def run_sets(records: Iterable[Record]) -> tuple[RunSet, ...]:
-    """Records that are repeats of each other, put together; sets and repeats in the order of their start."""
-    grouped: dict[tuple[tuple[str, str], ...], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.provenance.started_at):
-        key = (*sorted(facts_of(record).items()), *sorted(software_of(record).items()))
-        grouped.setdefault(key, []).append(record)
+def run_sets(runs: Iterable[Run]) -> tuple[RunSet, ...]:
+    """Runs that are repeats of each other, put together; sets and repeats in the order of their start."""
+    grouped: dict[tuple[tuple[str, str], ...], list[RunSummary]] = {}
+    for run in sorted(map(summary_of, runs), key=lambda run: run.started_at):
+        key = (*sorted(run.facts.items()), *sorted(run.software.items()))
+        grouped.setdefault(key, []).append(run)
     return tuple(
-        RunSet(records=tuple(same), facts=facts_of(same[0]), software=software_of(same[0]))
-        for same in grouped.values()
+        RunSet(runs=tuple(same), facts=same[0].facts, software=same[0].software) for same in grouped.values()
     )
 
 
@@ -141,16 +99,3 @@ def require_known(vary: Iterable[str], facts: Facts) -> None:
             near = difflib.get_close_matches(field, [*facts, *(fact.split(".")[-1] for fact in facts)], n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see a record's `recipe`"
             raise BadInputError(f"--vary {field}: runs have no such field; {hint}")
-
-
-def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Every leaf by its dotted name, as text."""
-    leaves: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            leaves[prefix + key] = ", ".join(map(str, value)) or "none"
-        else:
-            leaves[prefix + key] = "none" if value is None else str(value)
-    return leaves

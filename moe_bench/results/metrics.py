@@ -44,8 +44,6 @@ class RunMetrics:
     slowest_host: str
     energy_per_token_j: float | None
     """Of all GPUs over the timed steps; None where they do not count it."""
-    max_over_mean_load_ratio: float | None
-    """Tokens of the busiest expert over the mean, the worst layer and step; None without experts."""
 
 
 def run_metrics(record: Record) -> RunMetrics:
@@ -88,7 +86,6 @@ def run_metrics(record: Record) -> RunMetrics:
         energy_per_token_j=None
         if samples.energy_j is None
         else sum(samples.energy_j) / (record.tokens_per_step * len(samples.step_times_s[0])),
-        max_over_mean_load_ratio=_worst_load(samples.tokens_per_expert),
     )
 
 
@@ -107,8 +104,15 @@ def mean_tokens_per_s_per_gpu(runs_s: Sequence[Sequence[float]]) -> float:
     return 1 / statistics.geometric_mean([statistics.median(times_s) for times_s in runs_s])
 
 
-def _worst_load(tokens_per_expert: tuple[tuple[tuple[int, ...], ...], ...]) -> float | None:
+def max_over_mean_load_ratio(record: Record) -> float | None:
+    """Tokens of the busiest expert over the mean, the worst layer and step; None without experts."""
     ratios = [
-        max(layer) * len(layer) / sum(layer) for step in tokens_per_expert for layer in step if sum(layer) > 0
+        ratio for step in record.samples.tokens_per_expert if (ratio := step_load_ratio(step)) is not None
     ]
-    return max(ratios) if ratios else None
+    return max(ratios, default=None)
+
+
+def step_load_ratio(layers: Sequence[Sequence[int]]) -> float | None:
+    """The same of one step, `layers[layer][expert]` being tokens; None where no token was routed."""
+    ratios = [max(layer) * len(layer) / sum(layer) for layer in layers if sum(layer) > 0]
+    return max(ratios, default=None)

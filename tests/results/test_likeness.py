@@ -3,14 +3,13 @@
 import pytest
 
 from moe_bench.errors import BadInputError
+from moe_bench.results.facts import facts_of, software_of
 from moe_bench.results.likeness import (
     UnlikeRunsError,
     differences,
-    facts_of,
     is_covered,
     require_known,
     run_sets,
-    software_of,
 )
 from moe_bench.results.record import GpuFacts, Record
 from moe_bench.spec.scale import Plan
@@ -79,8 +78,8 @@ def test_runs_are_repeats_only_of_the_same_recipe_and_the_same_commit() -> None:
         record(changed(seed=1)),
     ]
     sets = run_sets(made)
-    assert sorted(len(one.records) for one in sets) == [1, 1, 2]
-    starts = [one.provenance.started_at for one in next(s for s in sets if len(s.records) == 2).records]
+    assert sorted(len(one.runs) for one in sets) == [1, 1, 2]
+    starts = [one.started_at for one in next(s for s in sets if len(s.runs) == 2).runs]
     assert starts == sorted(starts)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_bench.analysis.flops import forward_flops_by_part, step_flops
-from moe_bench.results.metrics import COUNTING, gpu_s_per_token, run_metrics
+from moe_bench.results.metrics import COUNTING, gpu_s_per_token, max_over_mean_load_ratio, run_metrics
 from tests.results.records import RECIPE, full, one_rank, record, smoke
 
 
@@ -29,7 +29,7 @@ def test_without_a_peak_there_is_no_mfu() -> None:
 
 def test_the_load_ratio_is_that_of_the_worst_layer() -> None:
     # layer 0: 10 and 30 tokens, mean 20; layer 1 is balanced
-    assert run_metrics(record()).max_over_mean_load_ratio == pytest.approx(1.5)
+    assert max_over_mean_load_ratio(record()) == pytest.approx(1.5)
 
 
 def test_memory_and_slowness_name_their_rank() -> None:

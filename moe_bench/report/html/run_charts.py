@@ -19,7 +19,7 @@ from moe_bench.report.html.chart import (
     Stroke,
     legend_of,
 )
-from moe_bench.results.metrics import RunMetrics, run_metrics
+from moe_bench.results.metrics import RunMetrics, run_metrics, step_load_ratio
 from moe_bench.results.record import Record
 
 HEIGHT_PX = 220
@@ -149,11 +149,8 @@ def peak_memory_chart(key: str, record: Record) -> Chart:
 
 def worst_load_ratios(record: Record) -> tuple[float, ...]:
     """Per step the busiest expert's tokens over its layer's mean, in the layer where that is largest."""
-    return tuple(
-        max(max(layer) * len(layer) / sum(layer) for layer in step if sum(layer))
-        for step in record.samples.tokens_per_expert
-        if any(sum(layer) for layer in step)
-    )
+    ratios = map(step_load_ratio, record.samples.tokens_per_expert)
+    return tuple(ratio for ratio in ratios if ratio is not None)
 
 
 def load_chart(key: str, record: Record) -> Chart:

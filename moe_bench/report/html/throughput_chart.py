@@ -21,7 +21,7 @@ from moe_bench.report.html.chart import (
 )
 from moe_bench.report.scaling import Kind, ScalingPoint, Subject, recipe_subject
 from moe_bench.results.likeness import run_sets
-from moe_bench.results.metrics import gpu_s_per_token, mean_tokens_per_s_per_gpu
+from moe_bench.results.metrics import mean_tokens_per_s_per_gpu
 from moe_bench.results.published import PublishedRow, model_key
 from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised
@@ -117,13 +117,13 @@ def _measured(recipe: Recipe, records: Iterable[Record]) -> Iterable[Throughput]
     for one in run_sets(
         record for record in records if (record.plan.asked, record.plan.scale, record.plan.modified) == asked
     ):
-        runs_s = [gpu_s_per_token(record) for record in one.records]
+        runs_s = [run.gpu_s_per_token for run in one.runs]
         mean = mean_tokens_per_s_per_gpu(runs_s)
         ratio = ratio_to_value(runs_s, value_s=1 / mean)
-        num_runs = len(one.records)
+        num_runs = len(one.runs)
         yield Throughput(
             role="measured",
-            label=f"{num_runs} run{'s' if num_runs > 1 else ''} from {one.records[0].provenance.started_at}",
+            label=f"{num_runs} run{'s' if num_runs > 1 else ''} from {one.runs[0].started_at}",
             tokens_per_s_per_gpu=mean,
             low_tokens_per_s=None if ratio is None else mean * ratio.low_ratio,
             high_tokens_per_s=None if ratio is None else mean * ratio.high_ratio,
