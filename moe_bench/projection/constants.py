@@ -1,0 +1,62 @@
+"""The constants of the projection: what separates a kernel alone from the same kernel in a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constants:
+    """Fitted to published steps unless `FIXED` names them; each can be measured on a node."""
+
+    sustained_hopper: float = 0.83
+    """Rate of matrix products in a long step over their burst rate, Hopper: clocks under load."""
+    sustained_blackwell: float = 0.758
+    low_precision_gain: float = 1.15
+    """The same for FP8 and FP4 on top: their tabulated rates include a quantization that is counted apart."""
+    memory_share: float = 0.5
+    """Share of the datasheet's HBM bandwidth that memory-bound kernels of a layer reach."""
+    nic_share: float = 0.87
+    """Share of a NIC's rate that dispatch and combine reach."""
+    launch_s: float = 22e-6
+    """Host time per kernel of a layer, with the framework's and autograd's share."""
+    grace_launch: float = 1.09
+    """The same on a Grace host, relative to x86."""
+    straggler_sigma: float = 0.0127
+    """Spread of step times between ranks: a job waits for the slowest, (1 + s sqrt(2 ln n))."""
+    sustained_attention: float = 0.92
+    nvlink_share: float = 0.70
+    """Of NCCL's collectives: 300 to 335 of 450 GB/s for large messages on an H100 node."""
+    flex_nvlink_share: float = 0.80
+    dp_nic_share: float = 0.85
+    overlap_tax: float = 0.10
+    """Slow-down of computation beside which dispatch and combine run: their SMs, and memory contention."""
+    overlap_leak: float = 0.10
+    """Share of the shorter of the two that stays exposed."""
+    tensor_exposed: float = 0.17
+    """Share of tensor-parallel traffic that Transformer Engine's user buffers leave exposed."""
+    stream_share: float = 0.7
+    """Share of HBM bandwidth of large plain kernels: the optimizer."""
+    host_power: float = 5.0
+    """p of (GPU^p + host^p)^(1/p): near the maximum, with a loss where the two come close."""
+
+    def with_values(self, names: tuple[str, ...], values: tuple[float, ...]) -> Self:
+        """These constants with some replaced."""
+        return replace(self, **dict(zip(names, values, strict=True)))
+
+    def values(self, names: tuple[str, ...]) -> tuple[float, ...]:
+        """The named ones."""
+        return tuple(float(getattr(self, name)) for name in names)
+
+
+FITTED = (
+    "sustained_hopper",
+    "sustained_blackwell",
+    "low_precision_gain",
+    "memory_share",
+    "nic_share",
+    "launch_s",
+)
+"""What is fitted to published rows; everything else is assumed, with its reason beside it."""
+NAMES = tuple(field.name for field in fields(Constants))

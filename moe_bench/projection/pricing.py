@@ -1,0 +1,189 @@
+"""Layers with the price of every operation at reference rates, as columns that one pass of arrays adds up.
+
+The constants of the projection enter last, so a fit evaluates hundreds of published rows in milliseconds with
+the very code that projects one recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_bench.analysis.collectives import Group
+from moe_bench.projection.efficiency import Cost, Efficiency, Scale
+from moe_bench.projection.evidence import Grade
+from moe_bench.projection.fabric import Fabric
+from moe_bench.projection.operations import AttentionCore, Gemm, LayerWork, Operation, Part, Pass
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+PARTS = tuple(Part)
+PASSES = tuple(Pass)
+SCALES = tuple(Scale)
+
+
+class Link(IntEnum):
+    """Kinds of traffic that overlap differently."""
+
+    EXPERT = 0
+    TENSOR = 1
+    CONTEXT = 2
+
+
+_LINK_OF = {
+    Group.EXPERT: Link.EXPERT,
+    Group.EXPERT_TENSOR: Link.EXPERT,
+    Group.EXPERT_TENSOR_EXPERT: Link.EXPERT,
+    Group.CONTEXT: Link.CONTEXT,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PricedLayer:
+    """One kind of layer of one recipe; columns over its operations, then over its messages."""
+
+    part: Ints
+    in_pass: Ints
+    scale: Ints
+    compute_s: Floats
+    memory_s: Floats
+    overhead_s: Floats
+    link: Ints
+    message_pass: Ints
+    is_flex: npt.NDArray[np.bool_]
+    is_overlapped: npt.NDArray[np.bool_]
+    nvlink_s: Floats
+    nic_s: Floats
+    latency_s: Floats
+    num_launches: float
+    grade: Grade
+    """The worst of its operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pricer:
+    """Prices the layers of one recipe."""
+
+    efficiency: Efficiency
+    fabric: Fabric
+
+    def price(self, work: LayerWork) -> PricedLayer:
+        """Every operation and message of a layer at reference rates."""
+        costs = [self._cost(operation) for operation in work.operations]
+        times = [
+            (message, self.fabric.time(message.op, message.group, message.num_bytes))
+            for message in work.messages
+        ]
+        times = [(message, time) for message, time in times if time.nvlink_s or time.nic_s]
+        return PricedLayer(
+            part=_ints(PARTS.index(_part(operation)) for operation in work.operations),
+            in_pass=_ints(PASSES.index(operation.in_pass) for operation in work.operations),
+            scale=_ints(SCALES.index(cost.scale) for cost in costs),
+            compute_s=_floats(cost.compute_s for cost in costs),
+            memory_s=_floats(cost.memory_s for cost in costs),
+            overhead_s=_floats(cost.overhead_s for cost in costs),
+            link=_ints(_LINK_OF.get(message.group, Link.TENSOR) for message, _ in times),
+            message_pass=_ints(PASSES.index(message.in_pass) for message, _ in times),
+            is_flex=np.array([time.is_flex for _, time in times], dtype=bool),
+            is_overlapped=np.array([message.is_overlapped for message, _ in times], dtype=bool),
+            nvlink_s=_floats(time.nvlink_s for _, time in times),
+            nic_s=_floats(time.nic_s for _, time in times),
+            latency_s=_floats(time.latency_s for _, time in times),
+            num_launches=work.num_launches,
+            grade=max((cost.grade for cost in costs), default=Grade.MEASURED_HERE),
+        )
+
+    def _cost(self, operation: Operation) -> Cost:
+        if isinstance(operation, Gemm):
+            return self.efficiency.gemm(operation)
+        if isinstance(operation, AttentionCore):
+            return self.efficiency.attention(operation)
+        return self.efficiency.memory(operation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTable:
+    """Many priced layers end to end, each operation with the index of its layer."""
+
+    num_layers: int
+    owner: Ints
+    part: Ints
+    in_pass: Ints
+    scale: Ints
+    compute_s: Floats
+    memory_s: Floats
+    overhead_s: Floats
+    message_owner: Ints
+    link: Ints
+    message_pass: Ints
+    is_flex: npt.NDArray[np.bool_]
+    is_overlapped: npt.NDArray[np.bool_]
+    nvlink_s: Floats
+    nic_s: Floats
+    latency_s: Floats
+    num_launches: Floats
+    is_hopper: npt.NDArray[np.bool_]
+    is_grace: npt.NDArray[np.bool_]
+    overlaps_experts: npt.NDArray[np.bool_]
+    """Whether dispatch and combine run beside another micro batch's computation."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSetting:
+    """What the machine and the recipe decide about a layer's time beyond its operations."""
+
+    is_hopper: bool
+    is_grace: bool
+    overlaps_experts: bool
+
+
+def stack(layers: Sequence[tuple[PricedLayer, LayerSetting]]) -> LayerTable:
+    """One table of all `layers`, owner i being the i-th."""
+    priced = [layer for layer, _ in layers]
+    settings = [setting for _, setting in layers]
+    sizes = [len(layer.part) for layer in priced]
+    message_sizes = [len(layer.link) for layer in priced]
+    indices = np.arange(len(layers))
+    return LayerTable(
+        num_layers=len(layers),
+        owner=np.repeat(indices, sizes),
+        part=_join(layer.part for layer in priced),
+        in_pass=_join(layer.in_pass for layer in priced),
+        scale=_join(layer.scale for layer in priced),
+        compute_s=_join(layer.compute_s for layer in priced),
+        memory_s=_join(layer.memory_s for layer in priced),
+        overhead_s=_join(layer.overhead_s for layer in priced),
+        message_owner=np.repeat(indices, message_sizes),
+        link=_join(layer.link for layer in priced),
+        message_pass=_join(layer.message_pass for layer in priced),
+        is_flex=_join(layer.is_flex for layer in priced),
+        is_overlapped=_join(layer.is_overlapped for layer in priced),
+        nvlink_s=_join(layer.nvlink_s for layer in priced),
+        nic_s=_join(layer.nic_s for layer in priced),
+        latency_s=_join(layer.latency_s for layer in priced),
+        num_launches=_floats(layer.num_launches for layer in priced),
+        is_hopper=np.array([setting.is_hopper for setting in settings], dtype=bool),
+        is_grace=np.array([setting.is_grace for setting in settings], dtype=bool),
+        overlaps_experts=np.array([setting.overlaps_experts for setting in settings], dtype=bool),
+    )
+
+
+def _join[Kind: np.generic](columns: Iterable[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
+    return np.concatenate(list(columns))
+
+
+def _part(operation: Operation) -> Part:
+    return Part.ATTENTION if isinstance(operation, AttentionCore) else operation.part
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.fromiter(values, dtype=np.int64)
+
+
+def _floats(values: Iterable[float]) -> Floats:
+    return np.fromiter(values, dtype=np.float64)

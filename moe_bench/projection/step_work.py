@@ -1,0 +1,154 @@
+"""Everything a recipe's step consists of, priced: layers, pipeline, data-parallel traffic, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_bench.analysis.activations import activation_element_bytes, token_counts
+from moe_bench.analysis.collectives import Collective, Group, Phase
+from moe_bench.analysis.params import rank_params
+from moe_bench.analysis.state_comms import gradient_bytes, state_calls
+from moe_bench.projection.efficiency import Efficiency
+from moe_bench.projection.fabric import Fabric, LinkTime
+from moe_bench.projection.lowering import Lowered, lower
+from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
+from moe_bench.spec.pipeline import pipeline_chunks
+from moe_bench.spec.recipe import Recipe, StateDtype
+
+_STATE_BYTES: Mapping[StateDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncWork:
+    """Collectives of gradients or parameters on the rank that has most layers, one after the other."""
+
+    times: tuple[LinkTime, ...]
+    num_buckets: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """One recipe's step at reference rates."""
+
+    lowered: Lowered
+    layers: tuple[tuple[PricedLayer, LayerSetting], ...]
+    """Kinds of layers in the order of `lowered.kinds`, the loss last."""
+    chunk_counts: tuple[Mapping[int, int], ...]
+    """Per model chunk, how often each of `layers` occurs."""
+    transfer: LinkTime
+    """Hidden states sent to the next stage, per micro batch and chunk."""
+    gradients: SyncWork
+    parameters: SyncWork
+    micro_batch_gathers: SyncWork
+    """What Megatron-FSDP gathers and reduces in every micro batch."""
+    optimizer_memory_s: float
+    """Bytes of the optimizer step over the datasheet's bandwidth."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe it is."""
+        return self.lowered.recipe
+
+
+def step_work(recipe: Recipe, efficiency: Efficiency | None = None, *, load: float = 1.0) -> StepWork:
+    """`recipe` lowered and priced; `load` as in `lowering.lower`.
+
+    Raises BadInputError for a precision or a GPU that has no rates.
+    """
+    efficiency = Efficiency(recipe.system) if efficiency is None else efficiency
+    lowered = lower(recipe, load=load)
+    fabric = Fabric(recipe.system, recipe.parallel)
+    pricer = Pricer(efficiency, fabric)
+    gpu = recipe.system.gpu
+    setting = LayerSetting(
+        is_hopper=gpu is not None and gpu.architecture == "hopper",
+        is_grace=recipe.system.key.startswith("gb"),
+        overlaps_experts=recipe.overlap.expert_parallel,
+    )
+    kinds = list(lowered.kinds)
+    loss = len(kinds)
+    works = [*lowered.kinds.values(), lowered.loss]
+    counts = tuple(
+        {kinds.index(kind): number for kind, number in chunk.layers.items()}
+        | ({loss: 1} if chunk.has_loss else {})
+        for chunk in lowered.chunks
+    )
+    synced = _syncs(recipe, fabric)
+    return StepWork(
+        lowered=lowered,
+        layers=tuple((pricer.price(work), setting) for work in works),
+        chunk_counts=counts,
+        transfer=_transfer(recipe, fabric),
+        gradients=synced[Phase.GRADIENT_SYNC],
+        parameters=synced[Phase.PARAMETER_SYNC],
+        micro_batch_gathers=synced[Phase.FORWARD],
+        optimizer_memory_s=optimizer_bytes(recipe) / efficiency_bandwidth(recipe),
+    )
+
+
+def efficiency_bandwidth(recipe: Recipe) -> float:
+    """Datasheet HBM bandwidth of the recipe's GPU in bytes per second."""
+    gpu = recipe.system.gpu
+    return gpu.hbm_bytes_per_s if gpu is not None else float("inf")
+
+
+def optimizer_bytes(recipe: Recipe) -> float:
+    """Bytes that the optimizer step moves on the rank that has most layers.
+
+    Per parameter of its shard: the gradient's square read, 4; gradient 4, main weight 4 + 4, both moments
+    read and written, the new weight 2. Per parameter of the whole rank: the gradient buffer zeroed, g.
+    Offloaded state passes over PCIe instead, which is not counted.
+    """
+    optimizer, parallel = recipe.optimizer, recipe.parallel
+    params = rank_params(recipe, _fullest_rank(recipe))
+    is_sharded = parallel.data_sharding != "none"
+    dense = params.dense / (parallel.dense_shards if is_sharded else 1)
+    expert = params.expert / (parallel.expert_data if is_sharded else 1)
+    moments = _STATE_BYTES[optimizer.exp_avg_dtype] + _STATE_BYTES[optimizer.exp_avg_sq_dtype]
+    per_shard = 4 * _FP32_BYTES + 2 * moments + activation_element_bytes(recipe)
+    return (dense + expert) * per_shard + (params.dense + params.expert) * gradient_bytes(recipe)
+
+
+def _fullest_rank(recipe: Recipe) -> int:
+    chunks = pipeline_chunks(
+        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
+    )
+    num_layers = [0] * recipe.parallel.pipeline
+    for chunk in chunks:
+        num_layers[chunk.pipeline_rank] += sum(map(recipe.model.is_moe_layer, chunk.layers)) * 1000
+        num_layers[chunk.pipeline_rank] += len(chunk.layers)
+    return num_layers.index(max(num_layers))
+
+
+def _syncs(recipe: Recipe, fabric: Fabric) -> dict[Phase, SyncWork]:
+    """Once-per-step gradients and parameters, and under FORWARD what every micro batch repeats."""
+    chunks = pipeline_chunks(
+        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
+    )
+    rank = _fullest_rank(recipe)
+    own = [chunk for chunk in chunks if chunk.pipeline_rank == rank]
+    times: dict[Phase, list[LinkTime]] = {
+        Phase.GRADIENT_SYNC: [],
+        Phase.PARAMETER_SYNC: [],
+        Phase.FORWARD: [],
+    }
+    buckets: dict[Phase, int] = dict.fromkeys(times, 0)
+    is_fsdp = recipe.parallel.data_sharding == "megatron_fsdp"
+    for phase, number, call in state_calls(recipe, own):
+        time = fabric.time(call.op, call.group, call.num_bytes)
+        if not (time.nvlink_s or time.nic_s):
+            continue
+        repeats, once = divmod(number, recipe.num_micro_batches) if is_fsdp else (0, number)
+        once_phase = phase if phase is Phase.PARAMETER_SYNC else Phase.GRADIENT_SYNC
+        times[Phase.FORWARD] += [time] * repeats
+        times[once_phase] += [time] * once
+        buckets[once_phase] += once
+        buckets[Phase.FORWARD] += repeats
+    return {phase: SyncWork(times=tuple(times[phase]), num_buckets=max(1, buckets[phase])) for phase in times}
+
+
+def _transfer(recipe: Recipe, fabric: Fabric) -> LinkTime:
+    hidden = token_counts(recipe).sharded * recipe.model.hidden_size * activation_element_bytes(recipe)
+    return fabric.time(Collective.SEND, Group.PIPELINE, hidden)
