@@ -153,8 +153,8 @@ def test_what_a_failed_rank_wrote_is_shown_below_the_error(
 def test_a_node_needs_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "deepseek_v3", "--scale", "node"]) == 2
     assert "add --num-gpus N" in capsys.readouterr().err
-    assert main(["show", "deepseek_v3", "--num-gpus", "8"]) == 2
-    assert "--num-gpus goes with --scale node" in capsys.readouterr().err
+    assert main(["show", "deepseek_v3", "--scale", "tiny_slice", "--num-gpus", "8"]) == 2
+    assert "--num-gpus: a tiny_slice is one rank" in capsys.readouterr().err
 
 
 def test_report_reads_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.cli import main
+from moe_bench.launch.verbs import Outcome
 from moe_bench.results.record import Record
 from tests.results.records import record
 
@@ -46,6 +47,75 @@ def test_an_illegal_variant_is_refused_before_anything_is_queued(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "--set parallel.expert=48" in captured.err
+
+
+FAMILY = ["submit", "deepseek_v3/h100_sxm_1024g_bf16", "--site", "default", "--dry-run", "--num-gpus"]
+
+
+def test_a_family_is_submitted_with_a_recipe_file_for_each_member(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*FAMILY, "512,1024", "--repeats", "2"]) == 0
+    lines = [what_runs(line) for line in capsys.readouterr().out.splitlines()]
+    folder, once = "families/deepseek_v3", "--scale full"
+    small, own = "h100_sxm_512g_bf16_weak_of_1024g.yaml", "h100_sxm_1024g_bf16.yaml"
+    assert lines == [f"{once} --site default"] * 2 + [f"{once} --repeat 1 --site default"] * 2
+    assert main([*FAMILY, "512,1024", "--json"]) == 0
+    commands = [" ".join(job["command"]) for job in json.loads(capsys.readouterr().out)]
+    assert [f"{folder}/{name}" in command for name, command in zip((small, own), commands, strict=True)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_members_that_were_submitted_pass_check_and_name_their_origin(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted = []
+    monkeypatch.setattr(
+        "moe_bench.launch.verbs.submit_verb",
+        lambda job, **_: submitted.append(job.plan) or Outcome(),
+    )
+    asked = [word for word in FAMILY if word != "--dry-run"]
+    folder = str(tmp_path / "fam")
+    assert main([*asked, "512,64,2048", "--strong", "--vary", "seed=1,2", "--families", folder]) == 0
+    refused = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in refused] == ["--num-gpus 64"] * 2
+    assert all(line.endswith("use 512 GPUs, or EP8; nearest legal sizes: 512") for line in refused)
+    assert [plan.recipe.run_name for plan in submitted] == [
+        f"h100_sxm_{size}g_bf16_strong_of_1024g_seed_{seed}" for size in (512, 2048) for seed in (1, 2)
+    ]
+    assert {plan.recipe.global_batch_size for plan in submitted} == {16384}
+    assert main(["check", folder]) == 0
+    assert capsys.readouterr().out == "4 recipes, all legal\n"
+    text = (tmp_path / "fam/deepseek_v3/h100_sxm_512g_bf16_strong_of_1024g_seed_1.yaml").read_text()
+    assert text.startswith("# deepseek_v3/h100_sxm_1024g_bf16 after seed=1, on 512 GPUs by strong scaling: ")
+    assert "  changes: [seed=1]\n" in text
+
+
+def test_a_family_without_a_legal_member_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FAMILY, "64,96"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["--num-gpus 64", "--num-gpus 96"]
+
+
+def test_strong_needs_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SUBMIT, "--strong"]) == 2
+    assert "--strong says how --num-gpus scales" in capsys.readouterr().err
+
+
+def test_the_toy_of_a_family_has_its_sizes_too(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["show", "qwen3_30b_a3b", "--scale", "smoke", "--num-gpus", "4", "--json"]
+    assert main(asked) == 0
+    weak = json.loads(capsys.readouterr().out)
+    assert main([*asked, "--strong"]) == 0
+    strong = json.loads(capsys.readouterr().out)
+    # the toy of two processes has 4 micro batches of 1 sequence for each of them
+    assert [plan["recipe"]["global_batch_size"] for plan in (weak, strong)] == [16, 8]
+    rows = {row["field"]: (row["asked"], row["used"], row["why"]) for row in strong["substitutions"]}
+    assert rows["parallel.num_gpus"] == ("16", "4", "--num-gpus")
+    assert rows["global_batch_size"][1:] == ("8", "--num-gpus")
+    assert weak["asked"] == "qwen3_30b_a3b/h100_sxm_16g_bf16"
 
 
 def test_a_rank_cannot_repeat_itself(

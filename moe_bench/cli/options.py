@@ -55,7 +55,17 @@ ScaleOptionType = Annotated[
         "slice: one rank on one GPU; tiny_slice: the same at toy size on CPU.",
     ),
 ]
-NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="GPUs for --scale node.")]
+NumGpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-gpus",
+        min=1,
+        help="With --scale node the GPUs of the node; else that member of the scaling family.",
+    ),
+]
+StrongOption = Annotated[
+    bool, typer.Option("--strong", help="With --num-gpus: keep the global batch, not that of a replica.")
+]
 
 
 def make_loader() -> Loader:
@@ -74,23 +84,49 @@ def _override_problems(recipe: Recipe) -> tuple[Problem, ...]:
     return override_problems(recipe)
 
 
-def plan_of(name: str, *, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None) -> Plan:
+def plan_of(
+    name: str,
+    *,
+    scale: ScaleOption,
+    num_gpus: int | None,
+    changes: list[str] | None,
+    strong: bool = False,
+) -> Plan:
     """What `name` runs at `scale`."""
     loader = make_loader()
     path = find_recipe(name, loader)
-    return derived_plan(path, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes)
+    return derived_plan(path, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
 
 
 def derived_plan(
-    path: Path, *, loader: Loader, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None
+    path: Path,
+    *,
+    loader: Loader,
+    scale: ScaleOption,
+    num_gpus: int | None,
+    changes: list[str] | None,
+    strong: bool = False,
 ) -> Plan:
-    """What the recipe in `path` runs at `scale`, with the user's changes; RecipeError if it is illegal."""
+    """What the recipe in `path` runs at `scale`, with the user's changes; RecipeError if it is illegal.
+
+    `num_gpus` is the size of the node at node scale, and else names a member of the scaling family.
+    """
+    has_family = scale in (ScaleOption.FULL, ScaleOption.SMOKE)
+    if strong and (num_gpus is None or not has_family):
+        raise BadInputError("--strong says how --num-gpus scales a recipe or its toy; drop it")
+    if num_gpus is not None and has_family:
+        from moe_bench.spec.family import scaled_plan
+
+        plan = derived_plan(path, loader=loader, scale=scale, num_gpus=None, changes=changes)
+        return scaled_plan(plan, num_gpus, strong=strong)
     modified = tuple(changes or ())
     recipe = loader.recipe(path, changes=modified)
     if scale is ScaleOption.SMOKE:
         toy = smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
         return require_legal(toy, path, loader)
     if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
+        if num_gpus is not None:
+            raise BadInputError(f"--num-gpus: a {scale.value} is one rank of the recipe; drop it")
         return require_legal(_slice(recipe, loader, scale=scale, modified=modified), path, loader)
     if scale is ScaleOption.NODE:
         from moe_bench.analysis.memory import fits
@@ -99,8 +135,6 @@ def derived_plan(
             raise BadInputError("--scale node: how many GPUs? add --num-gpus N")
         cut = node_plan(recipe, num_gpus=num_gpus, fits=fits, modified=modified)
         return require_legal(cut, path, loader)
-    if num_gpus is not None:
-        raise BadInputError("--num-gpus goes with --scale node; a recipe's own size is parallel.num_gpus")
     return full_plan(recipe, modified=modified)
 
 
@@ -114,12 +148,19 @@ def _slice(recipe: Recipe, loader: Loader, *, scale: ScaleOption, modified: tupl
 
 
 def run_arguments(
-    name: str, *, scale: ScaleOption, num_gpus: int | None, changes: list[str] | None
+    name: str,
+    *,
+    scale: ScaleOption,
+    num_gpus: int | None,
+    changes: list[str] | None,
+    strong: bool = False,
 ) -> tuple[str, ...]:
     """What follows `moe-bench run` in the job that `submit` queues."""
     arguments = [name, "--scale", scale.value]
     if num_gpus is not None:
         arguments += ["--num-gpus", str(num_gpus)]
+    if strong:
+        arguments += ["--strong"]
     for change in changes or ():
         arguments += ["--set", change]
     return tuple(arguments)

@@ -16,6 +16,7 @@ from moe_bench.cli.options import (
     ScaleOption,
     ScaleOptionType,
     SetOption,
+    StrongOption,
     derived_plan,
     make_loader,
     plan_of,
@@ -58,6 +59,7 @@ def show(
     recipe: RecipeArgument,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
+    strong: StrongOption = False,
     changes: SetOption = None,
     params: Annotated[
         bool, typer.Option("--params", help="Parameters by part, beside the published ones.")
@@ -75,7 +77,7 @@ def show(
     from moe_bench.harness.mcore_config import megatron_arguments
     from moe_bench.report.show import arguments_view, plan_view, size_json, size_view
 
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
     if params:
         size = counted_size(plan.recipe.model)
         print_view(size_view(size), size_json(size), as_json)
@@ -108,6 +110,7 @@ def check(
     ] = False,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
+    strong: StrongOption = False,
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,7 +123,9 @@ def check(
         typer.echo(rules_markdown())
         return
     loader = make_loader()
-    derive = partial(derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes)
+    derive = partial(
+        derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong
+    )
     checked = check_recipes(named_files(recipes or (), loader, is_all=is_all), derive=derive)
     if as_json:
         typer.echo(json.dumps(checked.as_json(), indent=1))

@@ -17,6 +17,7 @@ from moe_bench.cli.options import (
     ScaleOption,
     ScaleOptionType,
     SetOption,
+    StrongOption,
     make_console,
     plan_of,
     print_view,
@@ -41,6 +42,7 @@ def run(
     recipe: RecipeArgument,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
+    strong: StrongOption = False,
     changes: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the record.")] = None,
     repeats: Annotated[
@@ -57,7 +59,7 @@ def run(
     from moe_bench.launch.rendezvous import rendezvous_from
     from moe_bench.launch.runner import run_captured, run_live
 
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
     root = out or results_root()
     place = rendezvous_from(current_environment(), run_captured)
     if place is not None and repeats > 1:
@@ -72,7 +74,7 @@ def run(
         require_runnable(megatron_arguments(plan.recipe))
         if repeats == 1:
             start_ranks_here(plan, run_args=tuple(sys.argv[2:]))
-        args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes)
+        args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
         args += ("--out", str(root), *(["--json"] if as_json else []))
         code = repeat_ranks_here(plan, run_args=args, num_repeats=repeats, run_live=run_live)
         if code:
@@ -117,56 +119,70 @@ def _measure(
         print_view(view, run_json(record, path), as_json)
 
 
+SizesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--num-gpus",
+        metavar="N,N,...",
+        help="Members of the scaling family, a recipe file and a job each; with --scale node one number.",
+    ),
+]
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="FIELD=VALUE,...", help="One job per value; several make the product."),
+]
+FamiliesOption = Annotated[Path, typer.Option("--families", help="Folder for the files of --num-gpus.")]
+SiteOption = Annotated[str | None, typer.Option("--site", help="A file of slurm/sites; default: by cluster.")]
+NodesOption = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="Nodes, where the fewest are not meant.")
+]
+
+
 @app.command(rich_help_panel=RUN)
 def submit(
     recipe: RecipeArgument,
     scale: ScaleOptionType = ScaleOption.FULL,
-    num_gpus: NumGpusOption = None,
+    num_gpus: SizesOption = None,
+    strong: StrongOption = False,
     changes: SetOption = None,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--vary", metavar="FIELD=VALUE,...", help="One job per value; several make the product."
-        ),
-    ] = None,
+    vary: VaryOption = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="So many jobs of each, interleaved.")] = 1,
     repeat: RepeatOption = 0,
-    site: Annotated[
-        str | None, typer.Option("--site", help="A file of slurm/sites; default: by cluster.")
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Nodes, where the fewest are not meant.")
-    ] = None,
+    families: FamiliesOption = Path("families"),
+    site: SiteOption = None,
+    nodes: NodesOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stay, and end with the job's exit code.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would be run.")] = False,
     inside_job: Annotated[bool, typer.Option("--inside-job", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Queue a recipe with Slurm at the size that it needs, or an experiment of several jobs."""
-    from moe_bench.launch.variants import interleaved
+    """Queue a recipe with Slurm at the size that it needs, its scaling family, or an experiment."""
+    from moe_bench.cli.experiment import planned_jobs, write_recipe_files
+    from moe_bench.launch.variants import interleaved, sizes_of
     from moe_bench.launch.verbs import submit_verb
 
     if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
         raise BadInputError(f"submit --scale {scale.value}: a slice is one process; use run on one machine")
-    variants = interleaved(vary or (), num_repeats=repeats)
-    jobs = []
-    for variant in variants:  # every one is checked before the first is queued
-        changed = [*(changes or ()), *variant.changes]
-        plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changed)
-        args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changed)
-        index = repeat + variant.repeat
-        jobs.append((plan.recipe, (*args, "--repeat", str(index)) if index else args))
+    variants = interleaved(vary or (), num_repeats=repeats, sizes=sizes_of(num_gpus))
+    # every one is checked before the first is queued
+    planned = planned_jobs(
+        recipe, variants, scale=scale, strong=strong, changes=changes, first_repeat=repeat, folder=families
+    )
+    for refusal in planned.refused:
+        typer.echo(str(refusal), err=True)
+    if not dry_run:
+        write_recipe_files(planned, families)
     outcomes = []
-    for as_run, run_args in jobs:
+    for job in planned.jobs:
         outcome = submit_verb(
-            as_run,
-            run_args=run_args,
+            job,
             data_root=data_root(),
+            results_root=results_root(),
             site=site,
             num_nodes=nodes,
             dry_run=dry_run,
             # the job that a script of the user's runs in has the size of one recipe, not of an experiment
-            inside_job=inside_job and len(jobs) == 1,
+            inside_job=inside_job and len(variants) == 1,
         )
         outcomes.append(outcome)
         if outcome.lines and not as_json:

@@ -6,9 +6,11 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.fields import field_path
+from moe_bench.spec.scale import Plan
 
 _COMMA = re.compile(r",(?![^\[]*\])")
 """A comma between values, not one inside a list."""
@@ -18,14 +20,29 @@ _COMMA = re.compile(r",(?![^\[]*\])")
 class Variant:
     """One job of an experiment."""
 
+    num_gpus: int | None = None
+    """Size of the member of the scaling family; None for the recipe's own."""
     changes: tuple[str, ...]
     """`key=value`, as `--set` takes them."""
     repeat: int
     """From 0."""
 
 
-def interleaved(vary: Sequence[str], *, num_repeats: int) -> tuple[Variant, ...]:
-    """The product of `vary` (`FIELD=VALUE,VALUE,...` each), `num_repeats` times.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedJob:
+    """One job that can start."""
+
+    plan: Plan
+    """As its record will hold it."""
+    run_args: tuple[str, ...]
+    """What follows `moe-bench run` in it."""
+    repeat: int
+    file: Path | None
+    """Recipe file that must be there before it starts; None where the recipe has one already."""
+
+
+def interleaved(vary: Sequence[str], *, num_repeats: int, sizes: Sequence[int] = ()) -> tuple[Variant, ...]:
+    """The product of `sizes` in GPUs and of `vary` (`FIELD=VALUE,VALUE,...` each), `num_repeats` times.
 
     All combinations once, then all of them again: what drifts over the day, a warm machine or a busy fabric,
     falls on every combination alike. Raises BadInputError for a field that is none or a value given twice.
@@ -35,10 +52,24 @@ def interleaved(vary: Sequence[str], *, num_repeats: int) -> tuple[Variant, ...]
     if len(set(fields)) < len(fields):
         raise BadInputError(f"--vary: {', '.join(fields)}: a field may vary once; list its values together")
     return tuple(
-        Variant(changes=changes, repeat=repeat)
+        Variant(num_gpus=num_gpus, changes=changes, repeat=repeat)
         for repeat in range(num_repeats)
+        for num_gpus in sizes or (None,)
         for changes in itertools.product(*axes)
     )
+
+
+def sizes_of(text: str | None) -> tuple[int, ...]:
+    """Numbers of GPUs, `64,128,256`; empty for None. BadInputError for anything else, or one given twice."""
+    if text is None:
+        return ()
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise BadInputError(f"--num-gpus {text}: expected numbers of GPUs, such as 64,128,256")
+    sizes = tuple(int(word) for word in words)
+    if len(set(sizes)) < len(sizes):
+        raise BadInputError(f"--num-gpus {text}: a size is given twice; repeat runs with --repeats")
+    return sizes
 
 
 def _axis(text: str) -> tuple[str, ...]:

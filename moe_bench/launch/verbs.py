@@ -5,14 +5,17 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from moe_bench.errors import BadInputError
 from moe_bench.launch.environment import allocation_from, current_environment
+from moe_bench.launch.ledger import SubmittedJob, add_to_ledger
 from moe_bench.launch.runner import run_captured, run_live
 from moe_bench.launch.slurm import this_installation
 from moe_bench.launch.submit import (
     Submission,
+    cluster_name,
     command_to_submit,
     plan_job,
     run_here,
@@ -20,7 +23,7 @@ from moe_bench.launch.submit import (
     submit,
     wait_for,
 )
-from moe_bench.spec.recipe import Recipe
+from moe_bench.launch.variants import PlannedJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +47,31 @@ class Outcome:
 
 
 def submit_verb(
-    recipe: Recipe,
+    planned: PlannedJob,
     *,
-    run_args: tuple[str, ...],
     data_root: Path,
+    results_root: Path,
     site: str | None,
     num_nodes: int | None,
     dry_run: bool,
     inside_job: bool,
 ) -> Outcome:
-    """Queue `recipe`, print the command that would (`dry_run`), or run it in the job that this process is in.
+    """Queue a job, print the command that would (`dry_run`), or run it in the job that this process is in.
 
-    `inside_job` is set by slurm/run_recipe.sh: a job of exactly the right size runs the recipe, any other is
-    only the submitter. Raises SchedulerError, MissingRequirementError, BadInputError, MeasurementError.
+    A job that is queued gets a line in the ledger below `results_root`. `inside_job` is set by
+    slurm/run_recipe.sh: a job of exactly the right size runs the recipe, any other is only the submitter.
+    Raises SchedulerError, MissingRequirementError, BadInputError, MeasurementError.
     """
+    plan = planned.plan
     environment = current_environment()
     installation = this_installation(data_root, environment)
     job = plan_job(
-        recipe, run_args=run_args, data_root=data_root, site=site, num_nodes=num_nodes, run=run_captured
+        plan.recipe,
+        run_args=planned.run_args,
+        data_root=data_root,
+        site=site,
+        num_nodes=num_nodes,
+        run=run_captured,
     )
     if dry_run:
         command = command_to_submit(job, installation, environment)
@@ -73,8 +83,23 @@ def submit_verb(
         code = run_here(job, installation, allocation, run=run_captured, run_live=run_live)
         return Outcome(exit_code=code)
     submission = submit(job, installation, env=environment, run=run_captured)
+    add_to_ledger(
+        results_root,
+        SubmittedJob(
+            job_id=submission.job_id,
+            cluster=cluster_name(run_captured),
+            submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            plan=plan,
+            repeat=planned.repeat,
+            job_size=submission.job_size,
+            time_limit_s=job.time_limit_s,
+            log=submission.log,
+            command=submission.command,
+        ),
+    )
     lines = (
-        f"submitted job {submission.job_id}: {recipe.name} on {submission.job_size}, site {job.site_name}",
+        f"submitted job {submission.job_id}: {plan.recipe.name} on {submission.job_size}, "
+        f"site {job.site_name}",
         *(f"  {line}" for line in submission.follow),
     )
     return Outcome(lines=lines, command=submission.command, submission=submission)

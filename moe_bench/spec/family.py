@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from moe_bench.errors import Mistake, RecipeError
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.recipe import Origin, Recipe
+from moe_bench.spec.scale import Plan, Substitution, full_plan
 from moe_bench.spec.yaml_tree import dotted
 
 
@@ -44,6 +45,49 @@ def scaled_recipe(recipe: Recipe, num_gpus: int, *, strong: bool, changes: tuple
             )
         )
     return member
+
+
+def scaled_plan(plan: Plan, num_gpus: int, *, strong: bool) -> Plan:
+    """The plan of the member of that size; of a toy, the toy with more or fewer replicas.
+
+    At full scale the member is a recipe of its own, with the user's changes in its name. A toy keeps the name
+    of the recipe that it stands for, and its size is one of the substitutions. Raises RecipeError as
+    `scaled_recipe` does.
+    """
+    if plan.scale == "full":
+        member = scaled_recipe(plan.recipe, num_gpus, strong=strong, changes=plan.modified)
+        return full_plan(member, modified=())
+    member = scaled_recipe(plan.recipe, num_gpus, strong=strong)
+    return plan.model_copy(
+        update={"recipe": member, "substitutions": tuple(_substitutions(plan, member))},
+    )
+
+
+def _substitutions(plan: Plan, member: Recipe) -> Iterator[Substitution]:
+    """The rows of `plan`, in which the two fields that a member changes say what the member has."""
+    rows = {row.field: row for row in plan.substitutions}
+    for field, toy, used in (
+        ("parallel.num_gpus", plan.recipe.parallel.num_gpus, member.parallel.num_gpus),
+        ("global_batch_size", plan.recipe.global_batch_size, member.global_batch_size),
+    ):
+        asked = rows[field].asked if field in rows else str(toy)
+        row = Substitution(field=field, asked=asked, used=str(used), why="--num-gpus")
+        rows[field] = row
+    yield from (row for row in rows.values() if row.asked != row.used)
+
+
+def origin_comment(member: Recipe) -> str:
+    """What stands on top of the file of a member: where it comes from, and what is its own."""
+    origin = member.origin
+    if origin is None:
+        return f"A copy of {member.name}, the member of its family that has its size."
+    kept = "replica" if origin.scaling == "weak" else "step"
+    changes = f" after {', '.join(origin.changes)}," if origin.changes else ""
+    return (
+        f"{origin.recipe}{changes} on {member.parallel.num_gpus} GPUs by {origin.scaling} scaling: "
+        f"DP{member.parallel.data}; TP, PP, CP, EP and ETP stay, and so do the sequences of a {kept}. "
+        "Written by `moe-bench submit --num-gpus`."
+    )
 
 
 def nearest_sizes(recipe: Recipe, num_gpus: int, *, strong: bool) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 import pytest
 
 from moe_bench.errors import BadInputError
-from moe_bench.launch.variants import Variant, interleaved
+from moe_bench.launch.variants import Variant, interleaved, sizes_of
 
 
 def test_an_experiment_is_the_product_of_its_values_interleaved() -> None:
@@ -43,3 +43,21 @@ def test_a_list_is_one_value() -> None:
 def test_what_cannot_be_varied_is_refused(vary: list[str], words: str) -> None:
     with pytest.raises(BadInputError, match=words):
         interleaved(vary, num_repeats=1)
+
+
+def test_the_sizes_of_a_family_are_one_more_axis_of_the_product() -> None:
+    jobs = interleaved(["micro_batch_size=1,2"], num_repeats=2, sizes=(8, 16))
+    once = [(8, "1"), (8, "2"), (16, "1"), (16, "2")]
+    assert [(job.num_gpus, job.changes[0].partition("=")[2]) for job in jobs] == once + once
+    assert [job.repeat for job in jobs] == [0] * 4 + [1] * 4
+
+
+def test_sizes_are_numbers_of_gpus() -> None:
+    assert sizes_of("64,128,256") == (64, 128, 256)
+    assert sizes_of(None) == ()
+
+
+@pytest.mark.parametrize("text", ["", "64,", "0", "64;128", "-8", "64,64"])
+def test_what_is_no_list_of_sizes_is_refused(text: str) -> None:
+    with pytest.raises(BadInputError, match=f"--num-gpus {text}"):
+        sizes_of(text)

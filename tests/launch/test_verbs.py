@@ -1,21 +1,32 @@
 import shlex
+import stat
 from pathlib import Path
 
 import pytest
 
+from moe_bench.launch.ledger import read_ledger
 from moe_bench.launch.submit import Submission
+from moe_bench.launch.variants import PlannedJob
 from moe_bench.launch.verbs import Outcome, submit_verb
+from moe_bench.spec.scale import full_plan
 from tests.launch.conftest import recipe_of
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_a_dry_run_prints_the_command_and_queues_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def planned(*run_args: str, repeat: int = 0) -> PlannedJob:
+    plan = full_plan(recipe_of(), modified=("seed=1",))
+    return PlannedJob(plan=plan, run_args=run_args, repeat=repeat, file=None)
+
+
+def test_a_dry_run_prints_the_command_and_queues_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", "/no programs/here")
     outcome = submit_verb(
-        recipe_of(),
-        run_args=("tiny", "--set", "seed=1"),
+        planned("tiny", "--set", "seed=1"),
         data_root=REPOSITORY,
+        results_root=tmp_path,
         site="default",
         num_nodes=None,
         dry_run=True,
@@ -23,12 +34,34 @@ def test_a_dry_run_prints_the_command_and_queues_nothing(monkeypatch: pytest.Mon
     )
     assert outcome.exit_code == 0
     assert outcome.submission is None
+    assert list(read_ledger(tmp_path)) == []
     assert tuple(shlex.split(outcome.lines[0])) == outcome.command
     assert outcome.as_json() == {"command": outcome.command}
     assert "PATH=/no programs/here" in outcome.command
     assert outcome.command[-6:] == (
         str(REPOSITORY / "slurm" / "run_recipe.sh"), "tiny", "--set", "seed=1", "--site", "default"
     )  # fmt: skip
+
+
+def test_a_queued_job_stands_in_the_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 41\n")
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    asked = planned("tiny", "--set", "seed=1", "--repeat", "2", repeat=2)
+    submit_verb(
+        asked,
+        data_root=REPOSITORY,
+        results_root=tmp_path,
+        site="default",
+        num_nodes=None,
+        dry_run=False,
+        inside_job=False,
+    )
+    (job,) = read_ledger(tmp_path)
+    assert (job.job_id, job.plan, job.repeat, job.job_size) == (41, asked.plan, 2, "2 nodes x 8 GPUs")
+    assert job.log.endswith("-41.out")
+    assert job.command[-4:] == ("--repeat", "2", "--site", "default")
 
 
 def test_the_json_of_a_submission_says_how_to_follow_it() -> None:
