@@ -36,7 +36,7 @@ class LayerKind:
     is_recomputed: bool
     """Whether the whole layer runs forward again in the backward pass."""
     is_mtp: bool = False
-    """A multi-token prediction module: a layer with a projection before it and a loss of its own."""
+    """A multi-token prediction module: a layer with a projection before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,6 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float) -> LayerWork:
         rows, hidden = token_counts(recipe).gathered, recipe.model.hidden_size
         tally.gemm(Part.DENSE_MLP, rows, 2 * hidden, hidden / recipe.parallel.tensor)
         tally.launch(_MTP_LAUNCHES)
-        _add_loss(tally)
         exchanges = mtp_exchanges(recipe, is_moe=kind.is_moe)
     else:
         exchanges = layer_exchanges(recipe, is_moe=kind.is_moe, is_quantized=kind.is_quantized)
@@ -145,12 +144,13 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float) -> LayerWork:
 
 
 def _loss_work(recipe: Recipe) -> LayerWork:
+    """LM head and loss of every prediction; those of multi-token prediction stand with the main one."""
     tally = Tally(recipe=recipe, number=Number.BF16)
-    _add_loss(tally)
-    main = loss_exchanges(recipe)[:2]
+    for _ in range(1 + recipe.num_mtp_layers):
+        _add_loss(tally)
     return LayerWork(
         operations=tuple(tally.operations),
-        messages=tuple(_messages(tally, main)),
+        messages=tuple(_messages(tally, loss_exchanges(recipe))),
         num_launches=tally.num_launches,
     )
 
