@@ -103,7 +103,7 @@ def _print_scaling(
     found = scaling_of(records, load_rows(data_root() / "results" / "published"), models, model=model)
     if plot is not None:
         write_scaling_plot(found.curves, plot)
-    _print_frame(scaling_frame(found.curves), scaling_view(found), table_format, as_json)
+    _print_frame(scaling_frame(found), scaling_view(found), table_format, as_json)
 
 
 def _print_frame(frame: pd.DataFrame, view: RenderableType, table_format: TableFormat, as_json: bool) -> None:

@@ -22,12 +22,15 @@ from moe_bench.results.summary import Run
 from moe_bench.spec.load import UnknownNameError
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan
 
 EFFICIENCY = "efficiency = tokens/s/GPU over that of the smallest size of the same curve"
 """One definition serves both: with equal tokens per GPU it is T_0 / T, with equal tokens N_0 T_0 / (N T)."""
 
 _FREE_FACTS = ("parallel", "num_ranks", "global_batch_size", "micro_batch_size", "steps")
 """What may differ between the runs of one family: layout, batch, and how long they are timed."""
+_NAMES = ("variant", "reproduces", "differences", "origin")
+"""What a recipe is called and where it comes from; the members of a family differ in it."""
 
 
 class Kind(StrEnum):
@@ -64,28 +67,43 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScalingPoint:
-    """The throughput of one recipe or row at one size."""
+class Point:
+    """One recipe or row at one size, whether or not it has a number."""
 
-    kind: Kind
     subject: Subject
-    family: str
-    """Points of equal kind, subject and family can form a curve."""
     label: str
     """Recipe or row."""
     num_gpus: int
     global_batch_size: int
     layout: str
+    recipe_family: str = ""
+    """What the members of a family were asked for, whatever became of them; empty where nobody asked."""
+
+    @property
+    def per_gpu_batch(self) -> Fraction:
+        """Sequences per GPU and step."""
+        return Fraction(self.global_batch_size, self.num_gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingPoint(Point):
+    """The throughput of one recipe or row at one size."""
+
+    kind: Kind
+    family: str
+    """Points of equal kind, subject and family can form a curve."""
     tokens_per_s_per_gpu: float
     runs_s: tuple[tuple[float, ...], ...] = ()
     """GPU-seconds per token of each steady step of every run; empty where only the number is known."""
     remark: str = ""
     """`from MFU`, where the source does not print a throughput."""
 
-    @property
-    def per_gpu_batch(self) -> Fraction:
-        """Sequences per GPU and step."""
-        return Fraction(self.global_batch_size, self.num_gpus)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingPoint(Point):
+    """A run that was asked for and left no number: it failed, ran out of time or memory, or has not ended."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +127,14 @@ class Curve:
     subject: Subject
     name: str
     efficiencies: tuple[Efficiency, ...]
+    missing: tuple[MissingPoint, ...] = ()
+    """Sizes of the same family that have no number, with the reason; never at a size that has one."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of GPUs, those without a number included, in rising order."""
+        points: list[Point] = [*(one.point for one in self.efficiencies), *self.missing]
+        return tuple(sorted({point.num_gpus for point in points}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +144,8 @@ class Scaling:
     curves: tuple[Curve, ...]
     unscaled: tuple[str, ...]
     """Families of several sizes whose batch neither stays nor grows with the GPUs."""
+    missing: tuple[MissingPoint, ...] = ()
+    """Runs without a number beside no curve: their size has one, or nothing of their family was measured."""
 
 
 def scaling_of(
@@ -126,6 +154,7 @@ def scaling_of(
     models: Mapping[str, ModelSpec],
     *,
     projected: Iterable[ScalingPoint] = (),
+    missing: Iterable[MissingPoint] = (),
     model: str | None = None,
 ) -> Scaling:
     """Every curve of one model, by folder or printed name, or of all; `models` as in `row_points`.
@@ -133,12 +162,21 @@ def scaling_of(
     Raises UnknownNameError where no record, row or projection is of `model`.
     """
     points = [*record_points(records), *projected, *row_points(rows, models)]
+    without = list(missing)
     if model is not None:
-        known = sorted({point.subject.model for point in points})
+        every: list[Point] = [*points, *without]
+        known = sorted({point.subject.model for point in every})
         if model_key(model) not in known:
             raise UnknownNameError("model with results", model, known)
         points = [point for point in points if point.subject.model == model_key(model)]
-    return Scaling(curves=curves(points), unscaled=unscaled_families(points))
+        without = [point for point in without if point.subject.model == model_key(model)]
+    found = curves(points, without)
+    shown = {id(point) for curve in found for point in curve.missing}
+    return Scaling(
+        curves=found,
+        unscaled=unscaled_families(points),
+        missing=tuple(point for point in without if id(point) not in shown),
+    )
 
 
 def record_points(records: Iterable[Run]) -> tuple[ScalingPoint, ...]:
@@ -161,7 +199,28 @@ def _run_set_point(one: RunSet) -> ScalingPoint:
         layout=layout_label(recipe),
         tokens_per_s_per_gpu=mean_tokens_per_s_per_gpu(runs_s),
         runs_s=runs_s,
+        recipe_family=_recipe_family(plan),
     )
+
+
+def missing_point(plan: Plan, reason: str) -> MissingPoint:
+    """The point of a run of `plan` that left no number, and why."""
+    recipe = plan.recipe
+    return MissingPoint(
+        subject=recipe_subject(recipe),
+        recipe_family=_recipe_family(plan),
+        label=plan.asked if plan.scale == "full" else f"{plan.asked} ({plan.scale} scale)",
+        num_gpus=recipe.parallel.num_gpus,
+        global_batch_size=recipe.global_batch_size,
+        layout=layout_label(recipe),
+        reason=reason,
+    )
+
+
+def _recipe_family(plan: Plan) -> str:
+    """What the runs of one family were asked for, whatever became of them."""
+    recipe = plan.recipe.model_dump(mode="json", exclude={*_FREE_FACTS, *_NAMES})
+    return json.dumps([plan.scale, recipe], sort_keys=True)
 
 
 def recipe_subject(recipe: Recipe) -> Subject:
@@ -208,17 +267,31 @@ def _row_point(row: PublishedRow, model: ModelSpec | None) -> ScalingPoint | Non
     )
 
 
-def curves(points: Iterable[ScalingPoint]) -> tuple[Curve, ...]:
-    """Every weak and strong curve of two sizes or more, by subject, mode and kind."""
-    found = []
+def curves(points: Iterable[ScalingPoint], missing: Iterable[MissingPoint] = ()) -> tuple[Curve, ...]:
+    """Every weak and strong curve of two sizes or more, by subject, mode and kind.
+
+    A size without a number counts as a size: of a family of which only one run ended well, that one is shown.
+    """
+    found, without = [], list(missing)
     for family in _families(points):
         for mode, batch in ((Mode.WEAK, "per_gpu_batch"), (Mode.STRONG, "global_batch_size")):
             by_batch = attrgetter(batch)
-            for _, members in groupby(sorted(family, key=by_batch), key=by_batch):
+            for equal, members in groupby(sorted(family, key=by_batch), key=by_batch):
                 ordered = sorted(members, key=lambda point: (point.num_gpus, -point.tokens_per_s_per_gpu))
-                if ordered[0].num_gpus < ordered[-1].num_gpus:
-                    found.append(_curve(ordered, mode))
+                beside = [point for point in without if by_batch(point) == equal]
+                curve = _curve(ordered, mode, _without_number(ordered, beside))
+                if len(curve.sizes) > 1:
+                    found.append(curve)
     return tuple(sorted(found, key=lambda curve: (curve.subject, curve.mode, curve.kind, curve.name)))
+
+
+def _without_number(
+    points: Sequence[ScalingPoint], missing: Iterable[MissingPoint]
+) -> tuple[MissingPoint, ...]:
+    """Those of `missing` that belong to the family of `points`, at sizes that it has no number of."""
+    family, sizes = points[0].recipe_family, {point.num_gpus for point in points}
+    found = (point for point in missing if point.recipe_family == family and point.num_gpus not in sizes)
+    return tuple(sorted(found, key=lambda point: point.num_gpus))
 
 
 def unscaled_families(points: Iterable[ScalingPoint]) -> tuple[str, ...]:
@@ -239,7 +312,7 @@ def _families(points: Iterable[ScalingPoint]) -> list[list[ScalingPoint]]:
     return list(families.values())
 
 
-def _curve(points: Sequence[ScalingPoint], mode: Mode) -> Curve:
+def _curve(points: Sequence[ScalingPoint], mode: Mode, missing: tuple[MissingPoint, ...]) -> Curve:
     """`points` by size, the fastest of each size first; the first one is the reference."""
     reference = points[0]
     return Curve(
@@ -248,6 +321,7 @@ def _curve(points: Sequence[ScalingPoint], mode: Mode) -> Curve:
         subject=reference.subject,
         name=_name(reference),
         efficiencies=tuple(_efficiency(reference, point) for point in points),
+        missing=missing,
     )
 
 

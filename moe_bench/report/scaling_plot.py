@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_bench.errors import BadInputError
-from moe_bench.report.scaling import Curve, Efficiency, Kind
+from moe_bench.report.scaling import Curve, Efficiency, Kind, MissingPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ MAX_COLUMNS = 3
 _NAME_WIDTH = 58
 """Characters after which the name of a curve is folded."""
 _COLOURS = {Kind.MEASURED: "#1d5c99", Kind.PUBLISHED: "#a0460e", Kind.PROJECTED: "#4d6b1f"}
+_MISSING_COLOUR = "#b01e3c"
 _MARKERS = {Kind.MEASURED: "o", Kind.PUBLISHED: "s", Kind.PROJECTED: "D"}
 _LINES = {Kind.MEASURED: "-", Kind.PUBLISHED: "--", Kind.PROJECTED: ":"}
 """Kinds differ in colour, marker and line, so that no reader depends on one of the three."""
@@ -61,12 +62,15 @@ def _draw_panel(place: Axes, curves: Sequence[Curve]) -> None:
     for letter, curve in zip(string.ascii_lowercase, curves, strict=False):
         _draw_curve(place, curve, letter)
     every = [one for curve in curves for one in curve.efficiencies]
-    sizes = sorted({one.point.num_gpus for one in every})
+    sizes = sorted({size for curve in curves for size in curve.sizes})
     place.set_xscale("log", base=2)
     place.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
     place.minorticks_off()
     place.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.25)
     place.set_ylim(min(88.0, *(_low_pct(one) - 2 for one in every)), max(104.0, *map(_top_pct, every)))
+    for letter, curve in zip(string.ascii_lowercase, curves, strict=False):
+        for point in curve.missing:
+            _draw_missing(place, point, letter)
     _write_letters(place, curves)
     place.set_xlabel("GPUs", fontsize=8)
     place.set_ylabel("efficiency (%)", fontsize=8)
@@ -97,10 +101,24 @@ def _draw_curve(place: Axes, curve: Curve, letter: str) -> None:
             place.plot([at], [percent], color=colour, marker=marker, markerfacecolor=face)
 
 
+def _draw_missing(place: Axes, point: MissingPoint, letter: str) -> None:
+    """A cross on the axis, with the reason below the panel: there is a size, and no efficiency."""
+    text = f"{letter}  {point.num_gpus} GPUs, no number: {point.reason}"
+    place.plot(
+        [point.num_gpus],
+        [place.get_ylim()[0]],
+        color=_MISSING_COLOUR,
+        marker="x",
+        linestyle="none",
+        clip_on=False,
+        label=textwrap.fill(text, _NAME_WIDTH),
+    )
+
+
 def _write_letters(place: Axes, curves: Sequence[Curve]) -> None:
     """A letter at the right of every curve's last point, moved up where two would lie on each other."""
     low, high = place.get_ylim()
-    right = max(one.point.num_gpus for curve in curves for one in curve.efficiencies) * 1.08
+    right = max(size for curve in curves for size in curve.sizes) * 1.08
     ends = sorted(
         (curve.efficiencies[-1].efficiency_ratio * 100, letter)
         for letter, curve in zip(string.ascii_lowercase, curves, strict=False)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_bench.report.scaling import EFFICIENCY, Curve, Efficiency, Scaling
+from moe_bench.report.scaling import EFFICIENCY, Curve, Efficiency, Kind, MissingPoint, Point, Scaling
 
 COLUMNS = (
     "model",
@@ -33,31 +33,51 @@ COLUMNS = (
 NO_INTERVAL = "published and projected points have no repeats, so no interval"
 
 
-def scaling_frame(curves: Sequence[Curve]) -> pd.DataFrame:
-    """One row per point, curve by curve, by size."""
-    rows = [_row(curve, one) for curve in curves for one in curve.efficiencies]
+def scaling_frame(scaling: Scaling) -> pd.DataFrame:
+    """One row per point, curve by curve, by size; sizes without a number have the reason as their remark."""
+    rows = [row for curve in scaling.curves for row in _rows(curve)]
+    rows += [_missing_row(point, mode="", curve="") for point in scaling.missing]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def _rows(curve: Curve) -> list[dict[str, object]]:
+    rows = [_row(curve, one) for one in curve.efficiencies]
+    rows += [_missing_row(point, mode=str(curve.mode), curve=curve.name) for point in curve.missing]
+    # stable: the fastest of a size stays first
+    return sorted(rows, key=lambda row: int(str(row["num_gpus"])))
+
+
 def _row(curve: Curve, one: Efficiency) -> dict[str, object]:
-    point, subject = one.point, curve.subject
+    point = one.point
+    return {
+        **_asked(point, mode=str(curve.mode), kind=curve.kind, curve=curve.name),
+        "tokens_per_s_per_gpu": point.tokens_per_s_per_gpu,
+        "efficiency_pct": one.efficiency_ratio * 100,
+        "efficiency_low_pct": None if one.low_ratio is None else one.low_ratio * 100,
+        "efficiency_high_pct": None if one.high_ratio is None else one.high_ratio * 100,
+        "remark": point.remark,
+    }
+
+
+def _missing_row(point: MissingPoint, *, mode: str, curve: str) -> dict[str, object]:
+    return {**_asked(point, mode=mode, kind=Kind.MEASURED, curve=curve), "remark": point.reason}
+
+
+def _asked(point: Point, *, mode: str, kind: Kind, curve: str) -> dict[str, object]:
+    """What a row says of a point whether or not it has a number."""
+    subject = point.subject
     return {
         "model": subject.model,
         "system": subject.system,
         "precision": subject.precision,
         "seq_len": subject.seq_len,
-        "mode": str(curve.mode),
-        "kind": str(curve.kind),
-        "curve": curve.name,
+        "mode": mode,
+        "kind": str(kind),
+        "curve": curve,
         "num_gpus": point.num_gpus,
         "global_batch_size": point.global_batch_size,
         "layout": point.layout,
-        "tokens_per_s_per_gpu": point.tokens_per_s_per_gpu,
-        "efficiency_pct": one.efficiency_ratio * 100,
-        "efficiency_low_pct": None if one.low_ratio is None else one.low_ratio * 100,
-        "efficiency_high_pct": None if one.high_ratio is None else one.high_ratio * 100,
         "recipe_or_row": point.label,
-        "remark": point.remark,
     }
 
 
@@ -69,6 +89,7 @@ def scaling_view(scaling: Scaling) -> RenderableType:
             Text("no two results of one family differ in size at equal batch or equal batch per GPU")
         )
     parts += [_curve_table(curve) for curve in scaling.curves]
+    parts += _missing_lines(scaling.missing)
     if scaling.unscaled:
         names = ", ".join(scaling.unscaled)
         parts.append(Text(f"\nseveral sizes, but neither equal batch nor equal batch per GPU: {names}"))
@@ -80,26 +101,56 @@ def curve_title(curve: Curve) -> str:
     return f"{curve.mode} scaling of {curve.subject} ({curve.kind}: {curve.name})"
 
 
+def _missing_lines(points: Sequence[MissingPoint]) -> list[RenderableType]:
+    """Runs that left no number and belong to no curve."""
+    if not points:
+        return []
+    lines = [
+        f"  {point.num_gpus} GPUs, {point.label}: {point.reason}"
+        for point in sorted(points, key=lambda point: (point.subject, point.num_gpus, point.label))
+    ]
+    return [Text("\n".join(["\nsubmitted, no number, and in no curve:", *lines]))]
+
+
 def _curve_table(curve: Curve) -> Table:
     table = Table(
         box=None, pad_edge=False, header_style="bold", title="\n" + curve_title(curve), title_justify="left"
     )
     for heading in ("GPUs", "GBS", "tokens/s/GPU", "efficiency", "95 % interval"):
         table.add_column(heading, justify="right")
-    for heading in ("layout", "recipe or row"):
+    for heading in ("layout", "recipe or row", *(("no number because",) if curve.missing else ())):
         table.add_column(heading, overflow="fold")
-    for one in curve.efficiencies:
-        point = one.point
-        table.add_row(
-            str(point.num_gpus),
-            str(point.global_batch_size),
-            f"{'~' if point.remark else ''}{point.tokens_per_s_per_gpu:,.0f}",
-            f"{one.efficiency_ratio:.1%}",
-            interval_text(one),
-            point.layout or "-",
-            point.label,
-        )
+    for _, cells in sorted(
+        [(one.point.num_gpus, _measured_cells(one)) for one in curve.efficiencies]
+        + [(point.num_gpus, _missing_cells(point)) for point in curve.missing],
+        key=lambda line: line[0],
+    ):
+        table.add_row(*cells)
     return table
+
+
+def _measured_cells(one: Efficiency) -> tuple[str, ...]:
+    point = one.point
+    return (
+        str(point.num_gpus),
+        str(point.global_batch_size),
+        f"{'~' if point.remark else ''}{point.tokens_per_s_per_gpu:,.0f}",
+        f"{one.efficiency_ratio:.1%}",
+        interval_text(one),
+        point.layout or "-",
+        point.label,
+    )
+
+
+def _missing_cells(point: MissingPoint) -> tuple[str, ...]:
+    return (
+        str(point.num_gpus),
+        str(point.global_batch_size),
+        *("-", "-", "-"),
+        point.layout or "-",
+        point.label,
+        point.reason,
+    )
 
 
 def interval_text(one: Efficiency) -> str:

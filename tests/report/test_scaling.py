@@ -1,31 +1,39 @@
 """Efficiency is throughput per GPU over that of the smallest size, within one family and one kind."""
 
+import dataclasses
+import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moe_bench.cli import main
 from moe_bench.errors import BadInputError
+from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.scaling import (
     Curve,
     Kind,
+    MissingPoint,
     Mode,
     ScalingPoint,
     Subject,
     curves,
+    missing_point,
     record_points,
     row_points,
     scaling_of,
 )
 from moe_bench.report.scaling_plot import write_scaling_plot
-from moe_bench.report.scaling_table import scaling_frame
+from moe_bench.report.scaling_table import scaling_frame, scaling_view
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.record import Record
 from moe_bench.results.store import write_record
 from moe_bench.spec.catalogue import data_root
+from moe_bench.spec.family import scaled_recipe
 from moe_bench.spec.load import UnknownNameError
+from moe_bench.spec.recipe import Recipe
 from tests.results.records import RECIPE, full, record
 
 ROWS = load_rows(data_root() / "results" / "published")
@@ -219,4 +227,87 @@ def test_a_plot_of_nothing_or_in_an_unknown_format_is_refused(tmp_path: Path) ->
 
 
 def test_the_frame_of_no_curves_is_empty() -> None:
-    assert scaling_frame(()).empty
+    assert scaling_frame(scaling_of((), (), {})).empty
+
+
+def family_of(sizes: tuple[int, ...], *, reason: str) -> list[MissingPoint]:
+    """Members of the weak family of `runs_at(8, ..., batch=512)` that left no number."""
+    return [
+        missing_point(
+            full().model_copy(update={"recipe": scaled_recipe(eight(), size, strong=False)}), reason
+        )
+        for size in sizes
+    ]
+
+
+def eight() -> Recipe:
+    parallel = RECIPE.parallel.model_copy(update={"num_gpus": 8})
+    return RECIPE.model_copy(update={"parallel": parallel, "global_batch_size": 512})
+
+
+def test_a_size_that_failed_stays_in_its_curve_with_the_reason() -> None:
+    found = scaling_of(
+        [*runs_at(8, 1.0, batch=512), *runs_at(16, 1.1, batch=1024)],
+        (),
+        {},
+        missing=family_of((16, 32, 64), reason="out of memory"),
+    )
+    (curve,) = found.curves
+    assert curve.sizes == (8, 16, 32, 64)
+    # 16 GPUs have a number: a repeat of it that failed does not take it away
+    assert [(point.num_gpus, point.reason) for point in curve.missing] == [
+        (32, "out of memory"),
+        (64, "out of memory"),
+    ]
+    assert [point.num_gpus for point in found.missing] == [16]
+
+
+def test_one_number_and_failures_beside_it_are_a_curve() -> None:
+    found = scaling_of(runs_at(8, 1.0, batch=512), (), {}, missing=family_of((16,), reason="timed out"))
+    (curve,) = found.curves
+    assert (curve.mode, curve.sizes) == (Mode.WEAK, (8, 16))
+
+
+def test_failures_without_any_number_are_named_below_the_curves(tmp_path: Path) -> None:
+    found = scaling_of((), (), {}, missing=family_of((16, 32), reason="out of memory"))
+    assert found.curves == ()
+    assert [point.num_gpus for point in found.missing] == [16, 32]
+    frame = scaling_frame(found)
+    assert list(frame["remark"]) == ["out of memory"] * 2
+    assert frame["tokens_per_s_per_gpu"].isna().all()
+    with pytest.raises(BadInputError, match="no scaling curve"):
+        write_scaling_plot(found.curves, tmp_path / "x.png")
+
+
+def test_a_failure_of_another_recipe_belongs_to_no_curve() -> None:
+    (other,) = family_of((16,), reason="timed out")
+    found = scaling_of(
+        [*runs_at(8, 1.0, batch=512), *runs_at(32, 1.0, batch=2048)],
+        (),
+        {},
+        missing=[dataclasses.replace(other, recipe_family="another")],
+    )
+    assert [curve.missing for curve in found.curves] == [()]
+    assert len(found.missing) == 1
+
+
+def test_table_and_plot_show_the_reason_at_its_size(tmp_path: Path) -> None:
+    found = scaling_of(
+        [*runs_at(8, 1.0, batch=512), *runs_at(32, 1.1, batch=2048)],
+        (),
+        {},
+        missing=family_of((16,), reason="killed by signal 9"),
+    )
+    frame = scaling_frame(found)
+    assert list(frame["num_gpus"]) == [8, 16, 32]
+    assert frame["remark"][1] == "killed by signal 9"
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(scaling_view(found))
+    lines = [line.split() for line in console.export_text().splitlines() if "killed by" in line]
+    assert [line[:5] for line in lines] == [["16", "1024", "-", "-", "-"]]
+    write_scaling_plot(found.curves, tmp_path / "scaling.svg")
+    write_scaling_plot(found.curves, tmp_path / "scaling.png")
+    (chart,) = scaling_charts(found.curves, {})
+    (cross,) = [mark for mark in chart.marks if mark.role == "missing"]
+    assert cross.tip == "16 GPUs, no number: killed by signal 9"
+    assert len(chart.marks) == len(chart.data.rows) == 3

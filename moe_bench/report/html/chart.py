@@ -16,7 +16,7 @@ _DOT_SIZES_PX = ((60, 3.4), (150, 2.4))
 """Up to how many marks a dot has which radius; above, _SMALL_DOT_PX."""
 _SMALL_DOT_PX = 1.7
 
-Shape = Literal["dot", "square", "diamond", "tick", "bar"]
+Shape = Literal["dot", "square", "diamond", "tick", "cross", "bar"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.html.throughput_chart import Line, throughput_chart, throughput_lines
 from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
-from moe_bench.report.scaling import Curve, ScalingPoint, scaling_of
+from moe_bench.report.scaling import Curve, MissingPoint, ScalingPoint, scaling_of
 from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
 from moe_bench.results.metrics import run_metrics
 from moe_bench.results.published import PublishedRow
@@ -44,6 +44,8 @@ class ReportData:
     """The registry."""
     version: str
     """Of moe_bench."""
+    missing: tuple[MissingPoint, ...] = ()
+    """Runs that were asked for and left no number."""
     projected: tuple[ScalingPoint, ...] = ()
     """Points whose label is the name of a recipe."""
     pipeline_pictures: Mapping[str, Chart] = field(default_factory=dict)
@@ -137,7 +139,7 @@ def latest_records(records: Sequence[Record]) -> tuple[Record, ...]:
 def model_curves(data: ReportData) -> tuple[Curve, ...]:
     """Scaling curves of the models on the page."""
     models = {recipe.model.key: recipe.model for recipe in data.recipes}
-    found = scaling_of(data.records, data.rows, models, projected=data.projected)
+    found = scaling_of(data.records, data.rows, models, projected=data.projected, missing=data.missing)
     return tuple(curve for curve in found.curves if curve.subject.model in models)
 
 

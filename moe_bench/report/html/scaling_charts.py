@@ -20,7 +20,7 @@ from moe_bench.report.html.chart import (
     Shape,
     Stroke,
 )
-from moe_bench.report.scaling import Curve, Efficiency, Kind, Mode
+from moe_bench.report.scaling import Curve, Efficiency, Kind, MissingPoint, Mode
 from moe_bench.report.scaling_table import interval_text
 
 HEIGHT_PX = 240
@@ -41,7 +41,7 @@ def scaling_charts(curves: Sequence[Curve], names: Mapping[str, str]) -> tuple[C
 def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) -> Chart:
     subject, mode = curves[0].subject, curves[0].mode
     every = [one for curve in curves for one in curve.efficiencies]
-    sizes = sorted({one.point.num_gpus for one in every})
+    sizes = sorted({size for curve in curves for size in curve.sizes})
     values = round_range(
         min(0.9, *(one.low_ratio or one.efficiency_ratio for one in every)) * 100,
         max(1.02, *(one.high_ratio or one.efficiency_ratio for one in every)) * 100,
@@ -59,20 +59,16 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
         height_px=HEIGHT_PX,
         x=Axis(title="GPUs (logarithmic)", ticks=_size_ticks(sizes, x)),
         y=Axis(title="efficiency (%)", ticks=ticks(values, y)),
-        marks=tuple(mark for curve in curves for mark in _marks(curve, x, y)),
+        marks=(
+            *(mark for curve in curves for mark in _marks(curve, x, y)),
+            *(_missing_mark(point, x, y(values[0])) for curve in curves for point in curve.missing),
+        ),
         strokes=(
             Stroke(role="ideal", points_px=((LEFT_PX, y(100)), (RIGHT_PX, y(100)))),
             *(stroke for curve in curves for stroke in _strokes(curve, x, y)),
         ),
         notes=tuple(_letters(curves, letters, y, x_px=right + 4)),
-        legend=tuple(
-            LegendEntry(
-                role=str(curve.kind),
-                shape=_SHAPES[curve.kind],
-                text=f"{letters[index]}  {curve.kind}: {curve.name}",
-            )
-            for index, curve in enumerate(curves)
-        ),
+        legend=tuple(entry for index, curve in enumerate(curves) for entry in _legend(letters[index], curve)),
         data=Data(
             headings=(
                 "curve",
@@ -84,13 +80,26 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
                 "95 % interval",
                 "recipe or row",
             ),
-            rows=tuple(
-                _row(letters[index], curve, one)
-                for index, curve in enumerate(curves)
-                for one in curve.efficiencies
-            ),
+            rows=tuple(row for index, curve in enumerate(curves) for row in _rows(letters[index], curve)),
         ),
     )
+
+
+def _legend(letter: str, curve: Curve) -> Iterable[LegendEntry]:
+    yield LegendEntry(
+        role=str(curve.kind), shape=_SHAPES[curve.kind], text=f"{letter}  {curve.kind}: {curve.name}"
+    )
+    for point in curve.missing:
+        yield LegendEntry(role="missing", shape="cross", text=f"{letter}  {_missing_text(point)}")
+
+
+def _missing_mark(point: MissingPoint, x: Place, y_px: float) -> Mark:
+    """A cross on the axis: there is a size, and no efficiency."""
+    return Mark(shape="cross", role="missing", x_px=x(point.num_gpus), y_px=y_px, tip=_missing_text(point))
+
+
+def _missing_text(point: MissingPoint) -> str:
+    return f"{point.num_gpus} GPUs, no number: {point.reason}"
 
 
 def _marks(curve: Curve, x: Place, y: Place) -> Iterable[Mark]:
@@ -129,6 +138,20 @@ def _letters(curves: Sequence[Curve], letters: dict[int, str], y: Place, *, x_px
 
 def _size_ticks(sizes: Sequence[int], place: Place) -> tuple[Tick, ...]:
     return tuple(Tick(position_px=place(size), label=str(size)) for size in sizes)
+
+
+def _rows(letter: str, curve: Curve) -> Iterable[tuple[str, ...]]:
+    for one in curve.efficiencies:
+        yield _row(letter, curve, one)
+    for point in curve.missing:
+        yield (
+            letter,
+            f"{curve.kind}, no number: {point.reason}",
+            str(point.num_gpus),
+            str(point.global_batch_size),
+            *("-", "-", "-"),
+            point.label,
+        )
 
 
 def _row(letter: str, curve: Curve, one: Efficiency) -> tuple[str, ...]:
