@@ -1,0 +1,226 @@
+"""A schedule as a graph in topological order: when everything starts follows from one pass over it.
+
+Since the order of work on every rank is fixed, nothing is decided while time runs: an instant is the latest
+of at most two earlier ones plus a duration, and the step is the longest path.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from moe_bench.projection.schedule_megatron import TransferRule, rank_order, rank_program
+from moe_bench.projection.schedule_program import (
+    Compute,
+    Instruction,
+    Post,
+    Tensor,
+    Wait,
+    Work,
+    eager_program,
+    tensor_read,
+)
+from moe_bench.projection.schedule_shape import PassKind, ScheduleKind, ScheduleShape
+from moe_bench.projection.schedule_whatif import what_if_order
+
+NOTHING, TRANSFER = 0, 1
+"""Durations of nodes that compute nothing: a meeting of two instants, and a transfer."""
+_MEGATRON = (
+    ScheduleKind.NO_PIPELINE,
+    ScheduleKind.ONE_F_ONE_B,
+    ScheduleKind.INTERLEAVED,
+    ScheduleKind.INTERLEAVED_EP_OVERLAP,
+)
+_HELD = {PassKind.FORWARD: 1, PassKind.BACKWARD: -1, PassKind.DGRAD: 0, PassKind.WGRAD: -1}
+"""What a pass adds to the chunks in flight."""
+_START = 0
+"""The node at which the step begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleGraph:
+    """Nodes in an order in which every node stands behind what it waits for."""
+
+    shape: ScheduleShape
+    before: tuple[int, ...]
+    """The node on the same rank that a node follows."""
+    other: tuple[int, ...]
+    """Another node that it waits for, or the same once more."""
+    duration: tuple[int, ...]
+    """Place in the list of durations."""
+    work: tuple[Work, ...]
+    """What the durations from TRANSFER + 1 on are of: chunks and kinds, with micro batch 0."""
+    slots: tuple[tuple[tuple[int, Work], ...], ...]
+    """Of every rank, in order: the node and what it computes."""
+    first_forward: tuple[int, ...]
+    """Node of the first forward pass of every chunk."""
+    last_gradient: tuple[int, ...]
+    """Node of the last slot of every chunk that adds to its weight gradients."""
+    counts: tuple[tuple[tuple[int, int], ...], ...]
+    """Of every rank: how many of its slots have which duration."""
+    max_in_flight: tuple[int, ...]
+    """Most chunks of every rank whose forward pass is done and whose backward pass is not."""
+
+
+def orders(shape: ScheduleShape) -> tuple[tuple[Work, ...], ...]:
+    """What every rank computes, in order."""
+    one = rank_order if shape.kind in _MEGATRON else what_if_order
+    return tuple(one(shape, rank) for rank in range(shape.num_ranks))
+
+
+def programs(shape: ScheduleShape, rule: TransferRule) -> tuple[tuple[Instruction, ...], ...]:
+    """What every rank computes, posts and waits for, in order."""
+    if shape.kind in _MEGATRON:
+        return tuple(rank_program(shape, rank, rule) for rank in range(shape.num_ranks))
+    return tuple(eager_program(shape, order) for order in orders(shape))
+
+
+@lru_cache(maxsize=128)
+def schedule_graph(shape: ScheduleShape, rule: TransferRule) -> ScheduleGraph:
+    """The graph of `shape`. Kept, for a search asks for few shapes with many chunk times."""
+    building = _Building(shape=shape, ranks=[_Rank() for _ in range(shape.num_ranks)])
+    all_programs = programs(shape, rule)
+    reached = [0] * shape.num_ranks
+    moving = True
+    while moving:
+        moving = False
+        for rank, program in enumerate(all_programs):
+            while reached[rank] < len(program) and building.run(rank, program[reached[rank]]):
+                reached[rank] += 1
+                moving = True
+    stuck = [rank for rank, program in enumerate(all_programs) if reached[rank] < len(program)]
+    if stuck:
+        raise RuntimeError(f"{shape}: ranks {stuck} wait for each other; the order of work is wrong")
+    return building.finished()
+
+
+def evaluate(graph: ScheduleGraph, durations_s: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Start and end of every node, the step beginning at 0.
+
+    start = max(end of `before`, end of `other`); end = start + duration.
+    """
+    starts_s, ends_s = [0.0], [0.0]
+    start, end = starts_s.append, ends_s.append
+    for before, other, index in zip(graph.before, graph.other, graph.duration, strict=True):
+        instant, late = ends_s[before], ends_s[other]
+        if late > instant:
+            instant = late
+        start(instant)
+        end(instant + durations_s[index])
+    return starts_s, ends_s
+
+
+def duration_counts(
+    slots: Sequence[tuple[int, Work]], duration: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Which durations the nodes of `slots` have, and how often."""
+    return tuple(Counter(duration[node - 1] for node, _ in slots).items())
+
+
+def _most_in_flight(slots: Sequence[tuple[int, Work]]) -> int:
+    """A split backward pass holds its chunk until both halves are done. Merged passes run layer by layer
+    beside one another, so what one adds the other frees (analysis/activations.py, peak_in_flight_bytes).
+    """
+    live = most = 0
+    for _, work in slots:
+        live += sum(_HELD[one.kind] for one in work)
+        most = max(most, live)
+    return most
+
+
+@dataclass(slots=True, kw_only=True)
+class _Rank:
+    """How far one rank has come."""
+
+    last: int = _START
+    awaited: set[Tensor] = field(default_factory=set)
+    """Transfers that it has waited for."""
+    slots: list[tuple[int, Work]] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Building:
+    """A graph that grows; node 0 is the start of the step and stands in none of the lists."""
+
+    shape: ScheduleShape
+    ranks: list[_Rank]
+    before: list[int] = field(default_factory=list)
+    other: list[int] = field(default_factory=list)
+    duration: list[int] = field(default_factory=list)
+    durations: dict[Work, int] = field(default_factory=dict)
+    ends_posted: dict[Tensor, int] = field(default_factory=dict)
+    """Node behind which the first of a transfer's two ends is posted."""
+    transfers: dict[Tensor, int] = field(default_factory=dict)
+
+    def run(self, rank: int, instruction: Instruction) -> bool:
+        """Add what `instruction` means; False if it waits for something that is not there yet."""
+        match instruction:
+            case Post(sends=sends, receives=receives):
+                for tensor in sends + receives:
+                    self._post(tensor, self.ranks[rank].last)
+                return True
+            case Wait(tensors=tensors):
+                return self._wait(self.ranks[rank], tensors)
+            case Compute(work=work):
+                return self._compute(self.ranks[rank], work)
+
+    def finished(self) -> ScheduleGraph:
+        first_forward, last_gradient = [0] * self.shape.num_chunks, [0] * self.shape.num_chunks
+        for rank in self.ranks:
+            for node, work in rank.slots:
+                for one in work:
+                    if one.kind is PassKind.FORWARD:
+                        first_forward[one.chunk] = first_forward[one.chunk] or node
+                    elif one.kind is not PassKind.DGRAD:
+                        last_gradient[one.chunk] = node
+        return ScheduleGraph(
+            shape=self.shape,
+            before=tuple(self.before),
+            other=tuple(self.other),
+            duration=tuple(self.duration),
+            work=tuple(self.durations),
+            slots=tuple(tuple(rank.slots) for rank in self.ranks),
+            first_forward=tuple(first_forward),
+            last_gradient=tuple(last_gradient),
+            counts=tuple(duration_counts(rank.slots, self.duration) for rank in self.ranks),
+            max_in_flight=tuple(_most_in_flight(rank.slots) for rank in self.ranks),
+        )
+
+    def _post(self, tensor: Tensor, node: int) -> None:
+        other_end = self.ends_posted.pop(tensor, None)
+        if other_end is None:
+            self.ends_posted[tensor] = node
+        else:
+            self.transfers[tensor] = self._add(node, other_end, TRANSFER)
+
+    def _wait(self, rank: _Rank, tensors: Sequence[Tensor]) -> bool:
+        missing = [tensor for tensor in tensors if tensor not in rank.awaited]
+        if any(tensor not in self.transfers for tensor in missing):
+            return False
+        for tensor in missing:
+            rank.last = self._add(rank.last, self.transfers[tensor], NOTHING)
+        rank.awaited.update(missing)
+        return True
+
+    def _compute(self, rank: _Rank, work: Work) -> bool:
+        reads = [tensor for one in work if (tensor := tensor_read(self.shape, one)) is not None]
+        missing = [tensor for tensor in reads if tensor not in rank.awaited]
+        if any(tensor not in self.transfers for tensor in missing):
+            return False
+        if len(missing) > 1:
+            self._wait(rank, missing[1:])
+        other = self.transfers[missing[0]] if missing else rank.last
+        rank.awaited.update(missing)
+        key = tuple(one._replace(micro_batch=0) for one in work)
+        index = self.durations.setdefault(key, TRANSFER + 1 + len(self.durations))
+        rank.last = self._add(rank.last, other, index)
+        rank.slots.append((rank.last, work))
+        return True
+
+    def _add(self, before: int, other: int, duration: int) -> int:
+        self.before.append(before)
+        self.other.append(other)
+        self.duration.append(duration)
+        return len(self.before)
