@@ -10,7 +10,13 @@ from enum import StrEnum
 from moe_bench.errors import BadInputError
 from moe_bench.projection.evidence import Grade
 from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Pass
-from moe_bench.projection.rates import GEMM_HBM_FRACTION, KERNEL_START_S, gpu_rates, require_number
+from moe_bench.projection.rates import (
+    GEMM_HBM_FRACTION,
+    KERNEL_START_S,
+    gemm_rate,
+    gpu_rates,
+    group_rate,
+)
 from moe_bench.results.calibration import Calibration
 from moe_bench.spec.system import SystemSpec
 
@@ -54,29 +60,38 @@ class Efficiency:
         self._rates = gpu_rates(system.gpu)
 
     def gemm(self, operation: Gemm) -> Cost:
-        """hypot(F / P, B / (share * HBM bandwidth)) + start, of all groups in one kernel."""
+        """hypot(F / limit, B / (fraction x HBM bandwidth)) + start, and a start of each group of several."""
         rates = self._rates
-        rate = require_number(rates, operation.number, self._gpu.device_name)
+        rate = gemm_rate(rates, operation.number, device_name=self._gpu.device_name)
+        overhead_s = KERNEL_START_S
+        if operation.num_groups > 1:
+            grouped = group_rate(operation.in_pass)
+            rate = rate.times(grouped.limit_factor)
+            overhead_s += operation.num_groups * grouped.start_s
+        least_memory_s = operation.num_bytes / self._gpu.hbm_bytes_per_s
         return Cost(
-            compute_s=operation.num_flops / rate,
-            memory_s=operation.num_bytes / self._gpu.hbm_bytes_per_s,
-            overhead_s=KERNEL_START_S,
+            compute_s=operation.num_flops / rate.limit_flops_per_s,
+            memory_s=least_memory_s * GEMM_HBM_FRACTION / rate.hbm_fraction,
+            overhead_s=overhead_s,
             scale=Scale.GEMM if operation.number is Number.BF16 else Scale.LOW_PRECISION_GEMM,
-            grade=rates.gemm_grade,
+            grade=rates.grade,
             source=rates.gemm_source,
         )
 
     def attention(self, operation: AttentionCore) -> Cost:
-        """F / (limit / (1 + half * context / tokens)) + start; all five backward products are one kernel."""
+        """F / rate(sequence of one rank) + start; the five products of the backward pass are one kernel."""
         rates = self._rates
-        is_forward = operation.in_pass in (Pass.FORWARD, Pass.RECOMPUTE)
-        law = rates.attention_forward if is_forward else rates.attention_backward
+        rate_flops_per_s = rates.attention_flops_per_s(
+            head_dim=(operation.qk_head_dim + operation.v_head_dim) / 2,
+            num_tokens=operation.seq_len / operation.context,
+            is_forward=operation.in_pass in (Pass.FORWARD, Pass.RECOMPUTE),
+        )
         return Cost(
-            compute_s=operation.num_flops / law.flops_per_s(operation.seq_len / operation.context),
+            compute_s=operation.num_flops / rate_flops_per_s,
             memory_s=0.0,
             overhead_s=KERNEL_START_S,
             scale=Scale.ATTENTION,
-            grade=rates.attention_grade,
+            grade=rates.grade,
             source=rates.attention_source,
         )
 

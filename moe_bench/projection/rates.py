@@ -1,142 +1,235 @@
-"""What public measurements say a GPU achieves: rates of its kernels, each with its grade and source."""
+"""What public measurements say the kernels of a GPU achieve, as laws of few numbers, each with its source.
+
+`python benchmarks/fit_rates.py` prints every number of `_GEMM` and of `_ATTENTION` from the tables of
+`aiconfigurator-core`, and with `--simumax FILE` those of grouped products. docs/projection.md has the errors.
+"""
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.evidence import Grade
-from moe_bench.projection.operations import Number
+from moe_bench.projection.operations import Number, Pass
 from moe_bench.spec.system import GpuSpec
 
 GEMM_HBM_FRACTION = 0.75
-"""Share of the datasheet's memory bandwidth that the operands of a matrix product reach."""
+"""Share of the datasheet's memory bandwidth that operands of a matrix product reach beside its arithmetic."""
 KERNEL_START_S = 3e-6
-"""From the start of a kernel on the device to its first useful work."""
+"""From the start of a kernel to its first useful work, and its tail: 2.5 to 3.2 us in the BF16 tables."""
 
-_TABLES = "law of aiconfigurator-core 0.12.0's GEMM tables"
-_SDPA = "law of arXiv:2603.07685, table 9 (cuDNN, 192/128 head dimensions)"
+Architecture = Literal["hopper", "blackwell"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class GemmRate:
+    """seconds = hypot(F / limit, B / (fraction x HBM bandwidth)) + KERNEL_START_S."""
+
+    limit_flops_per_s: float
+    hbm_fraction: float = GEMM_HBM_FRACTION
+
+    def times(self, factor: float) -> GemmRate:
+        """The same law at another limit."""
+        return GemmRate(self.limit_flops_per_s * factor, self.hbm_fraction)
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionRate:
-    """rate(s) = limit / (1 + half_tokens / s): half of the limit is reached at `half_tokens`."""
+    """rate(n) = limit / (1 + half / n) over n tokens of causal sequence: half of the limit at n = half."""
 
     limit_flops_per_s: float
     num_half_tokens: float
 
     def flops_per_s(self, num_tokens: float) -> float:
-        """At `num_tokens` keys per query at most."""
+        """At sequences of `num_tokens`, over which a query sees half as many keys on average."""
         return self.limit_flops_per_s / (1 + self.num_half_tokens / num_tokens)
 
-    def times(self, factor: float) -> AttentionRate:
-        """The same shape at another limit."""
-        return AttentionRate(
-            limit_flops_per_s=self.limit_flops_per_s * factor, num_half_tokens=self.num_half_tokens
-        )
+
+@dataclass(frozen=True, slots=True)
+class GroupRate:
+    """How Transformer Engine's grouped product differs from one product as large, in one pass."""
+
+    limit_factor: float
+    start_s: float
+    """Per group: its kernel's start and the SMs that its last tiles leave idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuRates:
-    """Rates of one GPU, in a burst of one kernel on an otherwise idle device."""
+    """Rates of one GPU in a burst of one kernel on an idle device."""
 
-    gemm_flops_per_s: Mapping[Number, float]
-    """Limit of large products; number formats that the GPU lacks are absent."""
-    gemm_grade: Grade
+    gemm: Mapping[Number, GemmRate]
+    """Number formats that the GPU lacks are absent."""
+    attention: Mapping[int, AttentionRate]
+    """Forward, by the mean of the two head dimensions."""
+    architecture: Architecture
+    grade: Grade
     gemm_source: str
-    attention_forward: AttentionRate
-    attention_backward: AttentionRate
-    attention_grade: Grade
     attention_source: str
 
+    def attention_flops_per_s(self, *, head_dim: float, num_tokens: float, is_forward: bool) -> float:
+        """Achieved rate of what a causal mask leaves; between two head dimensions linear in their logarithm.
 
-_GEMM_FLOPS_PER_S: Mapping[str, Mapping[Number, float]] = MappingProxyType(
+        backward(d, n) = forward(d, n) x backward(160, n) / forward(160, n), by architecture: only the head
+        dimensions of DeepSeek-V3 are published in both directions.
+        """
+        dims = sorted(self.attention)
+        above = bisect.bisect_left(dims, head_dim)
+        low, high = dims[max(above - 1, 0)], dims[min(above, len(dims) - 1)]
+        rate = self.attention[low].flops_per_s(num_tokens)
+        if high != low:
+            share = math.log(head_dim / low) / math.log(high / low)
+            rate += share * (self.attention[high].flops_per_s(num_tokens) - rate)
+        if is_forward:
+            return rate
+        forward, backward = _CUDNN[self.architecture]
+        return rate * backward.flops_per_s(num_tokens) / forward.flops_per_s(num_tokens)
+
+
+_H100, _H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+_B200, _GB200, _GB300 = "NVIDIA B200", "NVIDIA GB200", "NVIDIA GB300"
+
+_GEMM: Mapping[str, Mapping[Number, GemmRate]] = MappingProxyType(
     {
-        "NVIDIA H100 80GB HBM3": {
-            Number.BF16: 794e12,
-            Number.FP8_TENSORWISE: 1374e12,
-            Number.FP8_BLOCKWISE: 1204e12,
+        _H100: {
+            Number.BF16: GemmRate(806e12),
+            Number.FP8_TENSORWISE: GemmRate(1489e12, 0.64),
+            Number.FP8_BLOCKWISE: GemmRate(1229e12, 0.41),
         },
-        "NVIDIA B200": {
-            Number.BF16: 1574e12,
-            Number.FP8_TENSORWISE: 3238e12,
-            Number.FP8_BLOCKWISE: 3238e12,
-            Number.MXFP8: 3238e12,
-            Number.NVFP4: 4589e12,
+        _H200: {
+            Number.BF16: GemmRate(792e12),
+            Number.FP8_TENSORWISE: GemmRate(1484e12, 0.49),
+            Number.FP8_BLOCKWISE: GemmRate(1249e12, 0.29),
         },
-        "NVIDIA GB200": {
-            Number.BF16: 1700e12,
-            Number.FP8_TENSORWISE: 3428e12,
-            Number.FP8_BLOCKWISE: 3428e12,
-            Number.MXFP8: 3428e12,
-            Number.NVFP4: 4841e12,
+        _B200: {
+            Number.BF16: GemmRate(1588e12),
+            Number.FP8_TENSORWISE: GemmRate(3085e12, 0.69),
+            Number.FP8_BLOCKWISE: GemmRate(3149e12, 0.54),
+            Number.MXFP8: GemmRate(3149e12, 0.54),
+            Number.NVFP4: GemmRate(4522e12, 0.56),
         },
-        "NVIDIA GB300": {
-            Number.BF16: 1964e12,
-            Number.FP8_TENSORWISE: 4043e12,
-            Number.FP8_BLOCKWISE: 4043e12,
-            Number.MXFP8: 4043e12,
-            Number.NVFP4: 7015e12,
+        _GB200: {
+            Number.BF16: GemmRate(1717e12),
+            Number.FP8_TENSORWISE: GemmRate(3034e12, 0.67),
+            Number.FP8_BLOCKWISE: GemmRate(3357e12, 0.51),
+            Number.MXFP8: GemmRate(3357e12, 0.51),
+            Number.NVFP4: GemmRate(4754e12, 0.56),
+        },
+        _GB300: {
+            Number.BF16: GemmRate(1966e12),
+            Number.FP8_TENSORWISE: GemmRate(3691e12, 0.70),
+            Number.FP8_BLOCKWISE: GemmRate(3954e12, 0.53),
+            Number.MXFP8: GemmRate(3954e12, 0.53),
+            Number.NVFP4: GemmRate(6845e12, 0.30),
         },
     }
 )
-_SAME_CHIP: Mapping[str, str] = MappingProxyType(
-    {"NVIDIA H800": "NVIDIA H100 80GB HBM3", "NVIDIA H200": "NVIDIA H100 80GB HBM3"}
-)
-"""GPUs with the SMs, clocks and power of another one; memory and links are their own (`recipes/systems`)."""
-_REFERENCE: Mapping[str, str] = MappingProxyType(
-    {"hopper": "NVIDIA H100 80GB HBM3", "blackwell": "NVIDIA B200"}
-)
-"""GPU of each architecture that the unmeasured ones are scaled from, and its datasheet rates below."""
-_REFERENCE_BF16_FLOPS_PER_S: Mapping[str, float] = MappingProxyType(
-    {"hopper": 989.4e12, "blackwell": 2250.0e12}
-)
+"""TensorRT-LLM 1.3.0rc20's linear layers, net of the quantization that the tables of low precision include.
+Blackwell's block-scaled FP8 is the tables' `fp8_block`: scales of 128 elements, where MXFP8 has 32."""
 
-_ATTENTION: Mapping[str, tuple[AttentionRate, AttentionRate]] = MappingProxyType(
+_CUDNN: Mapping[Architecture, tuple[AttentionRate, AttentionRate]] = MappingProxyType(
     {
-        "hopper": (
-            AttentionRate(limit_flops_per_s=668e12, num_half_tokens=850),
-            AttentionRate(limit_flops_per_s=560e12, num_half_tokens=1340),
-        ),
-        "blackwell": (
-            AttentionRate(limit_flops_per_s=1870e12, num_half_tokens=1690),
-            AttentionRate(limit_flops_per_s=1390e12, num_half_tokens=1160),
-        ),
+        "hopper": (AttentionRate(668e12, 850), AttentionRate(560e12, 1340)),
+        "blackwell": (AttentionRate(1870e12, 1690), AttentionRate(1390e12, 1160)),
     }
 )
+"""Forward and backward with head dimensions 192 and 128, through both points of arXiv:2603.07685, table 9
+(results/published/deepseek_v3_attention.yaml)."""
+
+_ATTENTION: Mapping[str, Mapping[int, AttentionRate]] = MappingProxyType(
+    {
+        _H100: {
+            64: AttentionRate(525e12, 976),
+            128: AttentionRate(654e12, 911),
+            160: AttentionRate(668e12, 850),
+            256: AttentionRate(773e12, 871),
+        },
+        _H200: {
+            64: AttentionRate(516e12, 958),
+            128: AttentionRate(644e12, 875),
+            160: AttentionRate(668e12, 850),
+            256: AttentionRate(757e12, 825),
+        },
+        _B200: {
+            64: AttentionRate(805e12, 713),
+            128: AttentionRate(1323e12, 897),
+            160: AttentionRate(1734e12, 1690),
+            256: AttentionRate(1483e12, 920),
+        },
+        _GB200: {
+            64: AttentionRate(858e12, 688),
+            128: AttentionRate(1421e12, 844),
+            160: AttentionRate(1870e12, 1690),
+            256: AttentionRate(1626e12, 873),
+        },
+        _GB300: {
+            64: AttentionRate(1224e12, 1046),
+            128: AttentionRate(1854e12, 967),
+            160: AttentionRate(2242e12, 1690),
+            256: AttentionRate(1843e12, 912),
+        },
+    }
+)
+"""64, 128 and 256: vLLM 0.24.0's kernels (FlashAttention 3 on Hopper). 160 (192 and 128): cuDNN's law above,
+its Blackwell taken for a GB200; B200 and GB300 scaled by what TensorRT-LLM's kernel of the same dimensions
+achieves there."""
+
+_GROUPED: Mapping[Pass, GroupRate] = MappingProxyType(
+    {
+        Pass.FORWARD: GroupRate(1.0, 3.7e-6),
+        Pass.RECOMPUTE: GroupRate(1.0, 3.7e-6),
+        Pass.DGRAD: GroupRate(1.0, 5.7e-6),
+        Pass.WGRAD: GroupRate(0.80, 0.9e-6),
+    }
+)
+"""108 grouped products on a B200 beside its dense ones (MooreThreads/SimuMax 4dcaae5, Apache-2.0)."""
+
+_SAME_CHIP: Mapping[str, str] = MappingProxyType({"NVIDIA H800": _H100})
+"""GPUs with the SMs, clocks, power and memory of another; their links are their own (recipes/systems)."""
+_REFERENCE: Mapping[Architecture, tuple[str, float]] = MappingProxyType(
+    {"hopper": (_H100, 989.4e12), "blackwell": (_B200, 2250e12)}
+)
+"""GPU that the unmeasured ones of an architecture are scaled from, and its datasheet's BF16 rate."""
 
 
 def gpu_rates(gpu: GpuSpec) -> GpuRates:
     """Rates of `gpu`: measured on it, on the same chip, or scaled from its architecture by the datasheet."""
-    forward, backward = _ATTENTION[gpu.architecture]
     name = _SAME_CHIP.get(gpu.device_name, gpu.device_name)
-    if name in _GEMM_FLOPS_PER_S:
-        scale, grade, of = 1.0, Grade.PUBLISHED, f"on {name}"
-        gemm = _GEMM_FLOPS_PER_S[name]
+    if name in _GEMM:
+        scale, grade, where = 1.0, Grade.PUBLISHED, name
     else:
-        name = _REFERENCE[gpu.architecture]
-        scale = gpu.bf16_flops_per_s / _REFERENCE_BF16_FLOPS_PER_S[gpu.architecture]
-        grade, of = Grade.PRIOR, f"on {name}, scaled by the datasheet's BF16 rate"
-        gemm = {number: rate * scale for number, rate in _GEMM_FLOPS_PER_S[name].items()}
+        name, reference_flops_per_s = _REFERENCE[gpu.architecture]
+        scale = gpu.bf16_flops_per_s / reference_flops_per_s
+        grade, where = Grade.PRIOR, f"{name}, scaled by the datasheets' BF16 rates"
     return GpuRates(
-        gemm_flops_per_s=gemm,
-        gemm_grade=grade,
-        gemm_source=f"{_TABLES} {of}",
-        attention_forward=forward.times(scale),
-        attention_backward=backward.times(scale),
-        attention_grade=grade,
-        attention_source=_SDPA,
+        gemm={number: rate.times(scale) for number, rate in _GEMM[name].items()},
+        attention={
+            dim: AttentionRate(rate.limit_flops_per_s * scale, rate.num_half_tokens)
+            for dim, rate in _ATTENTION[name].items()
+        },
+        architecture=gpu.architecture,
+        grade=grade,
+        gemm_source=f"law of aiconfigurator-core 0.12.0's products on {where}",
+        attention_source=f"laws of arXiv:2603.07685 and aiconfigurator-core 0.12.0 on {where}",
     )
 
 
-def require_number(rates: GpuRates, number: Number, device_name: str) -> float:
-    """Limit of products in `number`; BadInputError where nothing is known about it on this GPU."""
-    rate = rates.gemm_flops_per_s.get(number)
+def gemm_rate(rates: GpuRates, number: Number, *, device_name: str) -> GemmRate:
+    """Law of products in `number`; BadInputError where nothing is known about it on this GPU."""
+    rate = rates.gemm.get(number)
     if rate is None:
-        known = ", ".join(sorted(rates.gemm_flops_per_s))
+        known = ", ".join(sorted(rates.gemm))
         raise BadInputError(
-            f"{device_name}: no measured rate of products in {number}; it has {known}; change the precision"
+            f"{device_name}: no measured rate of products in {number}; known: {known}; change the precision"
         )
     return rate
+
+
+def group_rate(in_pass: Pass) -> GroupRate:
+    """Of grouped products in this pass."""
+    return _GROUPED[in_pass]
