@@ -22,6 +22,8 @@ _CROSS_ENTROPY_BYTES = {"te": 6, "native": 14, "none": 24}
 """Bytes moved per logit from the product to its gradient: Transformer Engine's kernel reads BF16 twice and
 writes the gradient over it; Megatron-Core's own works on an FP32 copy, unfused step by step
 (tensor_parallel/cross_entropy.py, fusions/fused_cross_entropy.py)."""
+_ROUTED = (Group.EXPERT, Group.EXPERT_TENSOR, Group.EXPERT_TENSOR_EXPERT)
+"""Groups whose messages grow with the tokens that a rank receives."""
 _LOSS_LAUNCHES = 60
 _MTP_LAUNCHES = 30
 
@@ -138,7 +140,7 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float) -> LayerWork:
         exchanges = layer_exchanges(recipe, is_moe=kind.is_moe, is_quantized=kind.is_quantized)
     return LayerWork(
         operations=tuple(tally.operations),
-        messages=tuple(_messages(tally, exchanges)),
+        messages=tuple(_messages(tally, exchanges, load)),
         num_launches=tally.num_launches,
     )
 
@@ -150,7 +152,7 @@ def _loss_work(recipe: Recipe) -> LayerWork:
         _add_loss(tally)
     return LayerWork(
         operations=tuple(tally.operations),
-        messages=tuple(_messages(tally, loss_exchanges(recipe))),
+        messages=tuple(_messages(tally, loss_exchanges(recipe), 1.0)),
         num_launches=tally.num_launches,
     )
 
@@ -165,7 +167,8 @@ def _add_loss(tally: Tally) -> None:
     tally.launch(_LOSS_LAUNCHES)
 
 
-def _messages(tally: Tally, exchanges: tuple[Exchange, ...]) -> Iterator[Message]:
+def _messages(tally: Tally, exchanges: tuple[Exchange, ...], load: float) -> Iterator[Message]:
+    """What the busiest rank exchanges: `load` times as much with its expert-parallel peers."""
     is_overlapped = tally.recipe.overlap.tensor_parallel
     for exchange in exchanges:
         passes = tally.forward_passes(exchange.repeated_by)
@@ -177,6 +180,6 @@ def _messages(tally: Tally, exchanges: tuple[Exchange, ...]) -> Iterator[Message
                     op=call.op,
                     group=call.group,
                     in_pass=in_pass,
-                    num_bytes=call.num_bytes,
+                    num_bytes=call.num_bytes * (load if call.group in _ROUTED else 1.0),
                     is_overlapped=is_overlapped and call.group is Group.TENSOR,
                 )

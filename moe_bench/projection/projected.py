@@ -69,9 +69,9 @@ def project(
     *,
     constants: Constants | None = None,
     efficiency: Efficiency | None = None,
-    load: float = 1.0,
+    load: float | None = None,
 ) -> Projection:
-    """`recipe` projected: priced, its pipeline simulated, its terms added up.
+    """`recipe` projected: priced, its pipeline simulated, its terms added up; `load` as in `step_work`.
 
     Raises BadInputError for a precision or a GPU without rates.
     """

@@ -11,6 +11,7 @@ from moe_bench.analysis.params import rank_params
 from moe_bench.analysis.state_comms import gradient_bytes, state_calls
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fabric import Fabric, LinkTime
+from moe_bench.projection.load import recipe_load
 from moe_bench.projection.lowering import Lowered, lower
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
 from moe_bench.spec.pipeline import pipeline_chunks
@@ -52,13 +53,13 @@ class StepWork:
         return self.lowered.recipe
 
 
-def step_work(recipe: Recipe, efficiency: Efficiency | None = None, *, load: float = 1.0) -> StepWork:
-    """`recipe` lowered and priced; `load` as in `lowering.lower`.
+def step_work(recipe: Recipe, efficiency: Efficiency | None = None, *, load: float | None = None) -> StepWork:
+    """`recipe` lowered and priced; `load` as in `lowering.lower`, None for what its routing mode leads to.
 
     Raises BadInputError for a precision or a GPU that has no rates.
     """
     efficiency = Efficiency(recipe.system) if efficiency is None else efficiency
-    lowered = lower(recipe, load=load)
+    lowered = lower(recipe, load=recipe_load(recipe) if load is None else load)
     fabric = Fabric(recipe.system, recipe.parallel)
     pricer = Pricer(efficiency, fabric)
     gpu = recipe.system.gpu
