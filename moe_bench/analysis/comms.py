@@ -50,7 +50,8 @@ class Transfer:
 def step_transfers(recipe: Recipe, pipeline_rank: int) -> tuple[Transfer, ...]:
     """Everything that a rank of pipeline rank `pipeline_rank` communicates in one step.
 
-    Tensor-, context-, expert- and data-parallel peers carry the same, but for the ends of a ring.
+    Tensor-, context-, expert- and data-parallel peers carry the same, but for the ends of a ring and what a
+    shard of Megatron-FSDP sums over TP: the first rank's are taken.
     """
     chunks = pipeline_chunks(
         recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers

@@ -6,16 +6,18 @@ optimizer/distrib_optimizer.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from moe_bench.analysis.activations import activation_element_bytes
 from moe_bench.analysis.collectives import Call, Collective, Group, Phase
-from moe_bench.analysis.tensors import Tensor, bucket_elements, bucket_limit, chunk_tensors, layer_tensors
+from moe_bench.analysis.fsdp import sharded_buffers
+from moe_bench.analysis.tensors import Tensor, bucket_elements, bucket_limit, chunk_tensors
 from moe_bench.spec.pipeline import Chunk, embedding_pipeline_ranks
 from moe_bench.spec.recipe import Precision, Recipe
 
 GATHER, SCATTER, REDUCE = Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE
 FP32_BYTES = 4
+FP8_BYTES = 1
 
 _STORED_BYTES: dict[Precision, float] = {
     "fp8_delayed": 1,
@@ -83,49 +85,28 @@ def gradient_and_parameter_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Ite
 
 
 def _fsdp_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[Phase, int, Call]]:
-    """Megatron-FSDP: gradients reduce-scattered in the model's type, a P, per step (`optim`) or micro batch;
-    parameters gathered after the step, a P, and where they are sharded too (`optim_grads_params`) the layers'
-    forward and backward in every micro batch, and the first layer's once more ahead of the step.
+    """Megatron-FSDP, per buffer of P elements, padding included (`sharded_buffers`), and N micro batches.
 
-    Left out is its padding to whole rows of the first dimension (megatron_fsdp/param_and_grad_buffer.py,
-    build_data_parallel_buffer_index): below 1 % for matrices, a multiple for a stack of few experts, which is
-    how the torch-native kernels hold them.
+    Gradients are reduce-scattered in the type in which they are added up, g P, after every backward pass, or
+    once per step where they are not sharded (`optim`); over several optimizer instances the shards are
+    all-reduced once. Weights, w P, are gathered for the forward and again for the backward pass of a layer in
+    every micro batch (`optim_grads_params`: 2 N), everything else once per step: outside of layers nothing is
+    freed (AllGatherPipeline.reset). What is fetched ahead is used, from the second step on: until then the
+    last norm and the head fetch the first layers once more, in vain (megatron_fsdp.py,
+    _pre_forward_param_unshard).
     """
     number = recipe.num_micro_batches
-    strategy = recipe.parallel.fsdp_strategy
-    num_reductions = 1 if strategy == "optim" else number
-    for in_expert_group, group in ((False, Group.DATA_CONTEXT), (True, Group.EXPERT_DATA)):
-        what = "experts" if in_expert_group else "dense parameters"
-        layers, ends = _fsdp_units(recipe, chunks, in_expert_group)
-        everything = sum(layers) + ends
-        element = activation_element_bytes(recipe)
-        yield Phase.GRADIENT_SYNC, num_reductions, Call(SCATTER, group, element * everything, what)
-        if strategy != "optim_grads_params":
-            yield Phase.PARAMETER_SYNC, 1, Call(GATHER, group, element * everything, what)
-            continue
-        for elements in layers:
-            yield Phase.PARAMETER_SYNC, 2 * number, Call(GATHER, group, element * elements, what)
-        ahead = ends + (layers[0] if layers else 0)
-        yield Phase.PARAMETER_SYNC, 1, Call(GATHER, group, element * ahead, what)
-
-
-def _fsdp_units(recipe: Recipe, chunks: Sequence[Chunk], in_expert_group: bool) -> tuple[list[int], int]:
-    """Elements of each layer, which Megatron-FSDP gathers and frees as a unit, and of the model's ends."""
-    layers: list[int] = []
-    ends = 0
-    for chunk in chunks:
-        whole = _elements(chunk_tensors(recipe, chunk), in_expert_group)
-        units = [
-            _elements(layer_tensors(recipe, is_moe=recipe.model.is_moe_layer(layer)), in_expert_group)
-            for layer in chunk.layers
-        ]
-        layers += units
-        ends += whole - sum(units)
-    return layers, ends
-
-
-def _elements(tensors: Iterable[Tensor], in_expert_group: bool) -> int:
-    return sum(tensor.num_elements for tensor in tensors if tensor.in_expert_group == in_expert_group)
+    num_reductions = 1 if recipe.parallel.fsdp_strategy == "optim" else number
+    for buffer in (buffer for chunk in chunks for buffer in sharded_buffers(recipe, chunk)):
+        group = Group.EXPERT_DATA if buffer.is_expert else Group.DATA_CONTEXT
+        what = "experts" if buffer.is_expert else "dense parameters"
+        gradient = gradient_bytes(recipe) * buffer.num_elements
+        yield Phase.GRADIENT_SYNC, num_reductions, Call(SCATTER, group, gradient, what)
+        held = gradient if num_reductions == 1 else gradient // buffer.num_shards
+        yield Phase.GRADIENT_SYNC, 1, Call(REDUCE, Group.INSTANCES, held, what)
+        element = FP8_BYTES if buffer.is_quantized else activation_element_bytes(recipe)
+        gathered = Call(GATHER, group, element * buffer.num_elements, what)
+        yield Phase.PARAMETER_SYNC, 2 * number if buffer.in_layer else 1, gathered
 
 
 def _buffers(
@@ -158,10 +139,11 @@ def _finalize_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[P
         for tensor in chunk_tensors(recipe, chunk)
         if tensor.sums_over_tensor
     )
+    num_bytes = gradient_bytes(recipe) * summed
     if parallel.data_sharding == "megatron_fsdp":
-        summed //= parallel.dense_shards  # the mean: a rank sums what its shard holds, which may be nothing
+        num_bytes = FP32_BYTES * sum(_summed_in_shard(recipe, chunk, shard=0) for chunk in chunks)
     what = "norms, routers and repeated projections"
-    yield Phase.FINALIZE, Call(REDUCE, Group.TENSOR, gradient_bytes(recipe) * summed, what)
+    yield Phase.FINALIZE, Call(REDUCE, Group.TENSOR, num_bytes, what)
     ranks = embedding_pipeline_ranks(
         parallel, num_mtp_layers=recipe.num_mtp_layers, is_tied=model.tied_embeddings
     )
@@ -179,3 +161,17 @@ def _finalize_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[P
         )
         num_bytes = activation_element_bytes(recipe) * model.moe.num_experts * num_layers
         yield Phase.FINALIZE, Call(REDUCE, Group.TENSOR_DATA_CONTEXT, num_bytes, "tokens per expert")
+
+
+def _summed_in_shard(recipe: Recipe, chunk: Chunk, *, shard: int) -> int:
+    """Elements of a shard of Megatron-FSDP whose gradients are summed over TP, in the main weights' type.
+
+    A rank sums what its shard holds of such weights (finalize_model_grads.py, `_local_tensor`), which may be
+    nothing: they are small and stand last.
+    """
+    return sum(
+        num_elements
+        for buffer in sharded_buffers(recipe, chunk)
+        for tensor, num_elements in buffer.in_shard(shard)
+        if tensor.sums_over_tensor
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_bench.analysis.params import has_query_input_norm
 from moe_bench.spec.model import Attention, MixtureOfExperts
@@ -30,6 +30,10 @@ class Tensor:
     name: str
     """The last part of Megatron-Core's name, or the last two."""
     num_elements: int
+    num_columns: int = 1
+    """Elements of a matrix's row, which Megatron-FSDP never divides; 1 for a vector."""
+    is_expert: bool = False
+    """Whether it is a routed expert's."""
     in_expert_group: bool = False
     """Whether its gradient is reduced over the expert-data-parallel group, not the data-parallel one."""
     sums_over_tensor: bool = False
@@ -44,34 +48,54 @@ def chunk_tensors(recipe: Recipe, chunk: Chunk) -> tuple[Tensor, ...]:
     """Parameters of one chunk on one rank, in the order in which GPTModel registers them.
 
     The order is that of the torch-native kernels. Transformer Engine's differ in where a norm stands and keep
-    experts apart, one tensor each, which is told apart here.
+    experts apart, one tensor each, which is told apart here; with Megatron-FSDP ours are apart as well.
     """
+    return tuple(tensor for part in _parts(recipe, chunk) for tensor in part.tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Consecutive parameters of a chunk."""
+
+    tensors: tuple[Tensor, ...]
+    is_layer: bool = False
+    """Whether they are a transformer layer, in the decoder or inside a multi-token prediction layer."""
+
+
+def chunk_parts(recipe: Recipe, chunk: Chunk) -> tuple[Part, ...]:
+    """The same tensors, layer by layer."""
+    return tuple(_parts(recipe, chunk))
+
+
+def _parts(recipe: Recipe, chunk: Chunk) -> Iterator[Part]:
     model, trains_mtp = recipe.model, recipe.num_mtp_layers > 0
-    num_elements = model.vocab_size * model.hidden_size // recipe.parallel.tensor
+    hidden = model.hidden_size
+    vocabulary = _weight("word_embeddings.weight", model.vocab_size // recipe.parallel.tensor, hidden)
+    vocabulary = replace(vocabulary, is_quantized=False)
     is_copied = recipe.parallel.pipeline > 1 and (model.tied_embeddings or trains_mtp)
-    tensors: list[Tensor] = []
     if chunk.has_embedding or chunk.num_mtp_layers:
-        tensors.append(
-            Tensor(name="word_embeddings.weight", num_elements=num_elements, has_own_bucket=is_copied)
-        )
+        yield Part(tensors=(replace(vocabulary, has_own_bucket=is_copied),))
     for layer in chunk.layers:
-        tensors += _layer(recipe, is_moe=model.is_moe_layer(layer))
+        yield _layer(recipe, is_moe=model.is_moe_layer(layer))
     if (model.num_layers - 1 in chunk.layers) if trains_mtp else chunk.has_loss:
-        tensors.append(_norm(recipe, "final_layernorm", model.hidden_size))
+        yield Part(tensors=(_norm(recipe, "final_layernorm", hidden),))
     for _ in range(chunk.num_mtp_layers):
-        tensors += _mtp(recipe)
+        yield from _mtp(recipe)
     if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):
         is_copy = is_copied and model.tied_embeddings and not chunk.num_mtp_layers
-        tensors.append(Tensor(name="output_layer.weight", num_elements=num_elements, has_own_bucket=is_copy))
-    return tuple(tensors)
+        yield Part(tensors=(replace(vocabulary, name="output_layer.weight", has_own_bucket=is_copy),))
 
 
 def layer_tensors(recipe: Recipe, *, is_moe: bool) -> tuple[Tensor, ...]:
     """Parameters of one decoder layer on one rank."""
-    return tuple(_layer(recipe, is_moe=is_moe))
+    return _layer(recipe, is_moe=is_moe).tensors
 
 
-def _layer(recipe: Recipe, *, is_moe: bool) -> Iterator[Tensor]:
+def _layer(recipe: Recipe, *, is_moe: bool) -> Part:
+    return Part(tensors=tuple(_layer_tensors(recipe, is_moe=is_moe)), is_layer=True)
+
+
+def _layer_tensors(recipe: Recipe, *, is_moe: bool) -> Iterator[Tensor]:
     model = recipe.model
     yield _norm(recipe, "input_layernorm", model.hidden_size)
     yield from _attention(recipe, model.attention)
@@ -87,28 +111,28 @@ def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
     heads = attention.num_heads // tensor
     if attention.kind == "mla":
         query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
-        yield _weight("linear_proj.weight", heads * attention.v_head_dim * hidden)
+        yield _weight("linear_proj.weight", hidden, heads * attention.v_head_dim)
         if attention.q_lora_rank is None:
             if has_query_input_norm(attention, recipe.kernels.family):
                 yield _norm(recipe, "linear_q_proj.layer_norm", hidden)
-            yield _weight("linear_q_proj.weight", heads * query * hidden)
+            yield _weight("linear_q_proj.weight", heads * query, hidden)
         else:
-            yield _repeated(recipe, "linear_q_down_proj.weight", hidden * attention.q_lora_rank)
-            yield _weight("linear_q_up_proj.weight", attention.q_lora_rank * heads * query)
+            yield _repeated(recipe, "linear_q_down_proj.weight", attention.q_lora_rank, hidden)
+            yield _weight("linear_q_up_proj.weight", heads * query, attention.q_lora_rank)
             yield _norm(recipe, "q_layernorm", attention.q_lora_rank)
         latent = attention.kv_lora_rank
         keys = attention.qk_nope_head_dim + attention.v_head_dim
-        yield _repeated(recipe, "linear_kv_down_proj.weight", hidden * (latent + attention.qk_rope_head_dim))
-        yield _weight("linear_kv_up_proj.weight", latent * heads * keys)
+        yield _repeated(recipe, "linear_kv_down_proj.weight", latent + attention.qk_rope_head_dim, hidden)
+        yield _weight("linear_kv_up_proj.weight", heads * keys, latent)
         yield _norm(recipe, "kv_layernorm", latent)
         return
     qkv = attention.head_dim * (attention.num_heads + 2 * attention.num_query_groups) // tensor
     if attention.sinks:
         yield Tensor(name="core_attention.softmax_offset", num_elements=heads)
-    yield _weight("linear_proj.weight", heads * attention.head_dim * hidden)
+    yield _weight("linear_proj.weight", hidden, heads * attention.head_dim)
     if recipe.model.linear_bias:
         yield _repeated(recipe, "linear_proj.bias", hidden)
-    yield _weight("linear_qkv.weight", qkv * hidden)
+    yield _weight("linear_qkv.weight", qkv, hidden)
     if attention.qkv_bias:
         yield Tensor(name="linear_qkv.bias", num_elements=qkv)
     if attention.qk_norm != "none":
@@ -124,7 +148,7 @@ def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
 
 def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
     model, parallel = recipe.model, recipe.parallel
-    yield _repeated(recipe, "router.weight", moe.num_experts * model.hidden_size)
+    yield _repeated(recipe, "router.weight", moe.num_experts, model.hidden_size)
     if model.linear_bias:
         yield _repeated(recipe, "router.bias", moe.num_experts)
     num_experts = moe.num_experts // parallel.expert
@@ -132,7 +156,9 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
     first, second = 2 * ffn, model.hidden_size
     projections = [("linear_fc1", first, model.hidden_size), ("linear_fc2", second, ffn)]
     kinds = [("weight", True), ("bias", False)] if model.linear_bias else [("weight", True)]
-    is_stacked = recipe.kernels.grouped_gemm and recipe.kernels.family != "transformer_engine"
+    is_stacked = recipe.kernels.grouped_gemm and not (
+        recipe.kernels.family == "transformer_engine" or parallel.data_sharding == "megatron_fsdp"
+    )
     in_expert_group = uses_expert_groups(recipe)
 
     def tensors(names: Iterable[tuple[str, int, int]], count: int) -> Iterator[Tensor]:
@@ -143,6 +169,8 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
                     yield Tensor(
                         name=f"{name}.{kind}",
                         num_elements=size * (count if is_stacked else 1),
+                        num_columns=inputs if is_matrix else 1,
+                        is_expert=True,
                         in_expert_group=in_expert_group,
                         is_quantized=is_matrix,
                     )
@@ -154,32 +182,31 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
             yield from tensors(projections, 1)
     if moe.shared_expert_ffn_hidden_size:
         if moe.shared_expert_gate:
-            yield _repeated(recipe, "gate_weight", model.hidden_size)
+            yield _repeated(recipe, "gate_weight", 1, model.hidden_size)
         yield from _mlp(recipe, "shared_experts", ffn=moe.shared_expert_ffn_hidden_size, has_bias=False)
 
 
 def _mlp(recipe: Recipe, name: str, *, ffn: int, has_bias: bool) -> Iterator[Tensor]:
     hidden, ffn = recipe.model.hidden_size, ffn // recipe.parallel.tensor
-    yield _weight(f"{name}.linear_fc1.weight", 2 * ffn * hidden)
+    yield _weight(f"{name}.linear_fc1.weight", 2 * ffn, hidden)
     if has_bias:
         yield Tensor(name=f"{name}.linear_fc1.bias", num_elements=2 * ffn)
-    yield _weight(f"{name}.linear_fc2.weight", ffn * hidden)
+    yield _weight(f"{name}.linear_fc2.weight", hidden, ffn)
     if has_bias:
         yield _repeated(recipe, f"{name}.linear_fc2.bias", hidden)
 
 
-def _mtp(recipe: Recipe) -> Iterator[Tensor]:
+def _mtp(recipe: Recipe) -> Iterator[Part]:
     model = recipe.model
     hidden = model.hidden_size
-    yield _norm(recipe, "enorm", hidden)
-    yield _norm(recipe, "hnorm", hidden)
-    yield _weight("eh_proj.weight", 2 * hidden * hidden // recipe.parallel.tensor)
-    yield from _layer(recipe, is_moe=model.is_moe_layer(model.num_layers - 1))
-    yield _norm(recipe, "final_layernorm", hidden)
+    projection = _weight("eh_proj.weight", hidden // recipe.parallel.tensor, 2 * hidden)
+    yield Part(tensors=(_norm(recipe, "enorm", hidden), _norm(recipe, "hnorm", hidden), projection))
+    yield _layer(recipe, is_moe=model.is_moe_layer(model.num_layers - 1))
+    yield Part(tensors=(_norm(recipe, "final_layernorm", hidden),))
 
 
-def _weight(name: str, num_elements: int) -> Tensor:
-    return Tensor(name=name, num_elements=num_elements, is_quantized=True)
+def _weight(name: str, num_rows: int, num_columns: int) -> Tensor:
+    return Tensor(name=name, num_elements=num_rows * num_columns, num_columns=num_columns, is_quantized=True)
 
 
 def _norm(recipe: Recipe, name: str, num_gains: int) -> Tensor:
@@ -190,11 +217,12 @@ def _norm(recipe: Recipe, name: str, num_gains: int) -> Tensor:
     )
 
 
-def _repeated(recipe: Recipe, name: str, num_elements: int) -> Tensor:
+def _repeated(recipe: Recipe, name: str, num_rows: int, num_columns: int = 1) -> Tensor:
     """A weight that every tensor-parallel rank holds whole and applies to its own tokens."""
     return Tensor(
         name=name,
-        num_elements=num_elements,
+        num_elements=num_rows * num_columns,
+        num_columns=num_columns,
         sums_over_tensor=recipe.parallel.sequence_parallel,
         is_quantized="down_proj" in name,
     )

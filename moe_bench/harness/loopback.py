@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,10 @@ class Ledger:
         line.num_calls += 1
         line.num_bytes += transfer.num_bytes
 
+    def copied(self) -> dict[LedgerKey, Traffic]:
+        """The lines as they stand now."""
+        return {key: replace(line) for key, line in self.lines.items()}
+
 
 @contextlib.contextmanager
 def loopback_groups(
@@ -143,6 +147,8 @@ _LABELS: Mapping[str, str] = {
     "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "TPxDPxCP",
     "MODEL_PARALLEL_GROUP": "TPxPP",
     "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "optimizer instance",
+    "HIERARCHICAL_EXPERT_DATA_PARALLEL_GROUP_L0": "EDP (one instance)",
+    "HIERARCHICAL_EXPERT_DATA_PARALLEL_GROUP_L1": "optimizer instances",
     "EMBEDDING_GROUP": "embedding",
     "POSITION_EMBEDDING_GROUP": "position embedding",
     "default_pg": "world",

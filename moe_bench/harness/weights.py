@@ -36,18 +36,30 @@ def initialise_by_name(chunks: Sequence[torch.nn.Module], *, std: float, seed: i
 
 def _values(shard: ShardedTensor, *, std: float, seed: int) -> torch.Tensor:
     """The part of the tensor named `shard.key` that this rank holds."""
-    num_stacked = shard.prepend_axis_num
+    num_stacked = _num_index_axes(shard)
     stack_index = tuple(shard.global_offset[:num_stacked])
     name = f"{seed}:{shard.key}:{stack_index}"
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     whole = torch.randn(shard.global_shape[num_stacked:], generator=generator) * std
     if _is_norm_weight(shard.key):
         whole += 1.0
+    lengths = (1,) * (shard.prepend_axis_num - num_stacked) + tuple(shard.local_shape)
     part = tuple(
         slice(start, start + length)
-        for start, length in zip(shard.global_offset[num_stacked:], shard.local_shape, strict=True)
+        for start, length in zip(shard.global_offset[num_stacked:], lengths, strict=True)
     )
     return whole[part].reshape(shard.data.shape)
+
+
+def _num_index_axes(shard: ShardedTensor) -> int:
+    """Axes of the global tensor that count tensors, such as layers.
+
+    Experts are drawn together whether a module holds one of them or a stack: their global tensor is
+    [leading axes, experts, out, in], or [leading axes, experts, out] for biases.
+    """
+    if ".experts.experts." not in shard.key:
+        return int(shard.prepend_axis_num)
+    return len(shard.global_shape) - (2 if shard.key.endswith("bias") else 3)
 
 
 def _is_norm_weight(key: str) -> bool:

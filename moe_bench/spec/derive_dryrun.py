@@ -19,23 +19,15 @@ _REASONS = {
     "mcore": "options of kernels that are not built",
 }
 
-_REASON_BY_FIELD = {
-    "kernels.grouped_gemm": "Megatron-FSDP pads weights to whole rows per rank; a row of ours is an expert",
-}
-
 
 def dryrun_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:
     """What a dry run of `recipe` builds, and how it departs from what was asked."""
     derived = _derived(recipe)
-    rows = tuple(
-        row.model_copy(update={"why": _REASON_BY_FIELD.get(row.field, row.why)})
-        for row in differences(recipe, derived, _REASONS)
-    )
     return Plan(
         recipe=derived,
         asked=recipe.name,
         scale="dryrun",
-        substitutions=(*rows, _balanced(recipe)),
+        substitutions=(*differences(recipe, derived, _REASONS), _balanced(recipe)),
         modified=modified,
     )
 
@@ -68,7 +60,7 @@ def _derived(recipe: Recipe) -> Recipe:
             ),
             "precision": "fp32" if recipe.precision == "fp32" else "bf16",
             "low_precision": None,
-            "kernels": _kernels(recipe.kernels, is_fsdp=parallel.data_sharding == "megatron_fsdp"),
+            "kernels": _kernels(recipe.kernels),
             "dispatch": _dispatch(recipe.dispatch),
             "overlap": _overlap(recipe.overlap),
             "cuda_graphs": CudaGraphs(),
@@ -79,17 +71,12 @@ def _derived(recipe: Recipe) -> Recipe:
     )
 
 
-def _kernels(kernels: KernelSpec, *, is_fsdp: bool) -> KernelSpec:
-    """Fusions stay where the dry run has a stand-in; weight gradients are not accumulated in the GEMM.
-
-    Megatron-FSDP divides a weight by its first dimension and pads it to the ranks (param_and_grad_buffer.py,
-    chunk_size_factor). That of our stacked experts is the expert: one expert over 16 ranks would take 16
-    times its size. Transformer Engine has a matrix for each expert, as the loop over experts has.
-    """
+def _kernels(kernels: KernelSpec) -> KernelSpec:
+    """Fusions stay where the dry run has a stand-in; weight gradients are not accumulated in the GEMM."""
     fusions = kernels.fusions
     return KernelSpec(
         family="torch_native",
-        grouped_gemm=kernels.grouped_gemm and not is_fsdp,
+        grouped_gemm=kernels.grouped_gemm,
         fusions=Fusions(
             permute=fusions.permute,
             router=fusions.router,

@@ -161,20 +161,22 @@ def test_megatron_fsdp_reduces_and_gathers_as_its_strategy_says(
         {"num_gpus": 16, "expert": 8, "data_sharding": "megatron_fsdp", "fsdp_strategy": strategy}
     )
     recipe = make_recipe(model, parallel)
-    params = rank_params(recipe, 0)
     by_phase = total_bytes(step_transfers(recipe, 0), by=lambda t: (str(t.phase), str(t.group)))
-    assert by_phase["gradient sync", "DPxCP"] == num_reductions * 2 * params.dense
-    assert by_phase["gradient sync", "EDP"] == num_reductions * 2 * params.expert
-    gathered = by_phase["parameter sync", "DPxCP"]
-    if strategy != "optim_grads_params":
-        assert gathered == 2 * params.dense
-        return
-    # embedding, head and the last norm once; 32 layers twice in each of 16 micro batches, the first once more
-    ends = 2 * 32_000 * 4096 + 4096
-    layers = params.dense - ends
-    assert gathered == 2 * (ends + 2 * 16 * layers + layers // 32)
-    experts = 2 * (2 * 16 * params.expert + params.expert // 32)
-    assert by_phase["parameter sync", "EDP"] == experts
+    # 16 ranks hold whole rows of 4,096: of 32,000 for embedding and head each and 1 for the last norm, and of
+    # 6,144 + 4,096 for attention, 8 for the router and 2 for the norms of a layer
+    ends, layer = 2 * 32_000 + 1, 6144 + 4096 + 8 + 2
+    if strategy == "optim_grads_params":
+        ends, layers = 4001 * 16 * 4096, 32 * 641 * 16 * 4096
+    else:
+        ends, layers = 0, (ends + 32 * layer + 15) // 16 * 16 * 4096
+    # an expert's three matrices, which 2 ranks divide evenly
+    experts = rank_params(recipe, 0).expert
+    assert by_phase["gradient sync", "DPxCP"] == num_reductions * 4 * (ends + layers)
+    assert by_phase["gradient sync", "EDP"] == num_reductions * 4 * experts
+    # BF16, for both passes of 16 micro batches where layers are freed in between
+    num_gathers = 2 * 16 if strategy == "optim_grads_params" else 1
+    assert by_phase["parameter sync", "DPxCP"] == 2 * (ends + num_gathers * layers)
+    assert by_phase["parameter sync", "EDP"] == 2 * num_gathers * experts
 
 
 def test_copies_of_the_embedding_are_summed_over_their_stages(

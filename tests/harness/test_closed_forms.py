@@ -20,13 +20,13 @@ from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.derive_dryrun import dryrun_plan
 from moe_bench.spec.load import Loader
 from moe_bench.spec.parallel import ParallelSpec
-from moe_bench.spec.recipe import Overlap, Recipe, Recompute, Routing, TokenDrop
+from moe_bench.spec.recipe import OptimizerSpec, Overlap, Recipe, Recompute, Routing, TokenDrop
 from moe_bench.spec.scale import smoke_plan
 from tests.harness.meta_builds import first_rank_of
 
 LOADER = Loader(root=recipes_root())
 SCALAR_BYTES = 8
-SAME_RANKS = {"DPxCP (one instance)": "DPxCP", "world": "PP"}
+SAME_RANKS = {"DPxCP (one instance)": "DPxCP", "EDP (one instance)": "EDP", "world": "PP"}
 """Groups that Megatron-Core names twice; with two stages it receives over the group of all ranks."""
 NONE = Recompute()
 FULL = Recompute(granularity="full", method="uniform", num_layers=1)
@@ -34,6 +34,7 @@ BLOCK = Recompute(granularity="full", method="block", num_layers=2)
 LATE, EARLY = Overlap(), Overlap(grad_reduce=True, param_gather=True)
 SPLIT = {"tensor": 2, "sequence_parallel": True}
 DENSE = {"moe": None, "dense_ffn_hidden_size": 128}
+FSDP = {"data_sharding": "megatron_fsdp"}
 
 
 def selective(*modules: str) -> Recompute:
@@ -127,6 +128,29 @@ CASES: Mapping[str, Recipe] = {
         "glm_4_5_air", {**SPLIT, "num_gpus": 4, "expert": 2}, micro_batch_size=2, global_batch_size=8
     ),
     "dense, without sequence parallelism": toy("qwen3_30b_a3b", {"num_gpus": 4, "tensor": 2}, model=DENSE),
+    "Megatron-FSDP, everything sharded, over TP2, EP2, recomputed, MTP": toy(
+        "deepseek_v3",
+        {**SPLIT, **FSDP, "num_gpus": 8, "expert": 2},
+        recompute=FULL,
+        num_mtp_layers=1,
+        overlap=EARLY,
+        optimizer=OptimizerSpec(),
+    ),
+    "Megatron-FSDP, rows of other widths and biases over DP3": toy(
+        "gpt_oss_20b",
+        {**FSDP, "num_gpus": 6, "expert": 2},
+        overlap=EARLY,
+        optimizer=OptimizerSpec(),
+    ),
+    "Megatron-FSDP, gradients and states sharded": toy(
+        "mixtral_8x7b", {**FSDP, "num_gpus": 4, "expert": 2, "fsdp_strategy": "optim_grads"}, overlap=EARLY
+    ),
+    "Megatron-FSDP, states sharded": toy(
+        "mixtral_8x7b", {**SPLIT, **FSDP, "num_gpus": 8, "expert": 2, "fsdp_strategy": "optim"}, overlap=EARLY
+    ),
+    "Megatron-FSDP, two instances": toy(
+        "qwen3_30b_a3b", {**FSDP, "num_gpus": 8, "expert": 2, "num_optimizer_instances": 2}, overlap=EARLY
+    ),
     "dense, tied embeddings over PP2": toy(
         "qwen3_30b_a3b",
         {**SPLIT, "num_gpus": 4, "pipeline": 2},

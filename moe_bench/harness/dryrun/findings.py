@@ -2,7 +2,8 @@
 
 After the step nothing that a forward or backward pass made is needed any more. Each attribute of the model's
 modules and dispatchers that still holds such a tensor is dropped, and what that frees is the finding. Gathers
-of weights are found twice if one step fills the same memory from the other ranks more than once.
+of weights are found twice if one step fills the same memory from the other ranks more than once; weights that
+are freed in between, as those of Megatron-FSDP's layers, are meant to be.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ Region = tuple[int, int, int]
 class Findings:
     """Collects while a step runs, concludes after it."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, *, frees_weights: bool) -> None:
         self._places = places
+        self._frees_weights = frees_weights
         self._gathers: dict[str, Counter[Region]] = defaultdict(Counter)
         """Per group, how often each piece of memory was gathered into after the optimizer's update."""
         self._bytes: dict[Region, int] = {}
 
     def note(self, transfer: Transfer, phase: str) -> None:
         """Hear of one transfer."""
-        if transfer.op != "all_gather" or phase != Phase.PARAMETER_SYNC:
+        if transfer.op != "all_gather" or phase != Phase.PARAMETER_SYNC or self._frees_weights:
             return
         for output in transfer.outputs:
             region = (output.untyped_storage()._cdata, output.storage_offset(), output.numel())

@@ -33,11 +33,16 @@ from moe_bench.harness.dryrun.outcome import (
 )
 from moe_bench.harness.dryrun.phases import phases
 from moe_bench.harness.dryrun.places import Phase, Places, layer_of
-from moe_bench.harness.dryrun.schedule import num_micro_batches_to_run, over_the_step
+from moe_bench.harness.dryrun.schedule import (
+    SYNCS,
+    WatchedBatches,
+    num_micro_batches_to_run,
+    over_the_step,
+)
 from moe_bench.harness.dryrun.stand_ins import StandIn, stand_ins
 from moe_bench.harness.dryrun.standalone_mtp import known_shapes
 from moe_bench.harness.dryrun.token_counts import SenderCounts, token_counts
-from moe_bench.harness.loopback import Ledger, Transfer, loopback_groups
+from moe_bench.harness.loopback import Ledger, LedgerKey, Traffic, Transfer, loopback_groups
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.settings import settings_of
@@ -81,7 +86,10 @@ def dry_run_rank(
     """
     places = Places()
     watch = _Watch(
-        places=places, account=Account(places), ledger=Ledger(places.where), findings=Findings(places)
+        places=places,
+        account=Account(places),
+        ledger=Ledger(places.where),
+        findings=Findings(places, frees_weights=recipe.parallel.data_sharding == "megatron_fsdp"),
     )
     num_run = num_micro_batches or num_micro_batches_to_run(recipe)
     with _stage(recipe, rank, watch, counts) as used:
@@ -229,10 +237,12 @@ def _stepped(
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     shapes = known_shapes(recipe, pipeline_rank=pipeline_rank, num_micro_batches=num_run)
     with account.holding(Category.INPUTS):
-        micro_batches = _micro_batches(recipe)
+        # a step holds the tokens of all its micro batches
+        all_batches = _micro_batches(recipe)
+    micro_batches = WatchedBatches(all_batches[:num_run], watch.ledger)
     with shapes, phases(places, built), places.during(Phase.FORWARD):
         account.start_peak()
-        train_step(built, micro_batches[:num_run])
+        train_step(built, micro_batches)
     peak = account.peak
     findings = watch.findings.conclude(built.chunks, account)
     dense, expert = _num_params(built)
@@ -255,7 +265,7 @@ def _stepped(
             module=peak.module,
         ),
         timeline_bytes=_sampled(account.timeline),
-        **_totals(recipe, watch, num_run=num_run),
+        **_totals(recipe, watch, micro_batches),
         num_micro_batches=recipe.num_micro_batches,
         num_micro_batches_run=num_run,
         findings=findings,
@@ -289,11 +299,18 @@ def _num_params(built: Training) -> tuple[int, int]:
     return num[False], num[True]
 
 
-def _totals(recipe: Recipe, watch: _Watch, *, num_run: int) -> dict[str, Any]:
+def _totals(recipe: Recipe, watch: _Watch, batches: WatchedBatches) -> dict[str, Any]:
     """Operations, traffic and calls over the whole step."""
+    num_run, num_wanted = len(batches), recipe.num_micro_batches
 
     def whole(count: int, phase: Phase) -> int:
-        return over_the_step(count, phase, num_run=num_run, num_micro_batches=recipe.num_micro_batches)
+        return over_the_step(count, phase, num_run=num_run, num_micro_batches=num_wanted)
+
+    def whole_line(key: LedgerKey, line: Traffic) -> Traffic:
+        if recipe.parallel.data_sharding == "megatron_fsdp" and key.phase in SYNCS:
+            return batches.with_more(key, line, num_more=num_wanted - num_run)
+        calls, num_bytes = (whole(count, Phase(key.phase)) for count in (line.num_calls, line.num_bytes))
+        return Traffic(num_calls=calls, num_bytes=num_bytes)
 
     flops = Counter[tuple[str, Phase, str]]()
     for (phase, module, kind), num_flops in watch.account.flops.items():
@@ -310,10 +327,12 @@ def _totals(recipe: Recipe, watch: _Watch, *, num_run: int) -> dict[str, Any]:
                 group_size=key.group_size,
                 phase=key.phase,
                 layer=key.place,
-                num_calls=whole(line.num_calls, Phase(key.phase)),
-                num_bytes=whole(line.num_bytes, Phase(key.phase)),
+                num_calls=line.num_calls,
+                num_bytes=line.num_bytes,
             )
-            for key, line in sorted(watch.ledger.lines.items())
+            for key, line in (
+                (key, whole_line(key, line)) for key, line in sorted(watch.ledger.lines.items())
+            )
         ),
         "num_operator_calls": {phase.value: num for phase, num in watch.account.num_calls.items()},
     }

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import MegatronFSDP
+from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import (
+    AllGatherPipeline,
+    GradReducePipeline,
+)
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.models.common import fine_grained_callables
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -62,6 +67,10 @@ def phases(places: Places, built: Training) -> Iterator[None]:
         (_ParamAndGradBucketGroup, "finish_grad_sync", Phase.GRADIENT_SYNC),
         (_ParamAndGradBucketGroup, "start_param_sync", Phase.PARAMETER_SYNC),
         (_ParamAndGradBucketGroup, "finish_param_sync", Phase.PARAMETER_SYNC),
+        (MegatronFSDP, "start_grad_sync", Phase.GRADIENT_SYNC),
+        (GradReducePipeline, "reduce_gradients", Phase.GRADIENT_SYNC),
+        (MegatronFSDP, "start_param_sync", Phase.PARAMETER_SYNC),
+        (AllGatherPipeline, "all_gather_params", Phase.PARAMETER_SYNC),
         (built.config, "finalize_model_grads_func", Phase.FINALIZE),
     )
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Megatron-Core's experts on torch's grouped GEMM: two stacked weights per layer, no host synchronisation."""
+"""Megatron-Core's experts on torch's grouped GEMM, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ class StackShape:
 
 
 class ExpertStack(torch.nn.Module):
-    """One projection of all local experts: weights [experts, out, in] and, with biases, [experts, out]."""
+    """One projection of all local experts: `weight` [experts, out, in] and perhaps `bias` [experts, out].
+
+    Apart, each expert has parameters of its own, `weight<n>` [out, in] and `bias<n>` [out], named as in
+    Transformer Engine. Megatron-FSDP wants them so: it never divides a row, and a row of the stack is an
+    expert (megatron_fsdp/param_and_grad_buffer.py, chunk_size_factor), so that one expert over 16 ranks would
+    be padded to 16; and its checkpoints number experts by these names (fsdp_dtensor_checkpoint.py).
+    """
 
     def __init__(
         self,
@@ -50,19 +56,41 @@ class ExpertStack(torch.nn.Module):
         shape: StackShape,
         *,
         num_experts: int,
+        are_apart: bool,
         init_method: Callable[[Tensor], Any],
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.num_experts, self.are_apart = shape, num_experts, are_apart
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        sizes = (num_experts, shape.out_features, shape.in_features)
-        self.weight = torch.nn.Parameter(torch.empty(sizes, dtype=config.params_dtype, device=device))
-        bias = torch.zeros(sizes[:2], dtype=config.params_dtype, device=device)
-        self.bias = torch.nn.Parameter(bias) if config.add_bias_linear else None
+        leading = () if are_apart else (num_experts,)
+        sizes = {"weight": (*leading, shape.out_features, shape.in_features)}
+        if config.add_bias_linear:
+            sizes["bias"] = (*leading, shape.out_features)
+        for kind, size in sizes.items():
+            for name in self._names(kind):
+                values = torch.zeros(size, dtype=config.params_dtype, device=device)
+                self.register_parameter(name, torch.nn.Parameter(values))
         self._mark(config)
-        if config.perform_initialization and not self.weight.is_meta:
+        if config.perform_initialization and not self.weights[0].is_meta:
             self._initialise(config, init_method, groups)
+
+    def _names(self, kind: str) -> list[str]:
+        return [f"{kind}{expert}" for expert in range(self.num_experts)] if self.are_apart else [kind]
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """One tensor [experts, out, in], or a matrix [out, in] for each expert."""
+        return tuple(self.get_parameter(name) for name in self._names("weight"))
+
+    @property
+    def biases(self) -> Tensor | None:
+        """[experts, out]; copied together where they are apart, as they are small."""
+        names = [name for name in self._names("bias") if name in self._parameters]
+        if not names:
+            return None
+        biases = [self.get_parameter(name) for name in names]
+        return torch.stack(biases) if self.are_apart else biases[0]
 
     def _mark(self, config: TransformerConfig) -> None:
         """The attributes that Megatron-Core's own linear layers set, by the same rule (layers.py:961).
@@ -75,10 +103,12 @@ class ExpertStack(torch.nn.Module):
             config.expert_model_parallel_size > 1
             or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
-        set_tensor_model_parallel_attributes(self.weight, True, 1 if self.shape.split == "out" else 2, 1)
-        if self.bias is not None and self.shape.split == "out":
-            set_tensor_model_parallel_attributes(self.bias, True, 1, 1)
-        for parameter in self.parameters():
+        out_axis = 0 if self.are_apart else 1
+        for name, parameter in self.named_parameters():
+            if self.shape.split == "out":
+                set_tensor_model_parallel_attributes(parameter, True, out_axis, 1)
+            elif name.startswith("weight"):
+                set_tensor_model_parallel_attributes(parameter, True, out_axis + 1, 1)
             parameter.allreduce = not uses_expert_groups
 
     def _initialise(
@@ -90,21 +120,25 @@ class ExpertStack(torch.nn.Module):
         """
         if not config.use_cpu_initialization:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                init_method(self.weight)
+                for weight in self.weights:
+                    init_method(weight)
             return
-        num_local, out_features, in_features = self.weight.shape
+        out_features, in_features = self.shape.out_features, self.shape.in_features
+        own = [
+            matrix for weight in self.weights for matrix in weight.data.view(-1, out_features, in_features)
+        ]
         tp_size, tp_rank = groups.expt_tp.size(), groups.expt_tp.rank()
-        first = groups.ep.rank() * num_local
+        first = groups.ep.rank() * self.num_experts
         halves = 2 if self.shape.has_gate else 1
-        for expert in range(groups.ep.size() * num_local):
+        for expert in range(groups.ep.size() * self.num_experts):
             if self.shape.split == "out":
                 whole = torch.empty(halves, tp_size, out_features // halves, in_features)
                 part = init_method(whole.view(-1, in_features)).view_as(whole)[:, tp_rank]
             else:
                 whole = torch.empty(out_features, tp_size, in_features)
                 part = init_method(whole.view(out_features, -1)).view_as(whole)[:, tp_rank]
-            if first <= expert < first + num_local:
-                self.weight.data[expert - first] = part.reshape(out_features, in_features)
+            if first <= expert < first + self.num_experts:
+                own[expert - first].copy_(part.reshape(out_features, in_features))
 
 
 class UpProjection(ExpertStack):
@@ -112,8 +146,8 @@ class UpProjection(ExpertStack):
 
     def forward(self, x: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """Project; `members` is the one-hot matrix of `membership`, needed with biases."""
-        y = grouped_linear(x, self.weight, offsets)
-        return y if self.bias is None else torch.addmm(y, members, self.bias)
+        y, biases = grouped_linear(x, self.weights, offsets), self.biases
+        return y if biases is None else torch.addmm(y, members, biases)
 
 
 class DownProjection(ExpertStack):
@@ -125,21 +159,30 @@ class DownProjection(ExpertStack):
         shape: StackShape,
         *,
         num_experts: int,
+        are_apart: bool,
         init_method: Callable[[Tensor], Any],
         groups: ProcessGroupCollection,
     ) -> None:
-        super().__init__(config, shape, num_experts=num_experts, init_method=init_method, groups=groups)
+        super().__init__(
+            config,
+            shape,
+            num_experts=num_experts,
+            are_apart=are_apart,
+            init_method=init_method,
+            groups=groups,
+        )
         self.activation: GatedActivation = gated_activation(config)
         self.recompute = config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
 
     def forward(self, x: Tensor, probabilities: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """Activate and project; the bias too is weighted by the probability, as in Megatron-Core's MLP."""
         y = activated_grouped_linear(
-            x, probabilities, self.weight, offsets, activation=self.activation, recompute=self.recompute
+            x, probabilities, self.weights, offsets, activation=self.activation, recompute=self.recompute
         )
-        if self.bias is None or members is None:
+        biases = self.biases
+        if biases is None or members is None:
             return y
-        return (y + (members @ self.bias) * probabilities.unsqueeze(-1)).to(y.dtype)
+        return (y + (members @ biases) * probabilities.unsqueeze(-1)).to(y.dtype)
 
 
 class GroupedExperts(MegatronModule):
@@ -153,7 +196,10 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
+        *,
+        are_apart: bool = False,
     ) -> None:
+        """Build them; `are_apart` gives each a weight of its own, as Megatron-FSDP needs (`ExpertStack`)."""
         super().__init__(config=config)
         del name
         _refuse_what_is_not_here(config)
@@ -174,6 +220,7 @@ class GroupedExperts(MegatronModule):
             config,
             StackShape(in_features=hidden, out_features=2 * ffn, split="out", has_gate=True),
             num_experts=num_local_experts,
+            are_apart=are_apart,
             init_method=config.init_method,
             groups=groups,
         )
@@ -181,6 +228,7 @@ class GroupedExperts(MegatronModule):
             config,
             StackShape(in_features=ffn, out_features=hidden, split="in"),
             num_experts=num_local_experts,
+            are_apart=are_apart,
             init_method=config.output_layer_init_method,
             groups=groups,
         )
@@ -223,7 +271,7 @@ class GroupedExperts(MegatronModule):
         """The checkpoint of SequentialMLP: same keys, same global tensors."""
         if (metadata or {}).get("singleton_local_shards", False):
             raise MissingRequirementError(
-                "checkpoint layout singleton_local_shards: the torch-native experts are stacked; leave it off"
+                "checkpoint layout singleton_local_shards: torch-native experts do not write it; leave it off"
             )
         shards = ExpertShards(
             ep_rank=self.groups.ep.rank(),

@@ -14,6 +14,7 @@ to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,15 +48,19 @@ def membership(offsets: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     return ((starts <= row) & (row < offsets)).to(dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [tokens, in] times each expert's weight [experts, out, in], transposed: [tokens, out]."""
-    return _GroupedLinear.apply(x, weight, offsets)
+def grouped_linear(x: Tensor, weights: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    """x [tokens, in] times each expert's weight, transposed: [tokens, out].
+
+    Args:
+        weights: all experts in one tensor [experts, out, in], or a matrix [out, in] for each.
+    """
+    return _GroupedLinear.apply(x, offsets, *weights)
 
 
 def activated_grouped_linear(
     x: Tensor,
     probabilities: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     offsets: Tensor,
     *,
     activation: GatedActivation,
@@ -67,7 +72,26 @@ def activated_grouped_linear(
         recompute: keep only x for the backward pass and activate again there, rather than keep the activated
             [tokens, in] too (Megatron-Core's recompute module `moe_act`).
     """
-    return _ActivatedGroupedLinear.apply(x, probabilities, weight, offsets, activation, recompute)
+    return _ActivatedGroupedLinear.apply(x, probabilities, offsets, activation, recompute, *weights)
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """[experts, out, in], which the kernel wants, of one such tensor or of a matrix for each expert.
+
+    No copy where the matrices follow one another in memory, as they do in the buffer that Megatron-FSDP
+    gathers a layer's experts into. Elsewhere they are copied: experts x out x in elements read and written,
+    in the forward and again in the backward pass.
+    """
+    first = weights[0]
+    if first.dim() == 3:
+        return first
+    size, start = first.numel(), first.storage_offset()
+    storage = first.untyped_storage()._cdata
+    for index, weight in enumerate(weights):
+        is_next = weight.storage_offset() == start + index * size and weight.is_contiguous()
+        if not is_next or weight.untyped_storage()._cdata != storage:
+            return torch.stack(tuple(weights))
+    return first.as_strided((len(weights), *first.shape), (size, *first.stride()))
 
 
 def check_alignment(*, dtype: torch.dtype, **widths: int) -> None:
@@ -88,17 +112,18 @@ class _GroupedLinear(torch.autograd.Function):
     """grouped_mm with a gradient whose layouts are ours (see the module's docstring)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, offsets)
-        return _output(x, weight, offsets)
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, offsets, *weights)
+        return _output(x, stacked(weights), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets = ctx.saved_tensors
+        x, offsets, *weights = ctx.saved_tensors
         grad = grad.contiguous()
+        weight = stacked(weights)
         grad_x = _input_gradient(grad, weight, offsets) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(grad, x, weight, offsets) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        grad_weights = _weight_gradients(ctx, weights, grad, x, offsets)
+        return grad_x, None, *grad_weights
 
 
 class _ActivatedGroupedLinear(torch.autograd.Function):
@@ -109,27 +134,28 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         probabilities: Tensor,
-        weight: Tensor,
         offsets: Tensor,
         activation: GatedActivation,
         recompute: bool,
+        *weights: Tensor,
     ) -> Tensor:
         hidden = activation.forward(x, probabilities)
         ctx.activation = activation
-        ctx.save_for_backward(x, probabilities, weight, offsets, None if recompute else hidden)
-        return _output(hidden, weight, offsets)
+        ctx.save_for_backward(x, probabilities, offsets, None if recompute else hidden, *weights)
+        return _output(hidden, stacked(weights), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, probabilities, weight, offsets, hidden = ctx.saved_tensors
+        x, probabilities, offsets, hidden, *weights = ctx.saved_tensors
         grad = grad.contiguous()
+        weight = stacked(weights)
         if hidden is None:
             hidden = ctx.activation.forward(x, probabilities)
-        grad_weight = _weight_gradient(grad, hidden, weight, offsets) if ctx.needs_input_grad[2] else None
+        grad_weights = _weight_gradients(ctx, weights, grad, hidden, offsets)
         del hidden
         grad_hidden = _input_gradient(grad, weight, offsets)
         grad_x, grad_probabilities = ctx.activation.backward(grad_hidden, x, probabilities)
-        return grad_x, grad_probabilities, grad_weight, None, None, None
+        return grad_x, grad_probabilities, None, None, None, *grad_weights
 
 
 def _output(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -144,8 +170,16 @@ def _input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return grouped_mm(grad, weight, offs=offsets)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """[experts, out, in]; an expert without tokens gets zeros, so every parameter stays in the graph."""
+def _weight_gradients(
+    ctx: Any, weights: Sequence[Tensor], grad: Tensor, x: Tensor, offsets: Tensor
+) -> tuple[Tensor | None, ...]:
+    """One for each of `weights`, which stand last among the inputs; views of one tensor where they are many.
+
+    An expert without tokens gets zeros, so every parameter stays in the graph.
+    """
+    if not any(ctx.needs_input_grad[-len(weights) :]):
+        return (None,) * len(weights)
     if grad.shape[0] == 0:
-        return torch.zeros_like(weight)
-    return grouped_mm(grad.t(), x, offs=offsets)
+        return tuple(torch.zeros_like(weight) for weight in weights)
+    whole = grouped_mm(grad.t(), x, offs=offsets)
+    return (whole,) if weights[0].dim() == 3 else whole.unbind(0)

@@ -48,6 +48,17 @@ class KernelChoice:
     """`cuda` or `cpu`: decides the attention kernel of the torch-native family."""
     qk_norm: Literal["none", "per_head", "whole_vector"] = "none"
     """Norm on queries and keys of grouped-query attention."""
+    experts_are_apart: bool = False
+    """Whether torch-native experts have a weight each (Megatron-FSDP), not one for all of a layer."""
+
+    def provider(self) -> BackendSpecProvider:
+        """The modules of the family.
+
+        Raises MissingRequirementError where it is not installed, or no code runs it yet.
+        """
+        return provider_for(
+            self.family, device_type=self.device_type, experts_are_apart=self.experts_are_apart
+        )
 
 
 def decoder_block_spec(
@@ -62,7 +73,7 @@ def decoder_block_spec(
     Raises:
         MissingRequirementError: the family is not installed, or cannot build the model.
     """
-    provider = provider_for(choice.family, device_type=choice.device_type)
+    provider = choice.provider()
     layers = _all_layers(config, choice, provider)
     if config.pipeline_model_parallel_layout is not None:
         layer_ids = config.pipeline_model_parallel_layout.get_layer_id_list(
@@ -88,7 +99,7 @@ def mtp_block_spec(
 
     Each holds a decoder layer like the model's last one (arXiv:2412.19437, section 2.2).
     """
-    provider = provider_for(choice.family, device_type=choice.device_type)
+    provider = choice.provider()
     last_layer = _all_layers(config, choice, provider)[-1]
     return get_gpt_mtp_block_spec_for_backend(
         config, last_layer, backend=provider, vp_stage=vp_stage, pp_rank=pp_rank

@@ -27,8 +27,10 @@ TRANSFORMER_ENGINE_PIP = 'pip install --no-build-isolation "transformer_engine[p
 class TorchNativeSpecProvider(BackendSpecProvider):
     """Modules made of torch alone: fused attention and grouped GEMM on a GPU, plain arithmetic on a CPU."""
 
-    def __init__(self, *, device_type: str) -> None:
+    def __init__(self, *, device_type: str, experts_are_apart: bool = False) -> None:
+        """`experts_are_apart`: a weight for each, as Megatron-FSDP needs them (`ExpertStack`)."""
         self.device_type = device_type
+        self.experts_are_apart = experts_are_apart
 
     def linear(self) -> type[torch.nn.Module]:
         """A linear layer that is whole on every tensor-parallel rank."""
@@ -63,7 +65,7 @@ class TorchNativeSpecProvider(BackendSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., torch.nn.Module]:
         """All local experts in grouped GEMMs, or one after the other."""
         if moe_use_grouped_gemm:
-            return GroupedExperts
+            return partial(GroupedExperts, are_apart=self.experts_are_apart)
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return partial(_sequential_experts, submodules=submodules)
 
@@ -71,18 +73,19 @@ class TorchNativeSpecProvider(BackendSpecProvider):
         """Megatron-Core's own activation."""
 
 
-def provider_for(family: str, *, device_type: str) -> BackendSpecProvider:
+def provider_for(family: str, *, device_type: str, experts_are_apart: bool = False) -> BackendSpecProvider:
     """Return the modules of a kernel family.
 
     Args:
         family: `torch_native`, `transformer_engine` or `quack` (a recipe's `kernels.family`).
         device_type: `cuda` or `cpu`: where the model is to run.
+        experts_are_apart: whether torch-native experts have a weight each; Transformer Engine's always have.
 
     Raises:
         MissingRequirementError: the family is not installed, or no code runs it yet.
     """
     if family == "torch_native":
-        return TorchNativeSpecProvider(device_type=device_type)
+        return TorchNativeSpecProvider(device_type=device_type, experts_are_apart=experts_are_apart)
     if family == "transformer_engine":
         if find_spec("transformer_engine") is None:
             raise MissingRequirementError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from moe_bench.analysis.comms import step_transfers
 from moe_bench.analysis.flops import FlopsCounting, forward_flops_by_part, router_flops
@@ -15,9 +16,10 @@ from moe_bench.analysis.params import rank_params
 from moe_bench.harness.dryrun.accounting import BLOCK_BYTES
 from moe_bench.harness.dryrun.one_rank import dry_run_rank
 from moe_bench.harness.dryrun.outcome import RankDryRun
+from moe_bench.harness.kernels import grouped_linear
 from moe_bench.spec.catalogue import find_recipe
 from moe_bench.spec.derive_dryrun import dryrun_plan
-from moe_bench.spec.recipe import Overlap, Recipe, Recompute
+from moe_bench.spec.recipe import OptimizerSpec, Overlap, Recipe, Recompute
 from tests.harness.dryrun.conftest import LOADER, NUM_LAYERS, SEQ_LEN, first_rank, toy
 
 TP2 = {"tensor": 2, "sequence_parallel": True}
@@ -203,6 +205,27 @@ REPEATED: Mapping[str, Recipe] = {
         recompute=FULL,
         num_layers=5,
     ),
+    **{
+        f"Megatron-FSDP, {strategy}": toy(
+            "qwen3_30b_a3b",
+            parallel={
+                "num_gpus": 4,
+                "expert": 2,
+                "data_sharding": "megatron_fsdp",
+                "fsdp_strategy": strategy,
+            },
+            num_micro_batches=6,
+            overlap=OVERLAPPED,
+        )
+        for strategy in ("optim", "optim_grads", "optim_grads_params")
+    },
+    "Megatron-FSDP, full recompute": toy(
+        "qwen3_30b_a3b",
+        parallel={"num_gpus": 2, "data_sharding": "megatron_fsdp"},
+        num_micro_batches=6,
+        overlap=OVERLAPPED,
+        recompute=FULL,
+    ),
 }
 
 
@@ -224,7 +247,7 @@ def test_few_micro_batches_show_the_whole_step(name: str) -> None:
 
 def test_megatron_fsdp_holds_a_share_and_gathers_again_for_every_micro_batch() -> None:
     layout = {"num_gpus": 4, "data_sharding": "megatron_fsdp"}
-    recipe = toy("qwen3_30b_a3b", parallel=layout, num_micro_batches=3, overlap=OVERLAPPED)
+    recipe = toy("qwen3_30b_a3b", parallel=layout, num_micro_batches=7, overlap=OVERLAPPED)
     run = first_rank(recipe, 0)
     assert run.num_micro_batches_run == 3
     assert (run.num_dense_params, run.num_expert_params) == (
@@ -235,11 +258,29 @@ def test_megatron_fsdp_holds_a_share_and_gathers_again_for_every_micro_batch() -
     for line in run.traffic:
         if line.group == "EDP":
             calls[line.op, line.phase] += line.num_calls
-    # expert weights of every layer for every pass; those of the first right after they are updated
-    assert calls["all_gather", "optimizer"] == NUM_LAYERS
-    assert calls["all_gather", "forward"] == 2 * NUM_LAYERS
-    assert calls["all_gather", "backward"] == 3 * NUM_LAYERS
-    assert calls["reduce_scatter", "backward"] == 3 * NUM_LAYERS
+    # expert weights of every layer for both passes of every micro batch, gradients after each
+    assert calls["all_gather", "parameter sync"] == 7 * 2 * NUM_LAYERS
+    assert calls["reduce_scatter", "gradient sync"] == 7 * NUM_LAYERS
+    # which is how it is meant, not a finding
+    assert not [finding for finding in run.findings if finding.kind == "repeated gather"]
+
+
+def test_the_experts_of_megatron_fsdp_are_multiplied_where_they_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies = []
+    stacked = grouped_linear.stacked
+
+    def watched(weights: Sequence[Tensor]) -> Tensor:
+        whole = stacked(weights)
+        copies.append(whole.untyped_storage()._cdata != weights[0].untyped_storage()._cdata)
+        return whole
+
+    monkeypatch.setattr(grouped_linear, "stacked", watched)
+    layout = {"num_gpus": 4, "expert": 2, "data_sharding": "megatron_fsdp"}
+    first_rank(toy("gpt_oss_20b", parallel=layout, overlap=OVERLAPPED, optimizer=OptimizerSpec()), 0)
+    assert copies
+    assert not any(copies)
 
 
 def test_megatron_fsdp_keeps_the_counted_states() -> None:

@@ -28,7 +28,7 @@ VPP2 = {**PP2, "virtual_pipeline": 2}
             {"num_gpus": 2, "data_sharding": "megatron_fsdp"},
             {"grad_reduce": True, "param_gather": True},
             7,
-            7,
+            3,
         ),
     ],
 )

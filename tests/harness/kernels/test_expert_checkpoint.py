@@ -43,28 +43,31 @@ def written(module: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return tensors
 
 
-def both_kinds(groups: Groups, changes: dict[str, Any]) -> list[tuple[bool, bool, tuple[int, ...]]]:
+def both_kinds(
+    groups: Groups, changes: dict[str, Any], are_apart: bool
+) -> list[tuple[bool, bool, tuple[int, ...]]]:
     """Per key: whether numbers and written places agree, and the global shape."""
     config = small_config(num_moe_experts=4, **changes)
     num_local = 4 // groups.ep.size()
-    grouped = GroupedExperts(num_local, config, pg_collection=groups)
+    grouped = GroupedExperts(num_local, config, pg_collection=groups, are_apart=are_apart)
     sequential = TorchNativeSpecProvider(device_type="cpu").grouped_mlp_modules(False)(
         num_local, config, pg_collection=groups
     )
     for parameter in grouped.parameters():
         parameter.data.normal_()
     for expert, module in enumerate(sequential.local_experts):
-        for name, parameter in grouped.named_parameters():
-            module.get_parameter(name).data.copy_(parameter.data[expert])
-    mine, theirs = written(grouped), written(sequential)
-    assert mine.keys() == theirs.keys()
+        for name, parameter in module.named_parameters():
+            mine = grouped.get_parameter(f"{name}{expert}" if are_apart else name).data
+            parameter.data.copy_(mine if are_apart else mine[expert])
+    ours, theirs = written(grouped), written(sequential)
+    assert ours.keys() == theirs.keys()
     return [
         (
-            torch.equal(mine[key][0], theirs[key][0]),
-            torch.equal(mine[key][1], theirs[key][1]),
-            tuple(mine[key][0].shape),
+            torch.equal(ours[key][0], theirs[key][0]),
+            torch.equal(ours[key][1], theirs[key][1]),
+            tuple(ours[key][0].shape),
         )
-        for key in mine
+        for key in ours
     ]
 
 
@@ -77,16 +80,19 @@ def both_kinds(groups: Groups, changes: dict[str, Any]) -> list[tuple[bool, bool
     ],
     ids=["one rank", "experts spread", "experts cut"],
 )
+@pytest.mark.parametrize("are_apart", [False, True], ids=["stacked", "apart"])
 def test_the_checkpoint_is_that_of_one_module_per_expert(
-    sizes: dict[str, int], world_size: int, run_ranks: Any
+    are_apart: bool, sizes: dict[str, int], world_size: int, run_ranks: Any
 ) -> None:
     changes = sizes | ({"sequence_parallel": True} if "tensor_model_parallel_size" in sizes else {})
-    for rank in run_ranks(both_kinds, world_size, sizes, changes):
+    for rank in run_ranks(both_kinds, world_size, sizes, changes, are_apart):
         assert rank == [(True, True, (3, 4, 64, 64)), (True, True, (3, 4, 64, 32))]
 
 
-def test_biases_are_in_the_checkpoint(groups: Groups) -> None:
-    module = GroupedExperts(4, small_config(num_moe_experts=4, **gpt_oss_experts()), pg_collection=groups)
+@pytest.mark.parametrize("are_apart", [False, True], ids=["stacked", "apart"])
+def test_biases_are_in_the_checkpoint(are_apart: bool, groups: Groups) -> None:
+    config = small_config(num_moe_experts=4, **gpt_oss_experts())
+    module = GroupedExperts(4, config, pg_collection=groups, are_apart=are_apart)
     shapes = {shard.key: shard.global_shape for shard in shards_of(module)}
     assert shapes == {
         "mlp.experts.experts.linear_fc1.weight": (3, 4, 64, 64),
@@ -102,6 +108,15 @@ def test_a_shard_holds_the_parameter_itself(groups: Groups) -> None:
     sharded = module.sharded_state_dict("")
     assert sharded["linear_fc1.weight"].data is module.linear_fc1.weight
     assert set(sharded) == set(module.state_dict())
+
+
+def test_experts_of_their_own_are_numbered_as_megatron_fsdp_numbers_them(groups: Groups) -> None:
+    from megatron.core.transformer.fsdp_dtensor_checkpoint import get_expert_index_from_key
+
+    module = GroupedExperts(4, small_config(num_moe_experts=4), pg_collection=groups, are_apart=True)
+    names = [f"decoder.layers.0.mlp.experts.{name}" for name in module.state_dict()]
+    assert [get_expert_index_from_key(name) for name in names] == [0, 1, 2, 3] * 2
+    assert set(module.sharded_state_dict("")) == set(module.state_dict())
 
 
 def test_halves_that_were_split_are_merged_again(run_ranks: Any) -> None:

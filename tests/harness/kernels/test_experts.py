@@ -15,11 +15,12 @@ COUNTS = [5, 0, 9, 2]
 GPT_OSS_REFERENCE = {"alpha": 1.702, "offset": 1.0, "clamp": 0.3}
 
 
-def experts(groups: Groups, *, num_experts: int = 4, **changes: Any) -> GroupedExperts:
+def experts(
+    groups: Groups, *, num_experts: int = 4, are_apart: bool = False, **changes: Any
+) -> GroupedExperts:
     """Experts whose parameters are large enough to reach the clamp."""
-    module = GroupedExperts(
-        num_experts, small_config(num_moe_experts=num_experts, **changes), pg_collection=groups
-    )
+    config = small_config(num_moe_experts=num_experts, **changes)
+    module = GroupedExperts(num_experts, config, pg_collection=groups, are_apart=are_apart)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return module
@@ -36,18 +37,28 @@ def tokens(dtype: torch.dtype, counts: list[int], hidden: int = 64) -> list[torc
     ]
 
 
+def stacked_values(module: GroupedExperts, what: str) -> dict[str, torch.Tensor]:
+    """`data` or `grad` of all experts, stacked where each has parameters of its own."""
+    values: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        values.setdefault(name.rstrip("0123456789"), []).append(getattr(parameter, what))
+    is_apart = module.linear_fc1.are_apart
+    return {name: torch.stack(parts) if is_apart else parts[0] for name, parts in values.items()}
+
+
 def compare_with_reference(
     module: GroupedExperts, *, reference: dict[str, Any], close: dict[str, float]
 ) -> None:
     """Output and gradients of tokens, probabilities, weights and biases."""
-    dtype, device = module.linear_fc1.weight.dtype, module.linear_fc1.weight.device
+    some = module.linear_fc1.weights[0]
+    dtype, device = some.dtype, some.device
     x, counts, probabilities, grad = tokens(dtype, COUNTS)
     x, probabilities = (tensor.to(device).requires_grad_() for tensor in (x, probabilities))
     output, bias = module(x, counts, probabilities)
     output.backward(grad.to(device))
     exact = {
-        name: parameter.detach().double().cpu().requires_grad_()
-        for name, parameter in module.named_parameters()
+        name: values.double().cpu().requires_grad_()
+        for name, values in stacked_values(module, "data").items()
     }
     exact_x, exact_probabilities = (
         tensor.detach().double().cpu().requires_grad_() for tensor in (x, probabilities)
@@ -59,7 +70,7 @@ def compare_with_reference(
         (output, expected),
         (x.grad, exact_x.grad),
         (probabilities.grad, exact_probabilities.grad),
-        *((parameter.grad, exact[name].grad) for name, parameter in module.named_parameters()),
+        *((grad, exact[name].grad) for name, grad in stacked_values(module, "grad").items()),
     ]
     for mine, truth in pairs:
         torch.testing.assert_close(mine.double().cpu(), truth, **close)
@@ -67,11 +78,14 @@ def compare_with_reference(
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("is_gpt_oss", [False, True], ids=["swiglu", "gpt-oss"])
-def test_grouped_experts_equal_loops_in_float64(is_gpt_oss: bool, recompute: bool, groups: Groups) -> None:
+@pytest.mark.parametrize("are_apart", [False, True], ids=["stacked", "apart"])
+def test_grouped_experts_equal_loops_in_float64(
+    are_apart: bool, is_gpt_oss: bool, recompute: bool, groups: Groups
+) -> None:
     changes = gpt_oss_experts() if is_gpt_oss else {}
     if recompute:
         changes |= {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
-    module = experts(groups, **changes)
+    module = experts(groups, are_apart=are_apart, **changes)
     assert module.linear_fc2.recompute == recompute
     compare_with_reference(
         module, reference=GPT_OSS_REFERENCE if is_gpt_oss else {}, close={"rtol": 1e-4, "atol": 1e-5}
@@ -93,10 +107,11 @@ def test_probabilities_on_the_input_weight_the_tokens_before_the_experts(groups:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("are_apart", [False, True])
 def test_a_rank_without_tokens_still_gives_every_parameter_a_gradient(
-    with_bias: bool, groups: Groups
+    are_apart: bool, with_bias: bool, groups: Groups
 ) -> None:
-    module = experts(groups, **(gpt_oss_experts() if with_bias else {}))
+    module = experts(groups, are_apart=are_apart, **(gpt_oss_experts() if with_bias else {}))
     x, counts, probabilities, _ = tokens(torch.float32, [0, 0, 0, 0])
     output, _ = module(x.requires_grad_(), counts, probabilities)
     output.sum().backward()
@@ -176,13 +191,15 @@ def test_experts_cut_over_two_ranks_add_up_to_whole_ones() -> None:
 def test_host_initialisation_gives_each_rank_its_part_of_one_draw() -> None:
     """Two ranks, two experts each, against one rank with four: gates and linear parts cut apart."""
 
-    def drawn(groups: Groups, num_experts: int) -> GroupedExperts:
+    def drawn(groups: Groups, num_experts: int, *, are_apart: bool = False) -> GroupedExperts:
         torch.manual_seed(7)
-        return GroupedExperts(num_experts, small_config(), pg_collection=groups)
+        return GroupedExperts(num_experts, small_config(), pg_collection=groups, are_apart=are_apart)
 
     whole = drawn(without_groups(), 4)
     first_experts = drawn(without_groups(ep=2), 2)
     torch.testing.assert_close(first_experts.linear_fc1.weight, whole.linear_fc1.weight[:2])
+    last_experts = drawn(without_groups(1, ep=2), 2, are_apart=True)
+    torch.testing.assert_close(torch.stack(last_experts.linear_fc1.weights), whole.linear_fc1.weight[2:])
     first_half = drawn(without_groups(expt_tp=2), 4)
     gate, linear = whole.linear_fc1.weight.chunk(2, dim=1)
     expected = torch.cat([gate[:, :16], linear[:, :16]], dim=1)

@@ -12,6 +12,7 @@ from moe_bench.harness.kernels.grouped_linear import (
     group_offsets,
     grouped_linear,
     membership,
+    stacked,
 )
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_the_weight_gradient_cuts_no_contiguous_dimension(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "grouped_mm", recorded)
     x = torch.randn(5, 8, requires_grad=True)
     weight = torch.randn(2, 16, 8, requires_grad=True)
-    grouped_linear(x, weight, torch.tensor([3, 5], dtype=torch.int32)).sum().backward()
+    grouped_linear(x, (weight,), torch.tensor([3, 5], dtype=torch.int32)).sum().backward()
     products = [(a, b) for a, b in seen if b.dim() == 2]
     assert [(a.shape, b.shape) for a, b in products] == [((16, 5), (5, 8))]
     for a, b in products:
@@ -52,7 +53,7 @@ def test_the_weight_gradient_cuts_no_contiguous_dimension(monkeypatch: pytest.Mo
 
 def test_an_empty_input_gives_every_weight_a_zero_gradient() -> None:
     x, weight = torch.empty(0, 8, requires_grad=True), torch.randn(2, 16, 8, requires_grad=True)
-    output = grouped_linear(x, weight, torch.tensor([0, 0], dtype=torch.int32))
+    output = grouped_linear(x, (weight,), torch.tensor([0, 0], dtype=torch.int32))
     output.sum().backward()
     assert output.shape == (0, 16)
     assert weight.grad is not None
@@ -61,7 +62,7 @@ def test_an_empty_input_gives_every_weight_a_zero_gradient() -> None:
 
 def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
     x, weight = torch.randn(5, 8), torch.randn(3, 16, 8, requires_grad=True)
-    grouped_linear(x, weight, torch.tensor([3, 3, 5], dtype=torch.int32)).sum().backward()
+    grouped_linear(x, (weight,), torch.tensor([3, 3, 5], dtype=torch.int32)).sum().backward()
     assert weight.grad[0].any()
     assert not weight.grad[1].any()
     assert weight.grad[2].any()
@@ -72,3 +73,26 @@ def test_rows_that_are_no_multiple_of_16_bytes_are_refused() -> None:
     check_alignment(dtype=torch.float32, hidden_size=4)
     with pytest.raises(MissingRequirementError, match=r"hidden_size 4 .*multiple of 8"):
         check_alignment(dtype=torch.bfloat16, hidden_size=4)
+
+
+def test_matrices_that_follow_one_another_in_memory_are_not_copied() -> None:
+    buffer = torch.randn(2 + 3 * 4 * 8)
+    matrices = [buffer[2 + expert * 32 :][:32].view(4, 8) for expert in range(3)]
+    whole = stacked(matrices)
+    assert torch.equal(whole, torch.stack(matrices))
+    assert whole.data_ptr() == matrices[0].data_ptr()
+    assert stacked([whole]) is whole
+
+
+@pytest.mark.parametrize("case", ["gaps", "another order", "another buffer", "transposed"])
+def test_other_matrices_are_copied_together(case: str) -> None:
+    buffer = torch.arange(128.0)
+    first, second = buffer[:32].view(4, 8), buffer[32:64].view(4, 8)
+    matrices = {
+        "gaps": [first, buffer[40:72].view(4, 8)],
+        "another order": [second, first],
+        "another buffer": [first, buffer.clone()[32:64].view(4, 8)],
+        "transposed": [buffer[:64].view(8, 8).t(), buffer[64:].view(8, 8).t()],
+    }[case]
+    assert torch.equal(stacked(matrices), torch.stack(matrices))
+    assert stacked(matrices).data_ptr() != matrices[0].data_ptr()
