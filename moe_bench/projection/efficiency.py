@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
+from moe_bench.projection.calibrated_shapes import CalibratedShapes, kind_of
 from moe_bench.projection.evidence import Grade
-from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Pass
+from moe_bench.projection.nearest_shapes import Miss
+from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Operation, Pass
 from moe_bench.projection.rates import (
     GEMM_HBM_FRACTION,
     KERNEL_START_S,
+    MEMORY_HBM_FRACTION,
+    STREAM_HBM_FRACTION,
     gemm_rate,
     gpu_rates,
     group_rate,
 )
+from moe_bench.projection.table_shapes import TableShapes
 from moe_bench.results.calibration import Calibration
 from moe_bench.spec.system import SystemSpec
 
@@ -32,6 +38,17 @@ class Scale(StrEnum):
     """Large plain streaming kernels: optimizer, copies."""
 
 
+_HBM_FRACTION: Mapping[Scale, float] = MappingProxyType(
+    {
+        Scale.GEMM: GEMM_HBM_FRACTION,
+        Scale.LOW_PRECISION_GEMM: GEMM_HBM_FRACTION,
+        Scale.ATTENTION: 1.0,
+        Scale.MEMORY: MEMORY_HBM_FRACTION,
+        Scale.STREAM: STREAM_HBM_FRACTION,
+    }
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Time of one operation on an otherwise idle GPU, in the parts that training slows down differently."""
@@ -39,27 +56,112 @@ class Cost:
     compute_s: float
     """At the burst rate; the projection divides it by the fraction that is sustained."""
     memory_s: float
-    """Bytes over the datasheet's bandwidth; the projection divides it by the share that is reached."""
+    """At the datasheet's bandwidth; the projection divides it by the share that is reached. Where kernels
+    reach another share than their scale's in rates.py, it is as much longer."""
     overhead_s: float
-    """Start-up of the kernel on the device."""
+    """Start-up of the kernel on the device, or of its groups."""
     scale: Scale
     grade: Grade
     source: str
 
+    @property
+    def burst_s(self) -> float:
+        """What a microbenchmark of the operation would print."""
+        return math.hypot(self.compute_s, self.memory_s / _HBM_FRACTION[self.scale]) + self.overhead_s
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A kind of operation for which better evidence than the law was asked in vain, and why."""
+
+    kind: str
+    asked: str
+    reason: str
+
 
 class Efficiency:
-    """Costs of operations on the GPU of one system."""
+    """Costs of operations on the GPU of one system: measured here, else in the tables, else by law.
+
+    Without `calibration` and `tables` answers depend on the system alone, on any machine.
+    """
 
     def __init__(
-        self, system: SystemSpec, calibration: Sequence[Calibration] = (), tables: None = None
+        self, system: SystemSpec, calibration: Sequence[Calibration] = (), *, tables: bool = False
     ) -> None:
-        """BadInputError for a system without a GPU, of which nothing is known."""
+        """`calibration`: measurements on this GPU. `tables`: ask `aiconfigurator-core` too.
+
+        Raises BadInputError for a system without a GPU or calibration of another GPU, MissingRequirementError
+        for tables that are not installed.
+        """
         if system.gpu is None:
             raise BadInputError(f"{system.key}: gpu: null, so no rate is known; project on another system")
         self._gpu = system.gpu
         self._rates = gpu_rates(system.gpu)
+        self._sources: list[tuple[CalibratedShapes | TableShapes, Grade, str]] = []
+        if calibration:
+            shapes = CalibratedShapes(system.gpu, calibration, self._law_s)
+            self._sources.append((shapes, Grade.MEASURED_HERE, f"calibration of {system.gpu.device_name}"))
+        if tables:
+            table_shapes = TableShapes(system.gpu, self._law_s)
+            self._sources.append((table_shapes, Grade.MEASURED_ELSEWHERE, table_shapes.source))
+        self._known: dict[Operation, Cost] = {}
+        self._unanswered: dict[Unanswered, None] = {}
+
+    @property
+    def unanswered(self) -> tuple[Unanswered, ...]:
+        """Lookups so far that the law answered although better evidence was asked for; empty without any."""
+        return tuple(self._unanswered)
 
     def gemm(self, operation: Gemm) -> Cost:
+        """Of all groups of a product; BadInputError for a number format without rates on this GPU."""
+        return self._best(operation, self._gemm_law)
+
+    def attention(self, operation: AttentionCore) -> Cost:
+        """Of one call forward, or of one call backward, whose five products are one kernel."""
+        return self._best(operation, self._attention_law)
+
+    def memory(self, operation: MemoryBound) -> Cost:
+        """Of an operation of a layer that moves bytes and computes little."""
+        return self._best(operation, self._memory_law)
+
+    def stream(self, num_bytes: float) -> Cost:
+        """Of a large plain kernel that reads and writes `num_bytes`, as an optimizer step or a copy."""
+        return self._bytes(num_bytes, Scale.STREAM)
+
+    def _best[Kind: Operation](self, operation: Kind, law: Callable[[Kind], Cost]) -> Cost:
+        """The law's cost, times what the best source that knows the shape measured relative to it."""
+        if not self._sources:
+            return law(operation)
+        known = self._known.get(operation)
+        if known is None:
+            known = self._known[operation] = self._measured(operation, law(operation))
+        return known
+
+    def _measured(self, operation: Operation, cost: Cost) -> Cost:
+        for shapes, grade, source in self._sources:
+            found = shapes.lookup(operation)
+            if isinstance(found, Miss):
+                kind = ", ".join(kind_of(operation))
+                self._unanswered[Unanswered(kind, grade.label, found.reason)] = None
+                continue
+            return replace(
+                cost,
+                compute_s=cost.compute_s * found.ratio,
+                memory_s=cost.memory_s * found.ratio,
+                overhead_s=cost.overhead_s * found.ratio,
+                grade=grade,
+                source=source,
+            )
+        return cost
+
+    def _law_s(self, operation: Operation) -> float:
+        if isinstance(operation, Gemm):
+            return self._gemm_law(operation).burst_s
+        if isinstance(operation, AttentionCore):
+            return self._attention_law(operation).burst_s
+        return self._memory_law(operation).burst_s
+
+    def _gemm_law(self, operation: Gemm) -> Cost:
         """hypot(F / limit, B / (fraction x HBM bandwidth)) + start, and a start of each group of several."""
         rates = self._rates
         rate = gemm_rate(rates, operation.number, device_name=self._gpu.device_name)
@@ -78,8 +180,8 @@ class Efficiency:
             source=rates.gemm_source,
         )
 
-    def attention(self, operation: AttentionCore) -> Cost:
-        """F / rate(sequence of one rank) + start; the five products of the backward pass are one kernel."""
+    def _attention_law(self, operation: AttentionCore) -> Cost:
+        """F / rate(sequence of one rank) + start."""
         rates = self._rates
         rate_flops_per_s = rates.attention_flops_per_s(
             head_dim=(operation.qk_head_dim + operation.v_head_dim) / 2,
@@ -95,26 +197,16 @@ class Efficiency:
             source=rates.attention_source,
         )
 
-    def memory(self, operation: MemoryBound) -> Cost:
-        """Bytes over the datasheet's bandwidth."""
+    def _memory_law(self, operation: MemoryBound) -> Cost:
         return self._bytes(operation.num_bytes, Scale.MEMORY)
 
-    def stream(self, num_bytes: float) -> Cost:
-        """Of a large plain kernel that reads and writes `num_bytes`, as an optimizer step or a copy."""
-        return self._bytes(num_bytes, Scale.STREAM)
-
     def _bytes(self, num_bytes: float, scale: Scale) -> Cost:
+        """Bytes over the datasheet's bandwidth, plus start."""
         return Cost(
             compute_s=0.0,
             memory_s=num_bytes / self._gpu.hbm_bytes_per_s,
             overhead_s=KERNEL_START_S,
             scale=scale,
             grade=Grade.PRIOR,
-            source="datasheet bandwidth",
+            source="bandwidth of the datasheet",
         )
-
-
-def burst_s(cost: Cost) -> float:
-    """Seconds of one call on an idle GPU: what a microbenchmark of the operation would print."""
-    share = GEMM_HBM_FRACTION if cost.scale in (Scale.GEMM, Scale.LOW_PRECISION_GEMM) else 1.0
-    return math.hypot(cost.compute_s, cost.memory_s / share) + cost.overhead_s

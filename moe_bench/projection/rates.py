@@ -22,6 +22,12 @@ GEMM_HBM_FRACTION = 0.75
 """Share of the datasheet's memory bandwidth that operands of a matrix product reach beside its arithmetic."""
 KERNEL_START_S = 3e-6
 """From the start of a kernel to its first useful work, and its tail: 2.5 to 3.2 us in the BF16 tables."""
+MEMORY_HBM_FRACTION = 0.5
+"""Share of the bandwidth that kernels bound by memory reach: fused permutation 0.50 to 0.51, cross entropy
+0.28 to 0.32 (B200, MooreThreads/SimuMax 4dcaae5); largest magnitude of a tensor 0.39, its scaling 0.89 (H100,
+aiconfigurator-core 0.12.0). The projection fits a constant in its place; measured costs are relative to it."""
+STREAM_HBM_FRACTION = 0.87
+"""The same of large plain copies: 2,903 of 3,350 GB/s (Voltage Park, 32 H100)."""
 
 Architecture = Literal["hopper", "blackwell"]
 
@@ -108,7 +114,7 @@ _GEMM: Mapping[str, Mapping[Number, GemmRate]] = MappingProxyType(
         },
         _B200: {
             Number.BF16: GemmRate(1588e12),
-            Number.FP8_TENSORWISE: GemmRate(3085e12, 0.69),
+            Number.FP8_TENSORWISE: GemmRate(3085e12, 0.70),
             Number.FP8_BLOCKWISE: GemmRate(3149e12, 0.54),
             Number.MXFP8: GemmRate(3149e12, 0.54),
             Number.NVFP4: GemmRate(4522e12, 0.56),
@@ -145,33 +151,33 @@ _ATTENTION: Mapping[str, Mapping[int, AttentionRate]] = MappingProxyType(
     {
         _H100: {
             64: AttentionRate(525e12, 976),
-            128: AttentionRate(654e12, 911),
+            128: AttentionRate(654e12, 912),
             160: AttentionRate(668e12, 850),
-            256: AttentionRate(773e12, 871),
+            256: AttentionRate(773e12, 852),
         },
         _H200: {
             64: AttentionRate(516e12, 958),
-            128: AttentionRate(644e12, 875),
+            128: AttentionRate(644e12, 876),
             160: AttentionRate(668e12, 850),
-            256: AttentionRate(757e12, 825),
+            256: AttentionRate(757e12, 804),
         },
         _B200: {
             64: AttentionRate(805e12, 713),
-            128: AttentionRate(1323e12, 897),
+            128: AttentionRate(1323e12, 887),
             160: AttentionRate(1734e12, 1690),
-            256: AttentionRate(1483e12, 920),
+            256: AttentionRate(1481e12, 864),
         },
         _GB200: {
             64: AttentionRate(858e12, 688),
-            128: AttentionRate(1421e12, 844),
+            128: AttentionRate(1422e12, 834),
             160: AttentionRate(1870e12, 1690),
-            256: AttentionRate(1626e12, 873),
+            256: AttentionRate(1623e12, 820),
         },
         _GB300: {
             64: AttentionRate(1224e12, 1046),
-            128: AttentionRate(1854e12, 967),
+            128: AttentionRate(1855e12, 956),
             160: AttentionRate(2242e12, 1690),
-            256: AttentionRate(1843e12, 912),
+            256: AttentionRate(1839e12, 858),
         },
     }
 )
