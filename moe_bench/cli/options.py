@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
-from moe_bench.spec.check import require_legal
 from moe_bench.spec.load import Loader
-from moe_bench.spec.problem import Problem
-from moe_bench.spec.recipe import Recipe
-from moe_bench.spec.scale import Plan, full_plan, node_plan, smoke_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from moe_bench.spec.problem import Problem
+    from moe_bench.spec.recipe import Recipe
+    from moe_bench.spec.scale import Plan
 
 PIPE_WIDTH = 200
 """Columns of a table that is written into a pipe or a file."""
@@ -111,6 +115,10 @@ def derived_plan(
 
     `num_gpus` is the size of the node at node scale, and else names a member of the scaling family.
     """
+    # rules and toys are loaded by those who ask for a plan: `list` and the readers of results do not
+    from moe_bench.spec.check import require_legal
+    from moe_bench.spec.scale import full_plan, node_plan, smoke_plan
+
     has_family = scale in (ScaleOption.FULL, ScaleOption.SMOKE)
     if strong and (num_gpus is None or not has_family):
         raise BadInputError("--strong says how --num-gpus scales a recipe or its toy; drop it")
@@ -172,6 +180,11 @@ def results_root() -> Path:
     return root / "results" if (root / "pyproject.toml").is_file() else Path("results")
 
 
+def terminal_width() -> int | None:
+    """Columns of the terminal that is printed to; None into a pipe or a file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def print_view(view: RenderableType, data: object, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(data, indent=1))
@@ -181,5 +194,7 @@ def print_view(view: RenderableType, data: object, as_json: bool) -> None:
 
 def make_console(*, stderr: bool) -> Console:
     """A pipe has no width of its own; tables should not be folded there to the 80 columns of a default."""
+    from rich.console import Console
+
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)

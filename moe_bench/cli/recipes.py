@@ -21,6 +21,7 @@ from moe_bench.cli.options import (
     make_loader,
     plan_of,
     print_view,
+    terminal_width,
 )
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
@@ -36,7 +37,7 @@ def list_recipes(
     as_json: JsonOption = False,
 ) -> None:
     """The recipes that are here."""
-    from moe_bench.report.recipe_list import recipe_line, recipe_table
+    from moe_bench.report.recipe_list import recipe_line, recipe_list
 
     # the shipped recipes are legal by test, and asking again would take as long as everything else
     loader = Loader(root=recipes_root(), rules=())
@@ -51,7 +52,10 @@ def list_recipes(
         return
     paths = [path for path in recipe_paths(loader.root) if model in (None, path.parent.name)]
     recipes = [loader.recipe(path) for path in paths]
-    print_view(recipe_table(recipes), [recipe_line(recipe) for recipe in recipes], as_json)
+    if as_json:
+        typer.echo(json.dumps([recipe_line(recipe) for recipe in recipes], indent=1))
+    else:
+        typer.echo(recipe_list(recipes, width=terminal_width()))
 
 
 @app.command(rich_help_panel=RECIPES)

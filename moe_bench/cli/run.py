@@ -25,7 +25,6 @@ from moe_bench.cli.options import (
     run_arguments,
 )
 from moe_bench.errors import BadInputError
-from moe_bench.results.store import record_folder
 from moe_bench.spec.catalogue import data_root
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def run(
     from moe_bench.launch.here import repeat_ranks_here, require_gpus_here, start_ranks_here
     from moe_bench.launch.rendezvous import rendezvous_from
     from moe_bench.launch.runner import run_captured, run_live
+    from moe_bench.results.store import record_folder
 
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
     root = out or results_root()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
-from rich.table import Table
-
 from moe_bench.spec.recipe import Recipe
+
+HEADINGS = ("recipe", "layout", "seq", "GBS", "dispatch", "kernels", "reproduces")
+_GAP = "  "
 
 
 def layout_label(recipe: Recipe) -> str:
@@ -25,22 +27,36 @@ def layout_label(recipe: Recipe) -> str:
     return label + (" FSDP" if parallel.data_sharding == "megatron_fsdp" else "")
 
 
-def recipe_table(recipes: Iterable[Recipe]) -> Table:
-    """One line per recipe."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("recipe", "layout", "seq", "GBS", "kernels", "dispatch", "reproduces"):
-        table.add_column(heading, overflow="fold")
-    for recipe in recipes:
-        table.add_row(
-            recipe.name,
-            layout_label(recipe),
-            str(recipe.seq_len),
-            str(recipe.global_batch_size),
-            recipe.kernels.family,
-            recipe.dispatch.dispatcher,
-            recipe.reproduces or "",
-        )
-    return table
+def recipe_list(recipes: Iterable[Recipe], *, width: int | None) -> str:
+    """One line per recipe under a line of headings, in at most `width` characters; None for no limit.
+
+    A name that is folded cannot be copied, so no cell is: the last columns that do not fit are left out, and
+    the last line says which.
+    """
+    rows = [HEADINGS, *(_cells(recipe) for recipe in recipes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ends = list(itertools.accumulate(size + len(_GAP) for size in widths))
+    num_shown = max(1, sum(width is None or end - len(_GAP) <= width for end in ends))
+    lines = [
+        _GAP.join(cell.ljust(size) for cell, size in zip(row[:num_shown], widths, strict=False)).rstrip()
+        for row in rows
+    ]
+    if num_shown < len(HEADINGS):
+        hidden = ", ".join(HEADINGS[num_shown:])
+        lines.append(f"not shown in {width} columns: {hidden}; into a pipe or with --json all are")
+    return "\n".join(lines)
+
+
+def _cells(recipe: Recipe) -> tuple[str, ...]:
+    return (
+        recipe.name,
+        layout_label(recipe),
+        str(recipe.seq_len),
+        str(recipe.global_batch_size),
+        recipe.dispatch.dispatcher,
+        recipe.kernels.family,
+        recipe.reproduces or "",
+    )
 
 
 def recipe_line(recipe: Recipe) -> dict[str, object]:

@@ -130,9 +130,11 @@ class Loader:
         if path.stem != recipe.run_name:
             problem = f"the file is called {path.name}, its content is {recipe.run_name}"
             raise RecipeError((Mistake(file=shown(path), line=1, key="-", problem=problem, fix=fix),))
-        in_catalogue = path.resolve().parent.parent == self.root.resolve()
-        if in_catalogue and path.resolve().parent.name != recipe.model.key:
-            problem = f"model {recipe.model.key} stands in the folder {path.resolve().parent.name}"
+        # as written where that tells, for resolving asks the file system about every folder on the way
+        in_folder = path.parent if path.parent.parent == self.root else path.resolve().parent
+        in_catalogue = in_folder.parent == self.root or in_folder.parent == self.root.resolve()
+        if in_catalogue and in_folder.name != recipe.model.key:
+            problem = f"model {recipe.model.key} stands in the folder {in_folder.name}"
             fix = f"move it to {recipe.model.key}/"
             raise RecipeError((Mistake(file=shown(path), line=1, key="model", problem=problem, fix=fix),))
 

@@ -133,7 +133,8 @@ def _convert_mapping(
             mistakes.append(Mistake(file=file, line=line, key=dotted((*path, key)), problem=problem, fix=fix))
             continue
         child = _convert(value_node, file, (*path, key), mistakes)
-        mapping[key] = replace(child, line=line)
+        # a value stands where its key is written; the constructor takes a third of dataclasses.replace
+        mapping[key] = Node(child.value, file, line, child.text)
     return mapping
 
 
