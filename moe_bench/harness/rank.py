@@ -228,7 +228,7 @@ def _require_sound_routing(
         top_k=built.config.moe_router_topk,
     )
     if settings.routing_mode == "round_robin":
-        sanity.require_balance(loads, num_shares=plan.num_micro_batches * num_counted)
+        sanity.require_balance(loads, num_micro_batches=plan.num_micro_batches)
 
 
 def _peak_memory_bytes(device: Device) -> int:

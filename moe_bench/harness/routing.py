@@ -17,24 +17,31 @@ OTHER_LOGIT = -10.0
 
 
 class RoundRobinRouter(TopKRouter):  # type: ignore[misc]
-    """Sends token t of a micro batch to the experts t * k to t * k + k - 1, modulo their number.
+    """Sends token t of a micro batch to the k experts after those of token t - 1, modulo their number.
 
     This is what torchtitan (`debug.moe_force_load_balance`) and NeMo Automodel (`FakeBalancedGate`) call
-    forced balance. The gate is still computed and trained: the logits are replaced on the way forward only,
-    and the choice runs through Megatron-Core's own top-k, groups and scaling.
+    forced balance. Where the experts do not divide a rank's choices, it goes on where the rank before it
+    ends, so that what they receive is even as well. The gate is still computed and trained: the logits are
+    replaced on the way forward only, and the choice runs through Megatron-Core's own top-k, groups and
+    scaling.
     """
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Logits [sequence, batch, experts] that make top-k choose in turn."""
-        return round_robin_logits(super().gating(input), top_k=self.topk)
+        return round_robin_logits(
+            super().gating(input), top_k=self.topk, num_ranks_before=self.tp_dp_cp_group.rank()
+        )
 
 
-def round_robin_logits(logits: torch.Tensor, *, top_k: int) -> torch.Tensor:
+def round_robin_logits(logits: torch.Tensor, *, top_k: int, num_ranks_before: int) -> torch.Tensor:
     """Logits [..., experts] whose top k are experts t * k to t * k + k - 1 of token t, modulo their number.
 
-    The gradient passes to `logits` as if they had not been replaced.
+    Tokens are counted from the first rank on, all of which have as many as this one. The gradient passes to
+    `logits` as if they had not been replaced.
     """
-    balanced: torch.Tensor = _RoundRobinLogits.apply(logits, top_k)
+    num_experts = logits.shape[-1]
+    start = num_ranks_before * (logits.numel() // num_experts) * top_k % num_experts
+    balanced: torch.Tensor = _RoundRobinLogits.apply(logits, top_k, start)
     return balanced
 
 
@@ -42,16 +49,16 @@ class _RoundRobinLogits(torch.autograd.Function):
     """Replaces logits forward, and passes their gradient on backward as if it had not."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, top_k: int, start: int) -> torch.Tensor:
         num_experts = logits.shape[-1]
         flat = torch.full_like(logits, OTHER_LOGIT).view(-1, num_experts)
         first = torch.arange(flat.shape[0], device=logits.device).unsqueeze(1) * top_k
-        chosen = (first + torch.arange(top_k, device=logits.device)) % num_experts
+        chosen = (start + first + torch.arange(top_k, device=logits.device)) % num_experts
         return flat.scatter_(1, chosen, CHOSEN_LOGIT).view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0], None, None
 
 
 def use_router(spec: Any, router: type[TopKRouter]) -> None:

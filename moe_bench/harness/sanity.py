@@ -40,15 +40,15 @@ def require_no_drops(loads: Sequence[ExpertLoad], *, tokens_per_step: int, top_k
                 )
 
 
-def require_balance(loads: Sequence[ExpertLoad], *, num_shares: int) -> None:
+def require_balance(loads: Sequence[ExpertLoad], *, num_micro_batches: int) -> None:
     """Stop if round-robin routing was not exact.
 
-    Each rank deals out each micro batch from the first expert on, so two experts may differ by one token for
-    each of the `num_shares` times that a rank does so in a step.
+    All ranks together deal out each micro batch from the first expert on, so two experts may differ by one
+    token for each of a step's micro batches.
     """
     for load in loads:
         for step, tokens in enumerate(load.tokens_per_step, start=1):
-            if max(tokens) - min(tokens) > num_shares:
+            if max(tokens) - min(tokens) > num_micro_batches:
                 raise MeasurementError(
                     f"layer {load.name}: round robin gave {min(tokens)} to {max(tokens)} tokens per expert "
                     f"in step {step}; equal shares were asked for"

@@ -22,12 +22,12 @@ def chosen(logits: torch.Tensor, top_k: int) -> list[list[int]]:
 
 
 def test_tokens_go_to_experts_in_turn() -> None:
-    logits = round_robin_logits(torch.randn(5, 1, 6), top_k=2)
+    logits = round_robin_logits(torch.randn(5, 1, 6), top_k=2, num_ranks_before=0)
     assert chosen(logits, 2) == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]]
 
 
 def test_a_turn_wraps_around_the_last_expert() -> None:
-    assert chosen(round_robin_logits(torch.randn(2, 2, 4), top_k=3), 3) == [
+    assert chosen(round_robin_logits(torch.randn(2, 2, 4), top_k=3, num_ranks_before=0), 3) == [
         [0, 1, 2],
         [0, 1, 3],
         [0, 2, 3],
@@ -35,10 +35,21 @@ def test_a_turn_wraps_around_the_last_expert() -> None:
     ]
 
 
+def test_a_rank_goes_on_where_the_rank_before_it_ends() -> None:
+    """5 tokens with 2 choices on each of 3 ranks: 30 choices of 6 experts are 5 for each."""
+    ranks = [
+        chosen(round_robin_logits(torch.randn(5, 1, 6), top_k=2, num_ranks_before=rank), 2)
+        for rank in range(3)
+    ]
+    assert [rank[0] for rank in ranks] == [[0, 1], [4, 5], [2, 3]]
+    choices = [expert for rank in ranks for token in rank for expert in token]
+    assert sorted(choices) == [expert for expert in range(6) for _ in range(5)]
+
+
 def test_the_gate_gets_the_gradient_of_the_logits_that_replaced_its_own() -> None:
     logits = torch.randn(4, 1, 4, requires_grad=True)
     gradient = torch.randn(4, 1, 4)
-    round_robin_logits(logits, top_k=2).backward(gradient)
+    round_robin_logits(logits, top_k=2, num_ranks_before=1).backward(gradient)
     assert logits.grad is not None
     assert torch.equal(logits.grad, gradient)
 
@@ -74,6 +85,18 @@ def test_round_robin_loads_every_expert_equally_through_groups_and_bias(
     num_layers = 3 + 1 if structure == "deepseek_v3" else 4
     share = recipe.tokens_per_step * 2 // 8
     assert counts == (((share,) * 8,) * num_layers,) * recipe.steps.num_timed
+
+
+def test_ranks_whose_choices_the_experts_do_not_divide_load_them_equally_together(zygote: Zygote) -> None:
+    recipe = laid_out(
+        parity_recipe("qwen3_30b_a3b").model_copy(update={"seq_len": 30}),
+        parallel={"num_gpus": 2, "expert": 2},
+        routing=Routing(mode="round_robin"),
+    )
+    # 60 choices of 8 experts on a rank
+    assert recipe.seq_len * 2 % 8
+    counts = zygote.train(megatron_arguments(recipe)).samples.tokens_per_expert
+    assert counts == (((recipe.tokens_per_step * 2 // 8,) * 8,) * 4,) * recipe.steps.num_timed
 
 
 @pytest.mark.parametrize("mode", ["natural", "random_logits", "biased"])

@@ -59,14 +59,14 @@ def test_every_token_copy_at_some_expert_passes() -> None:
 
 
 def test_round_robin_that_is_not_even_is_refused() -> None:
-    words = refusal(sanity.require_balance, loads=[load((8, 8, 8)), load((10, 7, 7))], num_shares=2)
+    words = refusal(sanity.require_balance, loads=[load((8, 8, 8)), load((10, 7, 7))], num_micro_batches=2)
     assert words == (
         "layer decoder.3: round robin gave 7 to 10 tokens per expert in step 1; equal shares were asked for"
     )
 
 
-def test_round_robin_may_differ_by_one_token_per_share() -> None:
-    sanity.require_balance([load((9, 8, 7))], num_shares=2)
+def test_round_robin_may_differ_by_one_token_per_micro_batch() -> None:
+    sanity.require_balance([load((9, 8, 7))], num_micro_batches=2)
 
 
 def test_ranks_that_did_not_report_are_listed() -> None:

@@ -8,6 +8,7 @@ host; everything that it derives (splits, tokens per local expert, the gather of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ SenderCounts = Sequence[Sequence[int]]
 def token_counts(counts: SenderCounts | None) -> Iterator[None]:
     """Let the all-to-all dispatcher of every layer see these counts, until the block ends.
 
-    None balances: every expert gets as many tokens of a sender as any other, give or take one.
+    None balances: every expert gets as many tokens of a sender as any other, give or take one, and so does
+    every rank wherever that is possible.
     """
     dispatcher = MoEAlltoAllTokenDispatcher
     replacement = _with_host_map(dispatcher.preprocess, counts)
@@ -36,13 +38,16 @@ def token_counts(counts: SenderCounts | None) -> Iterator[None]:
 
 
 def balanced_counts(*, num_tokens: int, num_experts: int, top_k: int, sender: int) -> tuple[int, ...]:
-    """Tokens for each expert when a sender's `num_tokens` choose `top_k` experts in turn.
+    """Tokens for each of E experts when a sender's T = `num_tokens` `top_k` choices are spread evenly.
 
-    Each sender goes on where the one before it ended, so that what the experts receive is even as well.
+    Expert e gets floor((e + s + 1) T / E) - floor((e + s) T / E) from sender s: T over all experts, T / E up
+    or down to a whole number for each, and as much over any run of senders or of neighbouring experts. So
+    what an expert receives is even too, and what a rank sends and receives wherever T / E of its experts is a
+    whole number.
     """
-    each, remainder = divmod(num_tokens * top_k, num_experts)
-    first = sender * remainder
-    return tuple(each + ((expert - first) % num_experts < remainder) for expert in range(num_experts))
+    choices = num_tokens * top_k
+    edges = [(expert + sender) * choices // num_experts for expert in range(num_experts + 1)]
+    return tuple(end - start for start, end in itertools.pairwise(edges))
 
 
 def host_routing_map(counts: Sequence[int], *, num_tokens: int) -> torch.Tensor:

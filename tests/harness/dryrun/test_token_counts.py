@@ -32,6 +32,17 @@ def test_balanced_counts_differ_by_one_at_most_for_sender_and_for_all(
     assert {sum(counts) for counts in senders} == {num_tokens * top_k}
 
 
+def test_ranks_of_kimi_k2_send_and_receive_equally_many_tokens() -> None:
+    """32,768 choices of 384 experts leave 128 over, a third of a token for each: two for the 6 of a rank."""
+    senders = [
+        balanced_counts(num_tokens=4096, num_experts=384, top_k=8, sender=sender) for sender in range(64)
+    ]
+    sent = {sum(counts[rank * 6 : rank * 6 + 6]) for counts in senders for rank in range(64)}
+    assert sent == {32_768 // 64}
+    received = tuple(map(sum, zip(*senders, strict=True)))
+    assert {sum(received[rank * 6 : rank * 6 + 6]) for rank in range(64)} == {32_768}
+
+
 def test_a_map_has_the_counts_as_column_sums_and_every_token_as_often() -> None:
     counts = (7, 1, 4, 0, 8)
     routing_map = host_routing_map(counts, num_tokens=10)
