@@ -24,8 +24,8 @@ KERNEL_START_S = 3e-6
 """From the start of a kernel to its first useful work, and its tail: 2.5 to 3.2 us in the BF16 tables."""
 MEMORY_HBM_FRACTION = 0.5
 """Share of the bandwidth that kernels bound by memory reach: fused permutation 0.50 to 0.51, cross entropy
-0.28 to 0.32 (B200, MooreThreads/SimuMax 4dcaae5); largest magnitude of a tensor 0.39, its scaling 0.89 (H100,
-aiconfigurator-core 0.12.0). The projection fits a constant in its place; measured costs are relative to it."""
+0.28 to 0.32 (B200, MooreThreads/SimuMax 4dcaae5); a tensor's largest magnitude 0.39, its scaling 0.89 (H100,
+aiconfigurator-core 0.12.0). Measured costs are relative to it; the projection fits its own."""
 STREAM_HBM_FRACTION = 0.87
 """The same of large plain copies: 2,903 of 3,350 GB/s (Voltage Park, 32 H100)."""
 
