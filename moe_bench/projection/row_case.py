@@ -65,6 +65,8 @@ class Rule:
     evidence: str
     applies: Callable[[Case], bool]
     value: Callable[[Case], object]
+    is_of_release: bool = False
+    """Whether the evidence is the code of the row's own release; it then wins over a recipe for the row."""
 
 
 def always(_: Case) -> bool:

@@ -137,12 +137,15 @@ def _fields_of(case: Case, donor: Recipe | None) -> tuple[Draft, tuple[Assumptio
     assumptions = []
     for rules, required in STAGES:
         for rule in rules:
-            now = replace(case, draft=draft)
-            if rule.field in draft or (donor is None and not rule.applies(now)):
+            if rule.field in draft:
                 continue
-            value = rule.value(now) if donor is None else _donated(donor, rule.field)
+            now = replace(case, draft=draft)
+            asks_rule = donor is None or rule.is_of_release
+            if asks_rule and not rule.applies(now):
+                continue
+            value = rule.value(now) if donor is None or asks_rule else _donated(donor, rule.field)
             draft[rule.field] = value
-            name = RECIPE_RULE if donor is not None else rule.name
+            name = rule.name if asks_rule else RECIPE_RULE
             assumptions.append(Assumption(field=rule.field, value=_shown(value), rule=name))
         missing = next((reason for field, reason in required if field not in draft), None)
         if missing is not None:

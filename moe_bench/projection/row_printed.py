@@ -45,7 +45,8 @@ _PRECISIONS = {printed: ours for ours, printed in PRECISIONS.items()}
 def printed_fields(row: PublishedRow) -> dict[str, object]:
     """What `row` prints, in a recipe's terms; a column that says half of a field is left to the rules.
 
-    `FP8` alone is no precision, `selective` without modules no recomputation, dropped tokens without a
+    `FP8` alone is no precision, `selective` without modules no recomputation, graphs of Transformer Engine
+    without modules no graphs, dropped tokens without a
     capacity no capacity, and a forced balance may be random or exact. Modules that no recipe knows are left
     out, and so is what a size of 1 makes impossible: virtual stages at PP1, overlap of TP at TP1.
     """
@@ -80,8 +81,9 @@ def _memory(row: PublishedRow) -> dict[str, object]:
     recompute = _recompute(row)
     if recompute is not None:
         fields["recompute"] = recompute
-    if row.cuda_graph is not None:
-        fields["cuda_graphs"] = _cuda_graphs(row)
+    graphs = _cuda_graphs(row)
+    if graphs is not None:
+        fields["cuda_graphs"] = graphs
     if row.offload is not None or row.paged_stash is not None:
         fields["offload"] = _offload(row)
     return fields
@@ -100,13 +102,16 @@ def _recompute(row: PublishedRow) -> Recompute | None:
     return Recompute(granularity="selective", modules=known) if known else Recompute()
 
 
-def _cuda_graphs(row: PublishedRow) -> CudaGraphs:
+def _cuda_graphs(row: PublishedRow) -> CudaGraphs | None:
     modules = row.cuda_graph_modules or ()
     if row.cuda_graph == "full_iteration" or (row.cuda_graph == "local" and "full_iteration" in modules):
         return CudaGraphs(implementation="full_iteration")
-    if row.cuda_graph is None or row.cuda_graph == "none":
-        return CudaGraphs()
     known = tuple(module for module in get_args(GraphModule) if module in modules)
+    if row.cuda_graph is None or (row.cuda_graph == "transformer_engine" and not modules):
+        return None
+    # to a recipe no module means whole layers, which is not what a list of other modules says
+    if row.cuda_graph == "none" or (modules and not known):
+        return CudaGraphs()
     return CudaGraphs(implementation=row.cuda_graph, modules=known)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_bench.projection.row_case import Rule
-from moe_bench.projection.row_run_rules import MEMORY_RULES, OVERLAP_RULES, ROUTING_RULES
+from moe_bench.projection.row_memory_rules import MEMORY_RULES
+from moe_bench.projection.row_run_rules import OVERLAP_RULES, ROUTING_RULES
 from moe_bench.projection.row_size_rules import BATCH_RULES, GRID_RULES, STAGE_RULES
 from moe_bench.projection.row_state_rules import PRECISION_RULES, STATE_RULES
 

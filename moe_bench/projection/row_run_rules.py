@@ -1,28 +1,18 @@
-"""Rules for how a step ran: routing, dispatch, overlap, recomputation, CUDA graphs and offload."""
+"""Rules for how a step ran: routing, dispatch, and what runs beside computation."""
 
 from __future__ import annotations
 
 from moe_bench.projection.row_case import Case, Rule, always, constant
 from moe_bench.projection.row_stack import Engine, Suite
-from moe_bench.spec.recipe import CudaGraphs, Offload, Recompute, RecomputeModule, TokenDrop
+from moe_bench.spec.recipe import TokenDrop
 
-_BRIDGE_25_09 = "Megatron-Bridge fa0315ae2"
+BRIDGE_25_09 = "Megatron-Bridge fa0315ae2"
 _BRIDGE_25_11 = "Megatron-Bridge v0.2.0 scripts/performance/configs/*/workload_base_configs.py"
-_DGXC_25_05 = "NVIDIA/dgxc-benchmarking v25.05.05"
 _NVL72 = ("GB200", "GB300")
-_LAYER_GRAPHS = CudaGraphs(implementation="local")
-_ROUTER_GRAPHS = CudaGraphs(implementation="transformer_engine", modules=("moe_router", "moe_preprocess"))
-_ATTENTION_GRAPHS = CudaGraphs(
-    implementation="transformer_engine", modules=("attn", "moe_router", "moe_preprocess")
-)
 
 
-def selective(*modules: RecomputeModule) -> Recompute:
-    """Recomputation of the named modules."""
-    return Recompute(granularity="selective", modules=modules)
-
-
-def _drops_tokens(case: Case) -> bool:
+def drops_tokens(case: Case) -> bool:
+    """Whether a capacity limits the experts; to be asked behind the rules of `token_drop`."""
     return isinstance(case.draft.get("token_drop"), TokenDrop)
 
 
@@ -32,23 +22,11 @@ def _is_nemo_token_drop(case: Case) -> bool:
     )
 
 
-def _has_layer_graphs_of_25_09(case: Case) -> bool:
-    return case.stack.is_bridge(2025, 9) and (
-        (case.is_model("qwen3_30b", "llama3_8b") and case.is_on("B200", "GB200"))
-        or (case.is_model("qwen3_235b") and case.is_on("GB200"))
-    )
-
-
 def _is_later_flex(case: Case) -> bool:
     if not case.is_moe or case.stack.is_before(2025, 8) or case.stack.release is None:
         return False
     is_paper = case.row.source.paper is not None and case.stack.suite is Suite.MEGATRON_LM
     return case.is_model("deepseek", "kimi") or case.stack.engine is Engine.AUTOMODEL or is_paper
-
-
-def _is_full_iteration(case: Case) -> bool:
-    graphs = case.draft.get("cuda_graphs")
-    return isinstance(graphs, CudaGraphs) and graphs.implementation == "full_iteration" and case.is_moe
 
 
 def _pipelined(case: Case) -> bool:
@@ -71,7 +49,7 @@ ROUTING_RULES: tuple[Rule, ...] = (
         field="token_drop",
         when="tokens are dropped, the capacity is not printed",
         then="1.0, padded",
-        evidence=f"{_BRIDGE_25_09} training/utils/moe_token_drop.py: the defaults of apply_moe_token_drop",
+        evidence=f"{BRIDGE_25_09} training/utils/moe_token_drop.py: the defaults of apply_moe_token_drop",
         applies=lambda case: case.row.token_drop is True,
         value=constant(TokenDrop(capacity_factor=1.0, pad_to_capacity=True)),
     ),
@@ -107,9 +85,9 @@ ROUTING_RULES: tuple[Rule, ...] = (
         field="routing.mode",
         when="a capacity limits the experts, or the run is a functional one",
         then="natural",
-        evidence=f"{_BRIDGE_25_09} run_script.py forces balance for DeepEP alone, NeMo never does; functional "
-        "runs train on real data",
-        applies=lambda case: _drops_tokens(case) or case.row.kind == "pretrain_functional",
+        evidence=f"{BRIDGE_25_09} run_script.py forces balance for DeepEP alone, NeMo never; functional runs "
+        "train on real data",
+        applies=lambda case: drops_tokens(case) or case.row.kind == "pretrain_functional",
         value=constant("natural"),
     ),
     Rule(
@@ -128,7 +106,7 @@ ROUTING_RULES: tuple[Rule, ...] = (
         when="a capacity limits the experts",
         then="alltoall",
         evidence="Megatron-Core transformer_config.py and apply_moe_token_drop allow no other",
-        applies=_drops_tokens,
+        applies=drops_tokens,
         value=constant("alltoall"),
     ),
     Rule(
@@ -136,11 +114,12 @@ ROUTING_RULES: tuple[Rule, ...] = (
         field="dispatch.dispatcher",
         when="Bridge 25.09, DeepSeek-V3 on H100",
         then="deepep",
-        evidence=f"{_BRIDGE_25_09} run_script.py: enable_deepep on h100",
+        evidence=f"{BRIDGE_25_09} run_script.py: enable_deepep on h100",
         applies=lambda case: (
             case.stack.is_bridge(2025, 9) and case.is_model("deepseek") and case.is_on("H100")
         ),
         value=constant("deepep"),
+        is_of_release=True,
     ),
     Rule(
         name="HybridEP of Bridge 25.11",
@@ -152,6 +131,7 @@ ROUTING_RULES: tuple[Rule, ...] = (
             case.stack.is_bridge(2025, 11) and case.is_model("deepseek", "qwen3") and case.is_on(*_NVL72)
         ),
         value=constant("hybridep"),
+        is_of_release=True,
     ),
     Rule(
         name="flex dispatcher of later suites",
@@ -176,11 +156,29 @@ ROUTING_RULES: tuple[Rule, ...] = (
 
 OVERLAP_RULES: tuple[Rule, ...] = (
     Rule(
+        name="multiprocessors of HybridEP in Bridge",
+        field="dispatch.num_sms",
+        when="Bridge, HybridEP",
+        then="32",
+        evidence="Megatron-Bridge v0.2.0 helpers.py set_common_perf_overrides: moe_hybridep_num_sms",
+        applies=lambda case: case.stack.suite is Suite.BRIDGE and case.has("dispatch.dispatcher", "hybridep"),
+        value=constant(32),
+    ),
+    Rule(
+        name="multiprocessors of the library",
+        field="dispatch.num_sms",
+        when="not printed",
+        then="the library's default",
+        evidence="nothing sets them",
+        applies=always,
+        value=constant(None),
+    ),
+    Rule(
         name="overlap of Bridge's H100 configurations",
         field="overlap.expert_parallel",
         when="Bridge 25.09 DeepSeek-V3 and 25.11 Qwen3 on H100",
         then="on",
-        evidence=f"{_BRIDGE_25_09} run_script.py: A2A_1F1B on h100; {_BRIDGE_25_11}: moe_a2a_overlap",
+        evidence=f"{BRIDGE_25_09} run_script.py: A2A_1F1B on h100; {_BRIDGE_25_11}: moe_a2a_overlap",
         applies=lambda case: (
             case.is_on("H100")
             and (
@@ -189,6 +187,7 @@ OVERLAP_RULES: tuple[Rule, ...] = (
             )
         ),
         value=constant(True),
+        is_of_release=True,
     ),
     Rule(
         name="no overlap of dispatch",
@@ -203,11 +202,11 @@ OVERLAP_RULES: tuple[Rule, ...] = (
         name="weight gradients fill the overlap",
         field="overlap.delayed_wgrad",
         when="not printed",
-        then="on where Bridge overlaps dispatch",
-        evidence="Bridge helpers.py set_moe_a2a_overlap_overrides sets both",
+        then="on where Megatron-Core overlaps dispatch in a benchmark",
+        evidence="Bridge helpers.py set_moe_a2a_overlap_overrides and ModelZoo's scripts set both",
         applies=always,
         value=lambda case: (
-            case.stack.suite is Suite.BRIDGE
+            case.stack.engine is Engine.MEGATRON
             and case.row.kind == "pretrain"
             and case.draft["overlap.expert_parallel"] is True
         ),
@@ -217,7 +216,7 @@ OVERLAP_RULES: tuple[Rule, ...] = (
         field="overlap.grad_reduce",
         when="Bridge, DeepSeek-V3 on H100",
         then="off",
-        evidence=f"{_BRIDGE_25_09} run_script.py, v0.2.0 deepseek_llm_pretrain.py: overlap_grad_reduce",
+        evidence=f"{BRIDGE_25_09} run_script.py, v0.2.0 deepseek_llm_pretrain.py: overlap_grad_reduce",
         applies=lambda case: (
             case.stack.suite is Suite.BRIDGE and case.is_model("deepseek_v3") and case.is_on("H100")
         ),
@@ -233,6 +232,29 @@ OVERLAP_RULES: tuple[Rule, ...] = (
         value=constant(True),
     ),
     Rule(
+        name="MXFP8 weights of DeepSeek-V3 are gathered at the end",
+        field="overlap.param_gather",
+        when="Bridge before 26.06, DeepSeek-V3 in MXFP8",
+        then="off",
+        evidence="Megatron-Bridge v0.2.0 deepseek_llm_pretrain.py: overlap_param_gather False, lest NaN",
+        applies=lambda case: (
+            case.stack.suite is Suite.BRIDGE
+            and case.stack.is_before(2026, 6)
+            and case.is_model("deepseek_v3")
+            and case.has("precision", "mxfp8")
+        ),
+        value=constant(False),
+    ),
+    Rule(
+        name="weights of Muon are gathered at the end",
+        field="overlap.param_gather",
+        when="Muon",
+        then="off",
+        evidence="Kimi-K2 of Bridge v0.5.0, as recipes/kimi_k2/gb300_nvl72_256g_mxfp8.yaml has it",
+        applies=lambda case: case.has("optimizer.name", "muon"),
+        value=constant(False),
+    ),
+    Rule(
         name="weights are gathered beside computation",
         field="overlap.param_gather",
         when="never printed",
@@ -240,6 +262,22 @@ OVERLAP_RULES: tuple[Rule, ...] = (
         evidence="overlap_param_gather in NeMo, Bridge and ModelZoo",
         applies=always,
         value=lambda case: case.draft["overlap.grad_reduce"],
+    ),
+    Rule(
+        name="weights are gathered beside the optimizer",
+        field="overlap.param_gather_with_optimizer_step",
+        when="never printed",
+        then="on in Bridge and NeMo 24 with virtual stages, but not for MXFP8",
+        evidence="Megatron-Bridge v0.2.0 helpers.py set_user_overrides; dgxc-benchmarking v24.11.1 "
+        "grok1_314b.yaml; MXFP8 gathers through the gradient buffer",
+        applies=always,
+        value=lambda case: (
+            (case.stack.suite is Suite.BRIDGE or case.stack.is_before(2025, 1))
+            and case.is_nvidia_suite
+            and case.draft["overlap.param_gather"] is True
+            and _pipelined(case)
+            and not case.has("precision", "mxfp8")
+        ),
     ),
     Rule(
         name="pipeline transfers beside computation",
@@ -273,166 +311,5 @@ OVERLAP_RULES: tuple[Rule, ...] = (
         evidence="Bridge leaves it off for its MoE recipes on H100; nothing overlaps at TP1",
         applies=always,
         value=constant(False),
-    ),
-)
-
-MEMORY_RULES: tuple[Rule, ...] = (
-    Rule(
-        name="CUDA graphs of layers in Bridge 25.09",
-        field="cuda_graphs",
-        when="Bridge 25.09: Qwen3-30B and Llama3-8B on B200 and GB200, Qwen3-235B on GB200",
-        then="local, whole layers",
-        evidence=f"{_BRIDGE_25_09} scripts/performance/configs/*/*.yaml: cuda_graphs",
-        applies=_has_layer_graphs_of_25_09,
-        value=constant(_LAYER_GRAPHS),
-    ),
-    Rule(
-        name="CUDA graphs of Grok-1 on GB200",
-        field="cuda_graphs",
-        when="dgxc, Grok-1 on GB200",
-        then="local, whole layers",
-        evidence=f"{_DGXC_25_05} and v25.10.02 grok1/launch.sh: CUDA_GRAPH true",
-        applies=lambda case: case.is_model("grok") and case.is_on(*_NVL72),
-        value=constant(_LAYER_GRAPHS),
-    ),
-    Rule(
-        name="CUDA graphs of Llama3-8B in Bridge 25.11",
-        field="cuda_graphs",
-        when="Bridge 25.11, Llama3-8B on Blackwell",
-        then="full_iteration",
-        evidence=f"{_BRIDGE_25_11}: cuda_graph_impl local, scope full_iteration",
-        applies=lambda case: (
-            case.stack.is_bridge(2025, 11) and case.is_model("llama3_8b") and case.is_on("B200", *_NVL72)
-        ),
-        value=constant(CudaGraphs(implementation="full_iteration")),
-    ),
-    Rule(
-        name="CUDA graphs of attention in Bridge 25.11",
-        field="cuda_graphs",
-        when="Bridge 25.11, DeepSeek-V3 and GPT-OSS on GB300",
-        then="transformer_engine: attn, moe_router, moe_preprocess",
-        evidence=_BRIDGE_25_11,
-        applies=lambda case: (
-            case.stack.is_bridge(2025, 11) and case.is_model("deepseek", "gpt_oss") and case.is_on("GB300")
-        ),
-        value=constant(_ATTENTION_GRAPHS),
-    ),
-    Rule(
-        name="CUDA graphs of the router in Bridge 25.11",
-        field="cuda_graphs",
-        when="Bridge 25.11, Qwen3-30B on GB300",
-        then="transformer_engine: moe_router, moe_preprocess",
-        evidence=_BRIDGE_25_11,
-        applies=lambda case: (
-            case.stack.is_bridge(2025, 11) and case.is_model("qwen3_30b") and case.is_on("GB300")
-        ),
-        value=constant(_ROUTER_GRAPHS),
-    ),
-    Rule(
-        name="no CUDA graphs",
-        field="cuda_graphs",
-        when="not printed otherwise",
-        then="none",
-        evidence="a first projection erred by 13.0 % on rows that do not print it, with partial graphs by "
-        "13.9 % and with full ones by 21.9 %",
-        applies=always,
-        value=constant(CudaGraphs()),
-    ),
-    Rule(
-        name="recomputation of DeepSeek-V3 in Bridge 25.09",
-        field="recompute",
-        when="Bridge 25.09, DeepSeek-V3",
-        then="mla_up_proj, mlp; and moe_act on GB200",
-        evidence=f"{_BRIDGE_25_09} run_script.py: recompute_modules",
-        applies=lambda case: case.stack.is_bridge(2025, 9) and case.is_model("deepseek"),
-        value=lambda case: (
-            selective("mla_up_proj", "mlp", "moe_act")
-            if case.is_on("GB200")
-            else selective("mla_up_proj", "mlp")
-        ),
-    ),
-    Rule(
-        name="recomputation of DeepSeek-V3 in Bridge 25.11",
-        field="recompute",
-        when="Bridge 25.11, DeepSeek-V3 on GB300",
-        then="moe_act",
-        evidence=_BRIDGE_25_11,
-        applies=lambda case: case.stack.is_bridge(2025, 11) and case.is_model("deepseek"),
-        value=constant(selective("moe_act")),
-    ),
-    Rule(
-        name="recomputation of GPT-OSS in Bridge 25.11",
-        field="recompute",
-        when="Bridge 25.11, GPT-OSS, but not on GB300",
-        then="layernorm, moe_act",
-        evidence=_BRIDGE_25_11,
-        applies=lambda case: (
-            case.stack.is_bridge(2025, 11) and case.is_model("gpt_oss") and not case.is_on("GB300")
-        ),
-        value=constant(selective("layernorm", "moe_act")),
-    ),
-    Rule(
-        name="recomputation of DeepSeek-V3 in dgxc",
-        field="recompute",
-        when="NeMo, DeepSeek-V3",
-        then="mla_up_proj on H100, core_attn on GB200",
-        evidence=f"{_DGXC_25_05} deepseek_v3/pretraining/launch.sh: RM",
-        applies=lambda case: case.stack.suite is Suite.NEMO and case.is_model("deepseek"),
-        value=lambda case: selective("core_attn") if case.is_on(*_NVL72) else selective("mla_up_proj"),
-    ),
-    Rule(
-        name="modules of torchtitan's selective checkpointing",
-        field="recompute",
-        when="selective without modules",
-        then="layernorm",
-        evidence="torchtitan keeps attention and every second matrix product and recomputes what is small",
-        applies=lambda case: case.row.recompute == "selective",
-        value=constant(selective("layernorm")),
-    ),
-    Rule(
-        name="nothing is recomputed",
-        field="recompute",
-        when="not printed otherwise",
-        then="none",
-        evidence="Bridge, NeMo and ModelZoo set no granularity where they name no modules",
-        applies=always,
-        value=constant(Recompute()),
-    ),
-    Rule(
-        name="paged stash of full-iteration graphs",
-        field="offload",
-        when="one CUDA graph per iteration, dropless MoE",
-        then="paged_stash",
-        evidence="Megatron-Bridge v0.5.0 deepseek_llm_pretrain.py set_full_iter_cg_configs",
-        applies=lambda case: _is_full_iteration(case) and not _drops_tokens(case),
-        value=constant(Offload(paged_stash=True)),
-    ),
-    Rule(
-        name="nothing is offloaded",
-        field="offload",
-        when="not printed",
-        then="nothing",
-        evidence="every suite keeps state and activations on the GPU unless told to",
-        applies=always,
-        value=constant(Offload()),
-    ),
-    Rule(
-        name="static shapes of full-iteration graphs",
-        field="mcore",
-        when="one CUDA graph per iteration, dropless MoE",
-        then="moe_expert_rank_capacity_factor 1.5",
-        evidence="Megatron-Bridge v0.5.0 set_full_iter_cg_configs: each rank receives into a buffer of fixed "
-        "size, since dropless shapes vary",
-        applies=lambda case: _is_full_iteration(case) and not _drops_tokens(case),
-        value=constant({"moe_expert_rank_capacity_factor": 1.5}),
-    ),
-    Rule(
-        name="nothing beyond the schema",
-        field="mcore",
-        when="never printed",
-        then="nothing",
-        evidence="recipes that copy a row are the only source",
-        applies=always,
-        value=constant({}),
     ),
 )

@@ -47,12 +47,16 @@ class Release:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """The software of one row."""
+    """The software of one row, and what it did that a recipe cannot say."""
 
     engine: Engine
     suite: Suite
     release: Release | None
     """Container or date; None where the row prints neither."""
+    graphed_modules: tuple[str, ...] = ()
+    """Modules in CUDA graphs as printed, with those that a recipe has no word for (`mamba`)."""
+    pipeline_schedule: str | None = None
+    """A schedule that a recipe cannot ask for, such as `zbv` or `dualpipe`."""
 
     def is_before(self, year: int, month: int) -> bool:
         """Whether the release is known and older than `year`-`month`."""
@@ -97,8 +101,13 @@ def stack_of(row: PublishedRow) -> Stack:
         suite = Suite.FOLDING
     if any(word in row.framework for word in _OTHER_ENGINES):
         suite = Suite.OTHER
+    is_known = row.pipeline_schedule in (None, "1f1b", "interleaved1f1b")
     return Stack(
-        engine=_ENGINES.get(suite, Engine.MEGATRON), suite=suite, release=release_in(row.version or "")
+        engine=_ENGINES.get(suite, Engine.MEGATRON),
+        suite=suite,
+        release=release_in(row.version or ""),
+        graphed_modules=row.cuda_graph_modules or (),
+        pipeline_schedule=None if is_known else row.pipeline_schedule,
     )
 
 

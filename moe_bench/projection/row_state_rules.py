@@ -35,16 +35,28 @@ def _has_fused_experts(case: Case) -> bool:
     )
 
 
+def _is_mixtral_of_the_zoo(case: Case) -> bool:
+    return case.stack.suite in (Suite.MODEL_ZOO, Suite.FOLDING) and case.is_model("mixtral")
+
+
+def _is_bridge_ultra(case: Case) -> bool:
+    return (
+        case.stack.suite is Suite.BRIDGE
+        and not case.stack.is_before(2026, 8)
+        and case.is_model("nemotron_3_ultra")
+    )
+
+
 def _megatron_fusions(case: Case) -> Fusions:
     is_2025 = not case.stack.is_before(2025, 3) and case.stack.release is not None
-    is_zoo_mixtral = case.stack.suite in (Suite.MODEL_ZOO, Suite.FOLDING) and case.is_model("mixtral")
+    is_native = _is_bridge_ultra(case) or _is_mixtral_of_the_zoo(case)
     return Fusions(
         permute=is_2025 and case.row.permute_fusion is not False,
         router=is_2025,
         rope=True,
         activation=True,
         gradient_accumulation=not case.has("parallel.data_sharding", "megatron_fsdp"),
-        cross_entropy="te" if is_2025 and not is_zoo_mixtral else "native",
+        cross_entropy="te" if is_2025 and not is_native else "native",
     )
 
 
@@ -78,6 +90,15 @@ PRECISION_RULES: tuple[Rule, ...] = (
 
 STATE_RULES: tuple[Rule, ...] = (
     Rule(
+        name="Muon keeps BF16 weights",
+        field="low_precision",
+        when="Muon in FP8",
+        then="no options",
+        evidence="Kimi-K2 of Bridge v0.5.0, as recipes/kimi_k2/gb300_nvl72_256g_mxfp8.yaml has it",
+        applies=lambda case: case.has("optimizer.name", "muon") and not case.has("precision", "bf16"),
+        value=constant(LowPrecision()),
+    ),
+    Rule(
         name="MXFP8 weights are gathered in the gradient buffer",
         field="low_precision",
         when="Megatron-Core, MXFP8, Bridge 26.06 and later, MoE",
@@ -106,6 +127,18 @@ STATE_RULES: tuple[Rule, ...] = (
             case.has("precision", "fp8_tensorwise", "fp8_delayed")
             and case.stack.engine is Engine.MEGATRON
             and not case.stack.is_before(2025, 1)
+        ),
+        value=constant(LowPrecision(param_gather=True)),
+    ),
+    Rule(
+        name="block-wise FP8 weights are gathered in FP8",
+        field="low_precision",
+        when="ModelZoo and Megatron-LM, FP8 with scales per block",
+        then="param_gather",
+        evidence="ModelZoo's scripts and Megatron-LM's CI: --fp8-param-gather",
+        applies=lambda case: (
+            case.has("precision", "fp8_blockwise")
+            and case.stack.suite in (Suite.MODEL_ZOO, Suite.MEGATRON_LM)
         ),
         value=constant(LowPrecision(param_gather=True)),
     ),
@@ -166,11 +199,11 @@ STATE_RULES: tuple[Rule, ...] = (
     Rule(
         name="fused expert MLP of Bridge",
         field="kernels.op_fuser",
-        when="Bridge 26.06 and later, MXFP8, MoE",
+        when="Bridge 26.06 and later, DeepSeek, Qwen3 and GPT-OSS in MXFP8; Nemotron-3-Ultra",
         then="on",
         evidence="Megatron-Bridge v0.5.0 workload configurations: cutedsl_fused_grouped_mlp; v0.6.0 "
         "perf_recipes: use_transformer_engine_op_fuser",
-        applies=_has_fused_experts,
+        applies=lambda case: _has_fused_experts(case) or _is_bridge_ultra(case),
         value=constant(True),
     ),
     Rule(
@@ -224,10 +257,19 @@ STATE_RULES: tuple[Rule, ...] = (
         field="kernels.fusions",
         when="Megatron-Core",
         then="rope, activation, gradient accumulation (not with FSDP); from 2025 on permute, router and TE's "
-        "cross entropy (native in ModelZoo's Mixtral)",
+        "cross entropy (native in ModelZoo's Mixtral and in Nemotron-3-Ultra)",
         evidence="Bridge scripts/performance from 25.09 on, ModelZoo's scripts, dgxc v24.11.1 YAML",
         applies=always,
         value=_megatron_fusions,
+    ),
+    Rule(
+        name="gradients of Muon",
+        field="optimizer.gradient_dtype",
+        when="Muon",
+        then="fp32",
+        evidence="Kimi-K2 of Bridge v0.5.0, as recipes/kimi_k2/gb300_nvl72_256g_mxfp8.yaml has it",
+        applies=lambda case: case.has("optimizer.name", "muon"),
+        value=constant("fp32"),
     ),
     Rule(
         name="gradients in BF16",

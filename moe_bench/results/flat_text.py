@@ -114,9 +114,9 @@ LOOSE_TEXTS: dict[str, Callable[[str], Found | None]] = {
 def columns_of_note(text: str) -> Found:
     """The pipeline layout string and the capacity factor that a remark names."""
     layout = re.search(r"layout (E[^\s;]+)", text)
-    capacity = re.search(r"capacity factor ([\d.]*\d)|([\d.]+)x fixed expert capacity", text)
+    capacity = re.search(r"capacity factor ([\d.]*\d)", text)
     found: Found = {} if layout is None else {"layout": layout[1]}
-    return found | ({} if capacity is None else {"capacity_factor": float(capacity[1] or capacity[2])})
+    return found | ({} if capacity is None else {"capacity_factor": float(capacity[1])})
 
 
 _OTHER: tuple[tuple[str, Callable[[str], Found]], ...] = (
