@@ -165,10 +165,16 @@ def test_report_reads_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines[1].startswith("qwen3_30b_a3b/h100_sxm_8g_bf16,smoke,")
 
 
-def test_a_damaged_record_exits_2_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.json").write_text("{")
-    assert main(["report", str(tmp_path)]) == 2
+def test_a_damaged_record_is_refused_where_it_was_named_and_skipped_in_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("{")
+    assert main(["report", str(path)]) == 2
     assert "x.json: not a result file" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"skipped {path}: not a result file" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
 
 
 def test_the_schema_knows_every_key_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:

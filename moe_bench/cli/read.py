@@ -77,10 +77,11 @@ def reproduce(
     as_json: JsonOption = False,
 ) -> None:
     """Published rows beside our runs: ratio, 95 % interval, verdict."""
+    from moe_bench.cli.listening import listening
     from moe_bench.report.reproduce import reproductions
     from moe_bench.report.reproduce_view import reproduce_json, reproduce_view
     from moe_bench.results.published import load_rows
-    from moe_bench.results.store import read_records
+    from moe_bench.results.reading import read_summaries
 
     loader = make_loader()
     paths = list(recipe_paths(loader.root))
@@ -96,7 +97,10 @@ def reproduce(
         )
     places = tuple(results or ([results_root()] if results_root().is_dir() else []))
     rows = {row.id: row for row in load_rows(data_root() / "results" / "published")}
-    found = reproductions(asked, rows, read_records(places))
+    names = {recipe.name for recipe in asked if recipe.reproduces is not None}
+    with listening() as listener:
+        runs = tuple(read_summaries(places, listener, wanted=lambda entry: entry.recipe in names))
+    found = reproductions(asked, rows, runs)
     print_view(reproduce_view(found), reproduce_json(found), as_json)
 
 
@@ -148,9 +152,13 @@ def gate(
 
 
 def _compared(base: Path, new: Path | None, *, vary: list[str] | None, within: float) -> Compared:
+    from moe_bench.cli.listening import listening
     from moe_bench.report.compare import compare, compare_within
-    from moe_bench.results.store import read_records
+    from moe_bench.results.reading import read_summaries, refuse
 
+    # a verdict on less than what is there would be on something else: nothing is skipped
+    with listening(on_skipped=refuse) as listener:
+        sides = [tuple(read_summaries((side,), listener)) for side in (base, new) if side is not None]
     if new is None:
-        return compare_within(read_records((base,)), vary=vary or (), band_fraction=within)
-    return compare(read_records((base,)), read_records((new,)), vary=vary or (), band_fraction=within)
+        return compare_within(sides[0], vary=vary or (), band_fraction=within)
+    return compare(*sides, vary=vary or (), band_fraction=within)

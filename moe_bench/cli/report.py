@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import RenderableType
 
-    from moe_bench.results.record import Record
+    from moe_bench.results.summary import RunSummary
 
 
 @app.command(rich_help_panel=READ)
@@ -48,35 +48,46 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Results as a table, as scaling curves or as a page: step time, tokens/s/GPU, TFLOPs/GPU, memory."""
-    from moe_bench.results.store import read_records
-
     if not scaling and (model is not None or plot is not None):
         raise BadInputError("--model and --plot go with --scaling; add it, or drop them")
     if html is None and recipes is not None:
         raise BadInputError("--recipe goes with --html; add it, or drop --recipe")
     if html is not None and scaling:
         raise BadInputError("--html draws scaling, too; drop --scaling")
-    records = tuple(read_records(tuple(results or (results_root(),))))
+    places = tuple(results or (results_root(),))
     if html is not None:
-        _write_page(html, records, recipes)
+        _write_page(html, places, recipes)
     elif scaling:
-        _print_scaling(records, model, plot, table_format, as_json)
+        _print_scaling(_runs(places), model, plot, table_format, as_json)
     else:
         from moe_bench.report.frame import frame_view, records_frame
 
-        frame = records_frame(records)
+        frame = records_frame(_runs(places))
         _print_frame(frame, frame_view(frame), table_format, as_json)
 
 
-def _write_page(path: Path, records: tuple[Record, ...], names: list[str] | None) -> None:
+def _runs(places: tuple[Path, ...]) -> tuple[RunSummary, ...]:
+    from moe_bench.cli.listening import listening
+    from moe_bench.results.reading import read_summaries
+
+    with listening() as listener:
+        return tuple(read_summaries(places, listener))
+
+
+def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -> None:
+    from moe_bench.cli.listening import listening
     from moe_bench.report.html.page import ReportData, render_page
     from moe_bench.report.html.recipes import page_recipes
     from moe_bench.results.published import load_rows
+    from moe_bench.results.reading import read_newest
 
+    with listening() as listener:
+        newest, older = read_newest(places, listener)
     page = render_page(
         ReportData(
-            records=records,
-            recipes=page_recipes(make_loader(), names or (), records),
+            records=newest,
+            older=older,
+            recipes=page_recipes(make_loader(), names or (), (*newest, *older)),
             rows=load_rows(data_root() / "results" / "published"),
             version=__version__,
         )
@@ -87,7 +98,7 @@ def _write_page(path: Path, records: tuple[Record, ...], names: list[str] | None
 
 
 def _print_scaling(
-    records: tuple[Record, ...],
+    runs: tuple[RunSummary, ...],
     model: str | None,
     plot: Path | None,
     table_format: TableFormat,
@@ -100,7 +111,7 @@ def _print_scaling(
 
     loader = make_loader()
     models = {path.parent.name: loader.model(path.parent.name) for path in loader.root.glob("*/model.yaml")}
-    found = scaling_of(records, load_rows(data_root() / "results" / "published"), models, model=model)
+    found = scaling_of(runs, load_rows(data_root() / "results" / "published"), models, model=model)
     if plot is not None:
         write_scaling_plot(found.curves, plot)
     _print_frame(scaling_frame(found), scaling_view(found), table_format, as_json)

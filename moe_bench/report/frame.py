@@ -10,8 +10,7 @@ from rich.table import Table
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB
 from moe_bench.report.tables import TFLOPS
-from moe_bench.results.metrics import run_metrics
-from moe_bench.results.record import Record
+from moe_bench.results.summary import Run, summary_of
 
 COLUMNS = (
     "recipe",
@@ -52,20 +51,21 @@ _TERMINAL = {
 """Columns of the terminal's table and their headings; `subst.` counts what a run substituted."""
 
 
-def records_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per record, by recipe and start."""
-    rows = [_row(record) for record in records]
+def records_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run, by recipe and start."""
+    rows = [_row(run) for run in runs]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.sort_values(["recipe", "scale", "started_at"], ignore_index=True)
 
 
-def _row(record: Record) -> dict[str, object]:
-    metrics, plan, provenance = run_metrics(record), record.plan, record.provenance
+def _row(run: Run) -> dict[str, object]:
+    summary = summary_of(run)
+    metrics, plan = summary.metrics, summary.plan
     return {
         "recipe": plan.asked,
         "scale": plan.scale,
         "modified": " ".join(plan.modified),
-        "ranks": record.num_ranks,
+        "ranks": summary.num_ranks,
         "layout": layout_label(plan.recipe),
         "precision": plan.recipe.precision,
         "step_time_s": metrics.step_time_s,
@@ -77,8 +77,8 @@ def _row(record: Record) -> dict[str, object]:
         "peak_memory_gib": metrics.peak_memory_bytes / GIB,
         "loss": metrics.last_loss,
         "num_substitutions": len(plan.substitutions),
-        "started_at": provenance.started_at,
-        "commit": (provenance.git.commit or "")[:8] + ("-dirty" if provenance.git.is_dirty else ""),
+        "started_at": summary.started_at,
+        "commit": summary.commit,
     }
 
 

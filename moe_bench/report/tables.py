@@ -13,6 +13,7 @@ from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB, substitution_table
 from moe_bench.results.metrics import COUNTING, RunMetrics, max_over_mean_load_ratio, run_metrics
 from moe_bench.results.record import Record
+from moe_bench.spec.scale import Plan
 
 TFLOPS = 1e12
 MAX_OUTLIERS_SHOWN = 5
@@ -25,7 +26,7 @@ def run_view(record: Record, path: Path) -> RenderableType:
     parts: list[RenderableType] = []
     if plan.substitutions:
         parts += [substitution_table(plan.substitutions), Text()]
-    table = Table(box=None, pad_edge=False, show_header=False, title=run_title(record), title_justify="left")
+    table = Table(box=None, pad_edge=False, show_header=False, title=run_title(plan), title_justify="left")
     table.add_column(style="dim")
     table.add_column()
     for label, value in run_rows(record):
@@ -45,9 +46,8 @@ def run_line(record: Record, path: Path) -> RenderableType:
     )
 
 
-def run_title(record: Record) -> str:
+def run_title(plan: Plan) -> str:
     """What ran, with every mark that keeps it from being mistaken for the full recipe."""
-    plan = record.plan
     marks = [f"{plan.scale} scale"] if plan.scale != "full" else []
     if plan.modified:
         marks.append(f"modified: {', '.join(plan.modified)}")

@@ -32,7 +32,7 @@ def record_path(root: Path, record: Record) -> Path:
 def write_record(root: Path, record: Record) -> Path:
     """Write `record` to a new file of its own and return the path.
 
-    A second record of the same name, as two machines make with equal process numbers, gets a number behind it:
+    A second record of the same name, as two machines make with equal process ids, gets a number behind it:
     what was measured is neither overwritten nor dropped. The name is taken first and filled in one step, so
     whoever reads meanwhile sees an empty file or the whole record.
     """
@@ -71,8 +71,8 @@ def parse_record(text: bytes, path: Path) -> Record:
     return parse_versioned(text, Record, path=path, what=WHAT, version=SCHEMA_VERSION)
 
 
-def record_files(place: Path) -> Iterator[os.DirEntry[str]]:
-    """The JSON files below `place`, in no order.
+def record_files(place: str) -> Iterator[os.DirEntry[str]]:
+    """The JSON files below the folder `place`, in no order.
 
     Calibrations are passed over, and what begins with a dot: the index, submitted jobs, unfinished records.
     """
@@ -82,7 +82,7 @@ def record_files(place: Path) -> Iterator[os.DirEntry[str]]:
                 continue
             if entry.is_dir():
                 if entry.name != CALIBRATION_FOLDER:
-                    yield from record_files(Path(entry.path))
+                    yield from record_files(entry.path)
             elif entry.name.endswith(".json"):
                 yield entry
 
@@ -90,6 +90,6 @@ def record_files(place: Path) -> Iterator[os.DirEntry[str]]:
 def read_records(places: tuple[Path, ...]) -> Iterator[Record]:
     """The records in files and below folders, in the order of their paths."""
     for place in places:
-        paths = sorted(Path(entry.path) for entry in record_files(place)) if place.is_dir() else [place]
-        for path in paths:
+        paths = [Path(entry.path) for entry in record_files(str(place))] if place.is_dir() else [place]
+        for path in sorted(paths):
             yield read_record(path)

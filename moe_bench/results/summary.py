@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from moe_bench.results.facts import Facts, facts_of, software_of
 from moe_bench.results.metrics import RunMetrics, gpu_s_per_token, run_metrics
 from moe_bench.results.record import Record
+from moe_bench.results.store import WHAT, parse_record
+from moe_bench.results.versioned import ForeignFileError
 from moe_bench.spec.scale import Plan
 
 
@@ -68,3 +73,30 @@ def summary_of(run: Run) -> RunSummary:
         facts=facts_of(run),
         software=software_of(run),
     )
+
+
+_LOADS = b'"tokens_per_expert":'
+_AFTER_LOADS = b'"energy_j":'
+"""Keys between which nine tenths of a record lie; inside a JSON string their quotes would be escaped."""
+
+
+def read_summary(path: Path) -> RunSummary:
+    """The summary of the record in `path`, without parsing its expert loads; RecordError as `read_record`.
+
+    A 256-rank, 50-step record of 94 layers with 128 experts has 4.6 MB, 0.3 MB of it outside the loads.
+    """
+    try:
+        text = _without_loads(path)
+    except OSError as error:
+        raise ForeignFileError(f"{path}: not a {WHAT} ({error.strerror}); name another") from error
+    return summary_of(parse_record(text, path))
+
+
+def _without_loads(path: Path) -> bytes:
+    """The text of a record with the loads left out; all of it where they are not found."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # cannot be mapped
+            return b""
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            start, end = text.find(_LOADS), text.rfind(_AFTER_LOADS)
+            return text[:start] + _LOADS + b"[]," + text[end:] if 0 <= start < end else text[:]

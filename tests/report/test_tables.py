@@ -17,7 +17,7 @@ def shown(renderable) -> str:
 
 
 def test_a_smoke_run_cannot_be_mistaken_for_the_recipe() -> None:
-    assert run_title(record()) == "qwen3_30b_a3b/h100_sxm_8g_bf16 (smoke scale)"
+    assert run_title(record().plan) == "qwen3_30b_a3b/h100_sxm_8g_bf16 (smoke scale)"
     text = shown(run_view(record(), Path("x.json")))
     assert "substitutions" in text
     assert "model.hidden_size" in text
@@ -28,7 +28,7 @@ def test_a_slice_says_that_it_is_the_compute_of_one_rank() -> None:
     found = record(one_rank(), step_times_s=((0.1, 0.2, 0.1),))
     sent = {"all_to_all EP": 3 * 2**30, "all_reduce TP": 1, "all_gather DPxCP": 2**30, "broadcast TP": 1}
     found = found.model_copy(update={"samples": found.samples.model_copy(update={"stood_in_bytes": sent})})
-    assert run_title(found) == "qwen3_30b_a3b/h100_sxm_8g_bf16 (slice scale)"
+    assert run_title(found.plan) == "qwen3_30b_a3b/h100_sxm_8g_bf16 (slice scale)"
     rows = dict(run_rows(found))
     assert rows["ran on"].startswith("1 GPU, ")
     assert rows["read as"].startswith("compute of one rank, upper bound")
@@ -38,7 +38,7 @@ def test_a_slice_says_that_it_is_the_compute_of_one_rank() -> None:
 
 
 def test_a_changed_recipe_carries_the_mark() -> None:
-    title = run_title(record(full(("parallel.expert=4",))))
+    title = run_title(full(("parallel.expert=4",)))
     assert title == "qwen3_30b_a3b/h100_sxm_8g_bf16 (modified: parallel.expert=4)"
 
 

@@ -26,9 +26,9 @@ from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
 from moe_bench.report.scaling import Curve, MissingPoint, ScalingPoint, scaling_of
 from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
-from moe_bench.results.metrics import run_metrics
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
+from moe_bench.results.summary import RunSummary, summary_of
 from moe_bench.spec.recipe import Difference, Recipe
 from moe_bench.spec.scale import Substitution
 
@@ -38,12 +38,15 @@ class ReportData:
     """Everything that the page shows."""
 
     records: tuple[Record, ...]
+    """Runs of which the newest of each recipe and scale is shown in full."""
     recipes: tuple[Recipe, ...]
     """At full size; a card each."""
     rows: tuple[PublishedRow, ...]
     """The registry."""
     version: str
     """Of moe_bench."""
+    older: tuple[RunSummary, ...] = ()
+    """Runs that stand in the tables and charts of many only."""
     missing: tuple[MissingPoint, ...] = ()
     """Runs that were asked for and left no number."""
     projected: tuple[ScalingPoint, ...] = ()
@@ -52,6 +55,12 @@ class ReportData:
     """Which stage computes when, by recipe name."""
     waterfalls: Mapping[str, Chart] = field(default_factory=dict)
     """Where the step time goes, by recipe name."""
+
+    @property
+    def runs(self) -> tuple[RunSummary, ...]:
+        """All runs in the order of their start."""
+        found = (*map(summary_of, self.records), *self.older)
+        return tuple(sorted(found, key=lambda run: run.started_at))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +105,18 @@ def render_page(data: ReportData) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"px": pixels, "soft": breakable}
-    lines = throughput_lines(data.recipes, data.rows, data.records, data.projected)
-    curves = model_curves(data)
-    reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, data.records)
+    runs = data.runs
+    lines = throughput_lines(data.recipes, data.rows, runs, data.projected)
+    curves = model_curves(data, runs)
+    reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, runs)
     rows = rows_shown(data.rows, lines, curves)
     latest = latest_records(data.records)
     return templates.get_template("page.html.j2").render(
         data=data,
-        overview=[overview_row(record) for record in _by_start(data.records)],
+        num_runs=len(runs),
+        overview=[overview_row(run) for run in runs],
         runs=[_run_part(index, record) for index, record in enumerate(latest)],
-        num_older=len(data.records) - len(latest),
+        num_older=len(runs) - len(latest),
         throughput=throughput_chart("throughput", lines) if lines else None,
         verdict_line=summary_line(reproduced),
         verdicts=[verdict_row(one) for one in reproduced if one.scale == "full"],
@@ -113,7 +124,7 @@ def render_page(data: ReportData) -> str:
         cards=[_card(data, index, recipe) for index, recipe in enumerate(data.recipes)],
         sources=row_sources(rows),
         num_rows=len(rows),
-        absences=absences(data, curves),
+        absences=absences(data, runs, curves),
     )
 
 
@@ -129,17 +140,18 @@ def breakable(name: str) -> Markup:
 
 def latest_records(records: Sequence[Record]) -> tuple[Record, ...]:
     """The newest record of every recipe, scale and change; full-scale ones first."""
+    by_start = sorted(records, key=lambda record: record.provenance.started_at)
     newest = {
         (record.plan.scale != "full", record.plan.asked, record.plan.scale, record.plan.modified): record
-        for record in _by_start(records)
+        for record in by_start
     }
     return tuple(newest[key] for key in sorted(newest))
 
 
-def model_curves(data: ReportData) -> tuple[Curve, ...]:
+def model_curves(data: ReportData, runs: Sequence[RunSummary]) -> tuple[Curve, ...]:
     """Scaling curves of the models on the page."""
     models = {recipe.model.key: recipe.model for recipe in data.recipes}
-    found = scaling_of(data.records, data.rows, models, projected=data.projected, missing=data.missing)
+    found = scaling_of(runs, data.rows, models, projected=data.projected, missing=data.missing)
     return tuple(curve for curve in found.curves if curve.subject.model in models)
 
 
@@ -152,12 +164,12 @@ def rows_shown(
     return tuple(row for row in rows if row.id in ids)
 
 
-def absences(data: ReportData, curves: Sequence[Curve]) -> tuple[Absence, ...]:
+def absences(data: ReportData, runs: Sequence[RunSummary], curves: Sequence[Curve]) -> tuple[Absence, ...]:
     """What the page names instead of drawing."""
     no_projection = "no projection is among these results"
     candidates = (
         (
-            any(record.plan.scale == "full" for record in data.records),
+            any(run.plan.scale == "full" for run in runs),
             "Measured throughput at full scale",
             "none of these results is a full-scale run; `sbatch slurm/run_recipe.sh RECIPE` makes one",
         ),
@@ -178,13 +190,13 @@ def absences(data: ReportData, curves: Sequence[Curve]) -> tuple[Absence, ...]:
     return tuple(Absence(what=what, why=why) for is_there, what, why in candidates if not is_there)
 
 
-def overview_row(record: Record) -> dict[str, str]:
+def overview_row(run: RunSummary) -> dict[str, str]:
     """One line of the table of runs; the headings are equal for all."""
-    metrics = run_metrics(record)
+    metrics = run.metrics
     return {
-        "run": run_title(record),
-        "started (UTC)": record.provenance.started_at[:16].replace("T", " "),
-        "ranks": str(record.num_ranks),
+        "run": run_title(run.plan),
+        "started (UTC)": run.started_at[:16].replace("T", " "),
+        "ranks": str(run.num_ranks),
         "step time, 95 %": step_time_text(metrics),
         "tokens/s per rank": f"{metrics.tokens_per_s_per_gpu:,.0f}",
         "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TFLOPS:.3g}",
@@ -204,10 +216,6 @@ def verdict_row(one: Reproduction) -> dict[str, str]:
         "verdict": str(one.verdict),
         "because": "; ".join(one.because) or "-",
     }
-
-
-def _by_start(records: Sequence[Record]) -> list[Record]:
-    return sorted(records, key=lambda record: record.provenance.started_at)
 
 
 def _card(data: ReportData, index: int, recipe: Recipe) -> Card:
@@ -233,7 +241,7 @@ def _run_part(index: int, record: Record) -> RunPart:
     if worst_load_ratios(record):
         charts += [load_heatmap(f"experts-{index}", record), load_chart(f"load-{index}", record)]
     return RunPart(
-        title=run_title(record),
+        title=run_title(record.plan),
         is_as_asked=record.plan.scale == "full" and not record.plan.modified,
         facts=tuple(run_rows(record)),
         charts=tuple(charts),

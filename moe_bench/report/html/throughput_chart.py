@@ -23,8 +23,8 @@ from moe_bench.report.scaling import Kind, ScalingPoint, Subject, recipe_subject
 from moe_bench.results.likeness import run_sets
 from moe_bench.results.metrics import mean_tokens_per_s_per_gpu
 from moe_bench.results.published import PublishedRow, model_key
-from moe_bench.results.record import Record
 from moe_bench.results.renormalised import Basis, renormalised
+from moe_bench.results.summary import Run
 from moe_bench.spec.recipe import Recipe
 
 LEFT_PX = 18
@@ -67,7 +67,7 @@ class Line:
 def throughput_lines(
     recipes: Iterable[Recipe],
     rows: Sequence[PublishedRow],
-    records: Sequence[Record],
+    runs: Sequence[Run],
     projected: Sequence[ScalingPoint],
 ) -> tuple[Line, ...]:
     """The recipes for which there is any number; only full-scale runs without changes are theirs."""
@@ -82,7 +82,7 @@ def throughput_lines(
                 for point in projected
                 if point.kind is Kind.PROJECTED and point.label == recipe.name
             ),
-            *_measured(recipe, records),
+            *_measured(recipe, runs),
         )
         if numbers:
             lines.append(Line(name=recipe.name, numbers=numbers))
@@ -112,11 +112,9 @@ def _published(recipe: Recipe, rows: Iterable[PublishedRow]) -> Iterable[Through
             )
 
 
-def _measured(recipe: Recipe, records: Iterable[Record]) -> Iterable[Throughput]:
+def _measured(recipe: Recipe, runs: Iterable[Run]) -> Iterable[Throughput]:
     asked = (recipe.name, "full", ())
-    for one in run_sets(
-        record for record in records if (record.plan.asked, record.plan.scale, record.plan.modified) == asked
-    ):
+    for one in run_sets(run for run in runs if (run.plan.asked, run.plan.scale, run.plan.modified) == asked):
         runs_s = [run.gpu_s_per_token for run in one.runs]
         mean = mean_tokens_per_s_per_gpu(runs_s)
         ratio = ratio_to_value(runs_s, value_s=1 / mean)

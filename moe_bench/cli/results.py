@@ -1,0 +1,150 @@
+"""The verb about records: list, show, check and export them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from moe_bench.cli.app import READ, app
+from moe_bench.cli.options import JsonOption, print_view, results_root
+from moe_bench.errors import BadInputError
+
+if TYPE_CHECKING:
+    from moe_bench.results.entry import Entry
+    from moe_bench.results.query import Query
+
+DEFAULT_LIMIT = 50
+
+results_app = typer.Typer()
+app.add_typer(results_app, name="results", rich_help_panel=READ)
+
+
+class Asked(NamedTuple):
+    """What was said before `show`, `check` or `export`."""
+
+    places: tuple[Path, ...]
+    query: Query
+
+
+@results_app.callback(invoke_without_command=True)
+def results(
+    context: typer.Context,
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", help="Records or folders of them; default: results/.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Folder of recipes/, or printed name.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="<model>/<run>, or <run>.")] = None,
+    scale: Annotated[str | None, typer.Option("--scale", help="full, node, smoke, slice, ...")] = None,
+    status: Annotated[str | None, typer.Option("--status", help="steady, drifting or short.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="h100_sxm, cpu_host, ...")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp8_blockwise, ...")] = None,
+    num_ranks: Annotated[int | None, typer.Option("--num-ranks", min=1)] = None,
+    commit: Annotated[str | None, typer.Option("--commit", help="First digits of a commit.")] = None,
+    job: Annotated[str | None, typer.Option("--job", help="Number of a job or process.")] = None,
+    since: Annotated[str | None, typer.Option("--since", help="UTC, such as 2026-11-22.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="The same, inclusive.")] = None,
+    modified: Annotated[
+        bool | None, typer.Option("--modified/--as-asked", help="With the user's own changes, or without.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help=f"So many lines; {DEFAULT_LIMIT} in a table, else all."),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Records of runs, newest first; files that are no records are named and skipped."""
+    from moe_bench.report.results_view import entries_csv, entries_view, entry_line
+    from moe_bench.results.query import Query
+
+    query = Query(
+        model=model,
+        recipe=recipe,
+        scale=scale,
+        status=status,
+        system=system,
+        precision=precision,
+        num_ranks=num_ranks,
+        commit=commit,
+        job=job,
+        since=since,
+        until=until,
+        is_modified=modified,
+    )
+    context.obj = Asked(tuple(results or (results_root(),)), query)
+    if context.invoked_subcommand is not None:
+        return
+    found = _entries(context.obj)
+    shown = found[: limit or (None if as_csv or as_json else DEFAULT_LIMIT)]
+    if as_csv:
+        typer.echo(entries_csv(shown), nl=False)
+    else:
+        view = entries_view(shown, num_found=len(found))
+        print_view(view, [entry_line(entry) for entry in shown], as_json)
+
+
+IdArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="As listed, a part of it that no other has, a job, or a path.")
+]
+
+
+@results_app.command()
+def show(context: typer.Context, record_id: IdArgument, as_json: JsonOption = False) -> None:
+    """One record: its numbers, and where and with what it was made."""
+    from moe_bench.report.results_view import record_view
+    from moe_bench.report.tables import run_json
+    from moe_bench.results.store import read_record
+
+    entry = _entry(context.obj, record_id)
+    record = read_record(entry.path)
+    provenance = {"provenance": record.provenance.model_dump(mode="json")}
+    print_view(record_view(record, entry), run_json(record, entry.path) | provenance, as_json)
+
+
+@results_app.command()
+def check(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Read every record in full: one line per file that is none, is damaged, or is there twice."""
+    from moe_bench.cli.listening import listening
+    from moe_bench.results.query import queried
+    from moe_bench.results.reading import read_entries
+    from moe_bench.results.validate import duplicate_problems, file_problems
+    from moe_bench.results.workers import over_files
+
+    problems: list[str] = []
+    with listening(on_skipped=problems.append) as listener:
+        entries = queried(read_entries(context.obj.places, listener), context.obj.query)
+        paths = [entry.path for entry in entries]
+        for number, found in enumerate(over_files(file_problems, paths), start=1):
+            problems += found
+            listener.on_progress(number, len(paths))
+    problems = sorted([*problems, *duplicate_problems(entries)])
+    if as_json:
+        typer.echo(json.dumps({"num_records": len(entries), "problems": problems}, indent=1))
+    else:
+        num = len(problems)
+        summary = f"{len(entries):,} records, {num or 'no'} problem{'' if num == 1 else 's'}"
+        typer.echo("\n".join([*problems, summary]))
+    raise typer.Exit(BadInputError.exit_code if problems else 0)
+
+
+def _entries(asked: Asked) -> tuple[Entry, ...]:
+    from moe_bench.cli.listening import listening
+    from moe_bench.results.query import queried
+    from moe_bench.results.reading import read_entries
+
+    with listening() as listener:
+        return queried(read_entries(asked.places, listener), asked.query)
+
+
+def _entry(asked: Asked, record_id: str) -> Entry:
+    from moe_bench.results.entry import entry_of
+    from moe_bench.results.query import entry_by_id
+    from moe_bench.results.summary import read_summary
+
+    path = Path(record_id)
+    if path.is_file():
+        return entry_of(read_summary(path), path)
+    return entry_by_id(_entries(asked), record_id)
