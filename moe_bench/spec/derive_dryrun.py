@@ -11,7 +11,7 @@ _REASONS = {
     "precision": "FP8 and FP4 are Transformer Engine's",
     "low_precision": "FP8 and FP4 are Transformer Engine's",
     "kernels": "Transformer Engine does not load without a GPU; its fused kernels have stand-ins",
-    "dispatch": "DeepEP, HybridEP, NCCL EP need a GPU; the all-gather dispatcher reads values",
+    "dispatch": "DeepEP, HybridEP, NCCL EP need a GPU",
     "overlap": "Transformer Engine's",
     "cuda_graphs": "nothing is launched that could be captured",
     "offload": "what is offloaded is counted on the device",
@@ -88,8 +88,9 @@ def _kernels(kernels: KernelSpec) -> KernelSpec:
 
 
 def _dispatch(dispatch: DispatchSpec) -> DispatchSpec:
+    dispatcher = dispatch.dispatcher if dispatch.dispatcher == "allgather" else "alltoall"
     return dispatch.model_copy(
-        update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
+        update={"dispatcher": dispatcher, "num_sms": None, "high_priority_stream": False}
     )
 
 

@@ -20,7 +20,7 @@ from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.derive_dryrun import dryrun_plan
 from moe_bench.spec.load import Loader
 from moe_bench.spec.parallel import ParallelSpec
-from moe_bench.spec.recipe import OptimizerSpec, Overlap, Recipe, Recompute, Routing, TokenDrop
+from moe_bench.spec.recipe import DispatchSpec, OptimizerSpec, Overlap, Recipe, Recompute, Routing, TokenDrop
 from moe_bench.spec.scale import smoke_plan
 from tests.harness.meta_builds import first_rank_of
 
@@ -121,6 +121,17 @@ CASES: Mapping[str, Recipe] = {
         "mixtral_8x7b",
         {"num_gpus": 4, "expert": 2},
         token_drop=TokenDrop(capacity_factor=1.25, pad_to_capacity=True),
+    ),
+    "tokens gathered over ETP2 x EP2": toy(
+        "mixtral_8x7b",
+        {**SPLIT, "num_gpus": 8, "expert": 2, "expert_tensor": 2},
+        dispatch=DispatchSpec(dispatcher="allgather", router_dtype="fp32"),
+    ),
+    "tokens gathered, experts recomputed": toy(
+        "qwen3_30b_a3b",
+        {"num_gpus": 4, "expert": 4},
+        recompute=selective("moe"),
+        dispatch=DispatchSpec(dispatcher="allgather"),
     ),
     "gradients all-reduced": toy("mixtral_8x7b", {"num_gpus": 4, "expert": 2, "data_sharding": "none"}),
     "whole-vector norms over TP2": toy("olmoe_1b_7b", {**SPLIT, "num_gpus": 4, "expert": 2}),

@@ -61,6 +61,14 @@ def test_rings_of_keys_and_values_become_gathers() -> None:
     assert used(plan)["parallel.context_comm"] == "allgather"
 
 
+def test_gathered_tokens_stay_gathered() -> None:
+    asked = recipe_of("qwen3_30b_a3b/h100_sxm_16g_bf16")
+    gathered = asked.dispatch.model_copy(update={"dispatcher": "allgather"})
+    plan = dryrun_plan(asked.model_copy(update={"dispatch": gathered}), modified=())
+    assert plan.recipe.dispatch.dispatcher == "allgather"
+    assert "dispatch.dispatcher" not in used(plan)
+
+
 def test_stages_are_run_at_their_first_rank() -> None:
     recipe = recipe_of("deepseek_v3/h100_sxm_1024g_bf16")
     assert ranks_to_run(recipe, rank=None, all_stages=True) == tuple(range(0, 1024, 128))

@@ -116,6 +116,22 @@ class Permute(torch.autograd.Function):
         return grad.new_empty(ctx.shapes[0]), grad_probs.new_empty(ctx.shapes[1]), None
 
 
+class PermuteTokens(torch.autograd.Function):
+    """Tokens [t, h] to [rows, h] without probabilities; keeps the row map, an output too."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        row_map = _row_map(tokens, num_experts=num_experts)
+        ctx.save_for_backward(row_map)
+        ctx.shape = tokens.shape
+        ctx.mark_non_differentiable(row_map)
+        return tokens.new_empty(num_rows, tokens.shape[1]), row_map
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Gradients:
+        return grad.new_empty(ctx.shape), None, None
+
+
 class Unpermute(torch.autograd.Function):
     """Rows [rows, h] back to tokens [t, h], added up; keeps the row map."""
 

@@ -165,6 +165,9 @@ def _l2_norm(on_flops: OnFlops) -> dict[str, Any]:
 
 
 def _permutation(on_flops: OnFlops) -> dict[str, Any]:
+    def permute_tokens(tokens: Tensor, routing_map: Tensor, num_out_tokens: int) -> Any:
+        return kernels.PermuteTokens.apply(tokens, routing_map.shape[1], int(num_out_tokens))
+
     def permute(tokens: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: int) -> Any:
         return kernels.Permute.apply(tokens, probs, int(num_out_tokens))
 
@@ -179,8 +182,7 @@ def _permutation(on_flops: OnFlops) -> dict[str, Any]:
 
     return {
         "HAVE_TE": True,
-        # Only asked for by a check that it exists: the all-to-all dispatcher permutes probabilities too.
-        "fused_permute": _not_reached,
+        "fused_permute": permute_tokens,
         "fused_permute_with_probs": permute,
         "fused_unpermute": unpermute,
         "fused_sort_chunks_by_index": sort,
@@ -258,10 +260,6 @@ def _same_rng(on_flops: OnFlops) -> dict[str, Any]:
         del args
 
     return {"FullyShardedDataParallel.sync_rng_states_across_tp_group": nothing}
-
-
-def _not_reached(*args: object, **kwargs: object) -> None:
-    raise NotImplementedError("no dispatcher of a dry run permutes without probabilities")
 
 
 _TORCH = (

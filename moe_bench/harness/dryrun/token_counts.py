@@ -1,8 +1,9 @@
 """How many tokens go where, without data: balanced over the experts, or as a matrix of counts says.
 
-Megatron-Core reads the number of tokens per expert back to the host before it exchanges tokens. Without data
-there is nothing to read, so for that one method the all-to-all dispatcher is given a real routing map on the
-host; everything that it derives (splits, tokens per local expert, the gather of the counts) is its own.
+Megatron-Core reads the number of tokens per expert back to the host before it exchanges or sorts them.
+Without data there is nothing to read, so for that one method the all-to-all dispatcher is given a real routing
+map on the host; everything that it derives (splits, tokens per local expert, the gather of the counts) is its
+own. The all-gather dispatcher, which has everyone's tokens by then, is told how many of them its experts get.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe import token_dispatcher
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from moe_bench.errors import BadInputError
 from moe_bench.harness.substitution import Substitution, substituted
@@ -26,14 +32,18 @@ SenderCounts = Sequence[Sequence[int]]
 
 @contextlib.contextmanager
 def token_counts(counts: SenderCounts | None) -> Iterator[None]:
-    """Let the all-to-all dispatcher of every layer see these counts, until the block ends.
+    """Let the dispatcher of every layer see these counts, until the block ends.
 
     None balances: every expert gets as many tokens of a sender as any other, give or take one, and so does
     every rank wherever that is possible.
     """
-    dispatcher = MoEAlltoAllTokenDispatcher
-    replacement = _with_host_map(dispatcher.preprocess, counts)
-    with substituted(Substitution(dispatcher, "preprocess", replacement)):
+    exchange, gather = MoEAlltoAllTokenDispatcher, MoEAllGatherTokenDispatcher
+    preprocess = _with_host_map(exchange.preprocess, counts)
+    postprocess = _with_known_rows(gather.dispatch_postprocess, counts)
+    with (
+        substituted(Substitution(exchange, "preprocess", preprocess)),
+        substituted(Substitution(gather, "dispatch_postprocess", postprocess)),
+    ):
         yield
 
 
@@ -86,6 +96,55 @@ def _with_host_map(
         return tokens_per_expert
 
     return call
+
+
+def _with_known_rows(
+    postprocess: Callable[..., Any], counts: SenderCounts | None
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def call(self: Any, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens = hidden_states.shape[0] // self.tp_ep_group.size()
+        senders = _senders(self, counts, num_tokens=num_tokens)
+        rows = [sum(sent[expert] for sent in senders) for expert in self.local_expert_indices]
+        with _KnownRows(rows):
+            return postprocess(self, hidden_states, probs)
+
+    return call
+
+
+class _KnownRows(TorchFunctionMode):
+    """Answers how many rows each local expert has, and selects that many, where torch would read values."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "cpu":
+            return torch.tensor(self._rows)
+        if name == "masked_select":
+            return _MaskedSelect.apply(*args, sum(self._rows))
+        return func(*args, **kwargs or {})
+
+
+class _MaskedSelect(torch.autograd.Function):
+    """`masked_select` of a known number of values; keeps what torch keeps, values and mask."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor, num_selected: int) -> Tensor:
+        ctx.save_for_backward(values, mask)
+        return values.new_empty(num_selected)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        values, _ = ctx.saved_tensors
+        return torch.empty_like(values), None, None
 
 
 def _senders(dispatcher: Any, counts: SenderCounts | None, *, num_tokens: int) -> tuple[tuple[int, ...], ...]:

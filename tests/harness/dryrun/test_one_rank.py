@@ -19,7 +19,7 @@ from moe_bench.harness.dryrun.outcome import RankDryRun
 from moe_bench.harness.kernels import grouped_linear
 from moe_bench.spec.catalogue import find_recipe
 from moe_bench.spec.derive_dryrun import dryrun_plan
-from moe_bench.spec.recipe import OptimizerSpec, Overlap, Recipe, Recompute
+from moe_bench.spec.recipe import Dispatcher, DispatchSpec, OptimizerSpec, Overlap, Recipe, Recompute
 from tests.harness.dryrun.conftest import LOADER, NUM_LAYERS, SEQ_LEN, first_rank, toy
 
 TP2 = {"tensor": 2, "sequence_parallel": True}
@@ -316,8 +316,13 @@ def test_weights_are_gathered_twice_where_the_gather_is_not_overlapped() -> None
     assert not [finding for finding in once if finding.kind == "repeated gather"]
 
 
-def test_a_routing_matrix_gives_this_rank_its_share_of_the_tokens() -> None:
-    recipe = toy("qwen3_30b_a3b", parallel={"num_gpus": 4, "expert": 4})
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_a_routing_matrix_gives_this_rank_its_share_of_the_tokens(dispatcher: Dispatcher) -> None:
+    recipe = toy(
+        "qwen3_30b_a3b",
+        parallel={"num_gpus": 4, "expert": 4},
+        dispatch=DispatchSpec(dispatcher=dispatcher),
+    )
     # 8 experts, two on each rank; every sender's 64 tokens make 128 choices
     even = dry_run_rank(recipe, 0)
     skewed = ((32, 32, 16, 16, 8, 8, 8, 8),) * 4

@@ -80,6 +80,7 @@ def test_attention_keeps_its_inputs_its_output_and_a_number_per_row_and_head() -
 def test_the_permutation_keeps_its_row_maps() -> None:
     tokens, probs = make(TOKENS, 16, device="meta"), make(TOKENS, 8, device="meta")
     assert kept_bytes(lambda: kernels.Permute.apply(tokens, probs, 2 * TOKENS)) == 4 * TOKENS * 17
+    assert kept_bytes(lambda: kernels.PermuteTokens.apply(tokens, 8, 2 * TOKENS)) == 4 * TOKENS * 17
     rows, weights = make(2 * TOKENS, 16, device="meta"), make(2 * TOKENS, device="meta")
     assert kept_bytes(lambda: kernels.SortChunks.apply(rows, weights)) == 4 * 2 * TOKENS
 
@@ -122,6 +123,8 @@ def test_transformer_engines_permutation_and_router_keep_what_their_stand_ins_ke
         lambda: engine.moe_permute_with_probs(tokens, probs, routing_map, num_out_tokens=2 * TOKENS)
     )
     assert real == kept_bytes(lambda: kernels.Permute.apply(tokens, probs, 2 * TOKENS))
+    real = kept_bytes(lambda: engine.moe_permute(tokens, routing_map, num_out_tokens=2 * TOKENS))
+    assert real == kept_bytes(lambda: kernels.PermuteTokens.apply(tokens, 8, 2 * TOKENS))
     logits = torch.rand(TOKENS, 8, device="cuda", requires_grad=True)
     real = kept_bytes(
         lambda: router.fused_topk_with_score_function(logits, 2, False, None, None, None, "softmax", None)
