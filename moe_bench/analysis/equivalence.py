@@ -75,9 +75,10 @@ def ratio_to_value(runs_s: Sequence[RunTimes], *, value_s: float) -> RatioInterv
 def ratio_between(base_runs_s: Sequence[RunTimes], new_runs_s: Sequence[RunTimes]) -> RatioInterval | None:
     """Throughput of `new_runs_s` over that of `base_runs_s`, for equal tokens per step.
 
-    With two runs or more on both sides: Welch's t on the logarithms of the runs' medians. Else percentile
-    bootstrap of the ratio of medians over the steps of each side, pooled. None where a side has one run of
-    fewer than MIN_STEPS steps. Raises ValueError where a side has no runs.
+    The estimate is the ratio of the geometric means of the runs' medians. With two runs or more on both
+    sides its interval is Welch's t on the logarithms of the medians. Else it is the percentile bootstrap over
+    the steps of every run, each drawn from its own; None where one has fewer than MIN_STEPS. Raises
+    ValueError where a side has no runs.
     """
     base = [math.log(statistics.median(times_s)) for times_s in _required(base_runs_s)]
     new = [math.log(statistics.median(times_s)) for times_s in _required(new_runs_s)]
@@ -92,13 +93,16 @@ def ratio_between(base_runs_s: Sequence[RunTimes], new_runs_s: Sequence[RunTimes
         return _interval(
             estimate, _t_quantile(freedom) * error, basis="runs", num_runs=len(new), log_std=spread
         )
-    if any(len(side) == 1 and len(side[0]) < MIN_STEPS for side in (base_runs_s, new_runs_s)):
+    if any(len(times_s) < MIN_STEPS for times_s in (*base_runs_s, *new_runs_s)):
         return None
-    return _bootstrap_interval(
-        (np.concatenate(base_runs_s), np.concatenate(new_runs_s)),
-        lambda base_s, new_s, axis: np.log(np.median(base_s, axis=axis) / np.median(new_s, axis=axis)),
-        num_runs=len(new),
-    )
+    num_base = len(base)
+
+    def log_ratio(*runs_s: Array, axis: int) -> Array:
+        logs = [np.log(np.median(times_s, axis=axis)) for times_s in runs_s]
+        return np.asarray(sum(logs[:num_base]) / num_base - sum(logs[num_base:]) / len(new))
+
+    runs = tuple(np.asarray(times_s) for times_s in (*base_runs_s, *new_runs_s))
+    return _bootstrap_interval(runs, log_ratio, num_runs=len(new))
 
 
 def claim(interval: RatioInterval | None, *, band_fraction: float = BAND_FRACTION) -> Claim:

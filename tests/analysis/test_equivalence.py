@@ -150,3 +150,15 @@ def test_swapping_the_sides_inverts_the_ratio_and_its_interval(base: list[float]
     assert back is not None
     assert there.estimate_ratio == pytest.approx(1 / back.estimate_ratio)
     assert there.low_ratio == pytest.approx(1 / back.high_ratio)
+
+
+def test_one_run_against_several_is_the_ratio_of_the_numbers_that_tables_show() -> None:
+    # medians 1, 1 and 8 have the geometric mean 2; the median of all their steps is 1
+    base = [[level * (1 + step / 1000) for step in range(-10, 11)] for level in (1.0, 1.0, 8.0)]
+    found = ratio_between(base, [[1.0 + step / 1000 for step in range(-10, 11)]])
+    assert found is not None
+    assert found.basis == "steps"
+    assert found.estimate_ratio == pytest.approx(2.0)
+    assert found.low_ratio < 2.0 < found.high_ratio < 2.02
+    assert ratio_between(base, [[1.0] * 20, [1.0] * 3]) is not None
+    assert ratio_between([[1.0] * 20], [[1.0] * 20, [1.0] * 3]) is None
