@@ -7,17 +7,31 @@ operations that the model needs, not those that a recipe spends.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from moe_bench.analysis.params import Part
+from moe_bench.analysis.state_flops import (
+    delta_net_projection_flops,
+    delta_net_state_flops,
+    mamba_projection_flops,
+    mamba_state_flops,
+)
 from moe_bench.errors import BadInputError
-from moe_bench.spec.model import Attention, GroupedQueryAttention, ModelSpec
+from moe_bench.spec.model import (
+    Attention,
+    LayerStructure,
+    ModelSpec,
+)
 from moe_bench.spec.recipe import Recipe
 
 CORE_ATTENTION = "core_attention"
 """Key of attention's score and value products, which have no parameters and so no `Part`."""
+STATE_UPDATE = "state_update"
+"""Key of the work of Mamba-2 and gated delta nets on their states, which has no parameters either."""
+WITHOUT_WEIGHTS = (CORE_ATTENTION, STATE_UPDATE)
 
 FlopsByPart = Mapping[str, int]
 
@@ -49,11 +63,15 @@ class CountingRule:
     does.
     """
     num_expert_matrices: int
-    """Matrices per routed expert: 3, or 2 where the gate was forgotten."""
+    """Matrices per gated routed expert: 3, or 2 where the gate was forgotten."""
     idealised: bool = False
     """Whether heads are taken to fill the hidden size and every layer to hold routed experts alone; the
-    formula then says nothing of multi-head latent attention.
+    formula then says nothing of multi-head latent attention or of half layers.
     """
+    hybrid_heads_fill_hidden: bool = False
+    """The same of the attention layers of a model with half layers."""
+    mamba_twice_hidden: bool = False
+    """Whether Mamba-2 layers are taken to be twice as wide as the model, whatever they are."""
     source: str
 
 
@@ -65,6 +83,7 @@ RULES: Mapping[FlopsCounting, CountingRule] = {
         router=False,
         latent_norms=True,
         num_expert_matrices=3,
+        mamba_twice_hidden=True,
         source="megatron-core 0.19.2, megatron/training/training.py num_floating_point_operations",
     ),
     FlopsCounting.MCORE_WINDOWED: CountingRule(
@@ -74,6 +93,7 @@ RULES: Mapping[FlopsCounting, CountingRule] = {
         router=False,
         latent_norms=True,
         num_expert_matrices=3,
+        mamba_twice_hidden=True,
         source="as mcore, windows as in NVIDIA-NeMo/Megatron-Bridge flop_utils.py calculate_swa_context",
     ),
     FlopsCounting.MCORE_FULL_ATTENTION: CountingRule(
@@ -101,6 +121,7 @@ RULES: Mapping[FlopsCounting, CountingRule] = {
         router=False,
         latent_norms=False,
         num_expert_matrices=3,
+        hybrid_heads_fill_hidden=True,
         source="NVIDIA-NeMo/Automodel nemo_automodel/components/utils/flops_utils.py",
     ),
     FlopsCounting.DGXC: CountingRule(
@@ -140,13 +161,20 @@ class PassFlops:
 
 
 def gqa_projection_flops(
-    *, tokens: int, hidden: int, num_heads: int, num_query_groups: int, head_dim: int
+    *,
+    tokens: int,
+    hidden: int,
+    num_heads: int,
+    num_query_groups: int,
+    head_dim: int,
+    output_gate: bool = False,
 ) -> int:
     """Forward FLOPs of the query, key, value and output projections of grouped-query attention.
 
-    F = 2 T H d (2 n + 2 g): arXiv:2305.13245. Norms, biases and rotary embedding are left out.
+    F = 2 T H d (2 n + 2 g), and 2 T H d n more with an output gate: arXiv:2305.13245. Norms, biases and
+    rotary embedding are left out.
     """
-    return 2 * tokens * hidden * head_dim * (2 * num_heads + 2 * num_query_groups)
+    return 2 * tokens * hidden * head_dim * ((2 + output_gate) * num_heads + 2 * num_query_groups)
 
 
 def mla_projection_flops(
@@ -180,23 +208,27 @@ def core_attention_flops(
     v_dim: int,
     window_tokens: int | None,
     causal_half: bool,
+    chunk_tokens: int | None = None,
 ) -> int:
     """Forward FLOPs of the scores and of their product with the values.
 
     F = 2 B n (d_qk + d_v) x pairs, pairs = S^2 / 2 with `causal_half`, else S^2 (Megatron-Core counts the
     half without its diagonal); in a window of W < S tokens pairs = S W - W (W - 1) / 2, each query's nearest
-    W keys (Megatron-Bridge flop_utils.py). The softmax, its scaling and sinks are left out.
+    W keys (Megatron-Bridge flop_utils.py); in chunks of C < S tokens pairs = S C / 2, a chunk being a
+    sequence of its own. The softmax, its scaling and sinks are left out.
     """
-    twice_pairs = seq_len**2 if causal_half else 2 * seq_len**2
+    length = seq_len if chunk_tokens is None else min(chunk_tokens, seq_len)
+    twice_pairs = seq_len * length * (1 if causal_half else 2)
     if window_tokens is not None and window_tokens < seq_len:
         twice_pairs = 2 * seq_len * window_tokens - window_tokens * (window_tokens - 1)
     return num_seqs * num_heads * (qk_dim + v_dim) * twice_pairs
 
 
-def gated_mlp_flops(*, tokens: int, hidden: int, ffn: int, num_matrices: int) -> int:
-    """Forward FLOPs of a gated MLP or expert: F = 2 T H F x 3 (gate, up and down, arXiv:2002.05202).
+def mlp_flops(*, tokens: int, hidden: int, ffn: int, num_matrices: int) -> int:
+    """Forward FLOPs of an MLP or expert: F = 2 T H F per matrix: up, down, and a gate (arXiv:2002.05202).
 
-    `num_matrices` is 3; the convention that forgot the gate of GPT-OSS passes 2. Activation is left out.
+    `num_matrices` is 3 with a gate and 2 without; the convention that forgot GPT-OSS's passes 2. Activation
+    is left out.
     """
     return 2 * tokens * hidden * ffn * num_matrices
 
@@ -226,63 +258,66 @@ def norm_flops_as_product(*, tokens: int, width: int) -> int:
 def forward_flops_by_part(
     model: ModelSpec, *, num_seqs: int, seq_len: int, num_mtp_layers: int, counting: FlopsCounting
 ) -> FlopsByPart:
-    """Forward FLOPs of `num_seqs` sequences over the whole model, by `Part` and for the core of attention.
+    """Forward FLOPs of `num_seqs` sequences over the whole model, by `Part` and for what has no parameters.
 
-    Raises BadInputError where the convention says nothing of the model's attention (`defines`).
+    Raises BadInputError where the convention says nothing of the model's structure (`defines`).
     """
     rule = RULES[counting]
     if not defines(counting, model):
         raise BadInputError(
-            f"{counting}: its formula ({rule.source}) knows grouped-query attention only, {model.key} has "
-            "multi-head latent attention; use another convention"
+            f"{counting}: its formula ({rule.source}) knows whole layers of grouped-query attention only, "
+            f"{model.key} has {_beyond_idealised(model)}; use another convention"
         )
-    if rule.idealised:
-        model = _idealised(model)
+    model = _as_counted(model, rule)
     tokens = num_seqs * seq_len
     num_mtp = num_mtp_layers if rule.mtp else 0
-    num_attention = model.num_layers + num_mtp
-    last_is_moe = model.is_moe_layer(model.num_layers - 1)
-    num_moe = model.num_layers - model.num_dense_layers + num_mtp * last_is_moe
-    parts: dict[str, int] = {
-        Part.ATTENTION: num_attention * _projections(model, tokens=tokens),
-        CORE_ATTENTION: _core_attention(
-            model, num_seqs=num_seqs, seq_len=seq_len, num_mtp=num_mtp, rule=rule
-        ),
-        Part.LM_HEAD: (1 + num_mtp)
-        * lm_head_flops(tokens=tokens, hidden=model.hidden_size, vocab_size=model.vocab_size),
-    }
-    if num_attention > num_moe:
-        parts[Part.DENSE_MLP] = (num_attention - num_moe) * gated_mlp_flops(
-            tokens=tokens, hidden=model.hidden_size, ffn=model.dense_ffn_hidden_size or 0, num_matrices=3
-        )
-    if num_moe:
-        parts |= {part: num_moe * flops for part, flops in _expert_layer(model, tokens, rule).items()}
-    if num_mtp:
+    parts: Counter[str] = Counter()
+    for structure, number in Counter(model.layers + model.mtp_layers * num_mtp).items():
+        layer = _layer_flops(model, structure, num_seqs=num_seqs, seq_len=seq_len, rule=rule)
+        parts.update({part: number * flops for part, flops in layer.items()})
+    head = lm_head_flops(tokens=tokens, hidden=model.hidden_size, vocab_size=model.vocab_size)
+    parts[Part.LM_HEAD] = (1 + num_mtp) * head
+    if model.hybrid_pattern is None:  # Megatron-Core's hybrid_flops leaves out the joint of MTP and its norms
         parts[Part.MTP_PROJECTION] = num_mtp * mtp_projection_flops(tokens=tokens, hidden=model.hidden_size)
-    if rule.latent_norms:
-        width = num_attention * _latent_width(model.attention) + num_mtp * 3 * model.hidden_size
-        parts[Part.NORMS] = norm_flops_as_product(tokens=tokens, width=width)
+        width = (model.num_layers + num_mtp) * _latent_width(
+            model.attention
+        ) + num_mtp * 3 * model.hidden_size
+        parts[Part.NORMS] = rule.latent_norms * norm_flops_as_product(tokens=tokens, width=width)
     return {part: flops for part, flops in parts.items() if flops}
 
 
 def defines(counting: FlopsCounting, model: ModelSpec) -> bool:
     """Whether a convention says how to count this model."""
-    return not (RULES[counting].idealised and model.attention.kind == "mla")
+    return not (RULES[counting].idealised and _beyond_idealised(model))
 
 
-def _idealised(model: ModelSpec) -> ModelSpec:
-    """The model as dgxc-benchmarking counts it: 12 L H^2 (1 + g / n + S / 2 H) + 18 L H F k + 6 V H a token.
+def _beyond_idealised(model: ModelSpec) -> str:
+    """What a formula for whole layers of grouped-query attention says nothing of; empty for nothing."""
+    if model.attention.kind == "mla":
+        return "multi-head latent attention"
+    if model.hybrid_pattern is not None or model.gated_delta_net is not None:
+        return "layers without attention"
+    return ""
 
-    So n d = H, and each of the L layers has k routed experts of width F, no shared and no dense MLP beside.
+
+def _as_counted(model: ModelSpec, rule: CountingRule) -> ModelSpec:
+    """The model as a convention takes it to be.
+
+    dgxc-benchmarking counts 12 L H^2 (1 + g / n + S / 2 H) + 18 L H F k + 6 V H a token: n d = H, and each of
+    the L layers has k routed experts of width F, no shared and no dense MLP beside. Where dense and expert
+    layers alternate (Llama 4 Maverick), F is the width of the dense ones.
     """
     attention, moe = model.attention, model.moe
     changes: dict[str, object] = {}
-    if attention.kind == "gqa":
+    fills_hidden = rule.idealised or (rule.hybrid_heads_fill_hidden and model.hybrid_pattern is not None)
+    if attention.kind == "gqa" and fills_hidden:
         head_dim = model.hidden_size // attention.num_heads
         changes["attention"] = attention.model_copy(update={"head_dim": head_dim})
-    if moe is not None:
-        routed_alone = {"num_leading_dense_layers": 0, "shared_expert_ffn_hidden_size": 0}
-        changes["moe"] = moe.model_copy(update=routed_alone)
+    if moe is not None and rule.idealised:
+        alone = {"num_leading_dense_layers": 0, "every_n_layers": 1, "shared_expert_ffn_hidden_size": 0}
+        if moe.every_n_layers > 1 and model.dense_ffn_hidden_size is not None:
+            alone["expert_ffn_hidden_size"] = model.dense_ffn_hidden_size
+        changes["moe"] = moe.model_copy(update=alone)
     return model.model_copy(update=changes)
 
 
@@ -290,7 +325,7 @@ def step_flops_by_part(recipe: Recipe, *, counting: FlopsCounting) -> Mapping[st
     """FLOPs of one optimizer step over the whole job, by part and pass.
 
     The gradient of a product costs two products: by the input (dgrad) and by the weight (wgrad). Attention's
-    core has no weights, so both of its gradient products are dgrad.
+    core and the states of linear attention have no weights, so all of their gradient is dgrad.
     """
     forward = forward_flops_by_part(
         recipe.model,
@@ -302,8 +337,8 @@ def step_flops_by_part(recipe: Recipe, *, counting: FlopsCounting) -> Mapping[st
     return {
         part: PassFlops(
             forward_flops=flops,
-            dgrad_flops=flops * (2 if part == CORE_ATTENTION else 1),
-            wgrad_flops=0 if part == CORE_ATTENTION else flops,
+            dgrad_flops=flops * (2 if part in WITHOUT_WEIGHTS else 1),
+            wgrad_flops=0 if part in WITHOUT_WEIGHTS else flops,
         )
         for part, flops in forward.items()
     }
@@ -322,6 +357,34 @@ def gflops_per_token(
         model, num_seqs=1, seq_len=seq_len, num_mtp_layers=num_mtp_layers, counting=counting
     )
     return 3 * sum(forward.values()) / seq_len / 1e9
+
+
+def _layer_flops(
+    model: ModelSpec, structure: LayerStructure, *, num_seqs: int, seq_len: int, rule: CountingRule
+) -> dict[str, int]:
+    tokens, hidden = num_seqs * seq_len, model.hidden_size
+    parts: dict[str, int] = {}
+    if structure.mixer == "attention":
+        parts[Part.ATTENTION] = _projections(model, tokens=tokens)
+        parts[CORE_ATTENTION] = _core_attention(
+            model.attention, structure, num_seqs=num_seqs, seq_len=seq_len, rule=rule
+        )
+    elif structure.mixer == "mamba" and model.mamba is not None:
+        mamba = model.mamba
+        inner = 2 * hidden if rule.mamba_twice_hidden else mamba.inner_width
+        parts[Part.MAMBA] = mamba_projection_flops(tokens=tokens, hidden=hidden, inner=inner, mamba=mamba)
+        parts[STATE_UPDATE] = mamba_state_flops(tokens=tokens, inner=inner, state_size=mamba.state_size)
+    elif structure.mixer == "gated_delta_net" and model.gated_delta_net is not None:
+        net = model.gated_delta_net
+        parts[Part.GATED_DELTA_NET] = delta_net_projection_flops(tokens=tokens, hidden=hidden, net=net)
+        parts[STATE_UPDATE] = delta_net_state_flops(tokens=tokens, net=net)
+    if structure.ffn == "dense":
+        num_matrices = 2 + model.activation.is_gated
+        ffn = model.dense_ffn_hidden_size or 0
+        parts[Part.DENSE_MLP] = mlp_flops(tokens=tokens, hidden=hidden, ffn=ffn, num_matrices=num_matrices)
+    elif structure.ffn == "moe":
+        parts |= _expert_layer(model, tokens, rule)
+    return parts
 
 
 def _projections(model: ModelSpec, *, tokens: int) -> int:
@@ -343,40 +406,23 @@ def _projections(model: ModelSpec, *, tokens: int) -> int:
         num_heads=attention.num_heads,
         num_query_groups=attention.num_query_groups,
         head_dim=attention.head_dim,
+        output_gate=attention.output_gate,
     )
 
 
 def _core_attention(
-    model: ModelSpec, *, num_seqs: int, seq_len: int, num_mtp: int, rule: CountingRule
+    attention: Attention, structure: LayerStructure, *, num_seqs: int, seq_len: int, rule: CountingRule
 ) -> int:
-    """All layers' core attention; the layer inside an MTP module has no window."""
-    attention = model.attention
-    num_windowed = num_windowed_layers(attention, num_layers=model.num_layers) if rule.windows else 0
-    num_full = model.num_layers + num_mtp - num_windowed
-    window = attention.sliding_window if attention.kind == "gqa" else None
-    return sum(
-        num_layers
-        * core_attention_flops(
-            num_seqs=num_seqs,
-            seq_len=seq_len,
-            num_heads=attention.num_heads,
-            qk_dim=_qk_dim(attention),
-            v_dim=attention.v_head_dim if attention.kind == "mla" else attention.head_dim,
-            window_tokens=window_tokens,
-            causal_half=rule.causal_half,
-        )
-        for num_layers, window_tokens in (
-            (num_full, None),
-            (num_windowed, window.window_tokens if window else None),
-        )
+    return core_attention_flops(
+        num_seqs=num_seqs,
+        seq_len=seq_len,
+        num_heads=attention.num_heads,
+        qk_dim=_qk_dim(attention),
+        v_dim=attention.v_head_dim if attention.kind == "mla" else attention.head_dim,
+        window_tokens=structure.window_tokens if rule.windows else None,
+        chunk_tokens=structure.chunk_tokens if rule.windows else None,
+        causal_half=rule.causal_half,
     )
-
-
-def num_windowed_layers(attention: Attention, *, num_layers: int) -> int:
-    """Decoder layers that see only a window: all but every n-th (layer n counted from 1)."""
-    if not isinstance(attention, GroupedQueryAttention) or attention.sliding_window is None:
-        return 0
-    return num_layers - num_layers // attention.sliding_window.full_attention_every
 
 
 def _qk_dim(attention: Attention) -> int:
@@ -390,18 +436,22 @@ def _latent_width(attention: Attention) -> int:
 
 
 def _expert_layer(model: ModelSpec, tokens: int, rule: CountingRule) -> FlopsByPart:
-    moe = model.moe
+    moe, hidden = model.moe, model.hidden_size
     if moe is None:
         return {}
-    hidden = model.hidden_size
-    routed = gated_mlp_flops(
+    is_gated = model.activation.is_gated
+    routed = mlp_flops(
         tokens=tokens * moe.top_k,
-        hidden=hidden,
+        hidden=model.expert_hidden_size,
         ffn=moe.expert_ffn_hidden_size,
-        num_matrices=rule.num_expert_matrices,
+        num_matrices=rule.num_expert_matrices if is_gated else 2,
     )
-    shared = gated_mlp_flops(
-        tokens=tokens, hidden=hidden, ffn=moe.shared_expert_ffn_hidden_size, num_matrices=3
+    shared = mlp_flops(
+        tokens=tokens, hidden=hidden, ffn=moe.shared_expert_ffn_hidden_size, num_matrices=2 + is_gated
     )
-    router = router_flops(tokens=tokens, hidden=hidden, num_experts=moe.num_experts) if rule.router else 0
-    return {Part.ROUTED_EXPERTS: routed, Part.SHARED_EXPERTS: shared, Part.ROUTER: router}
+    return {
+        Part.ROUTED_EXPERTS: routed,
+        Part.SHARED_EXPERTS: shared,
+        Part.LATENT_PROJECTIONS: 4 * tokens * hidden * (moe.latent_size or 0),
+        Part.ROUTER: router_flops(tokens=tokens, hidden=hidden, num_experts=moe.num_experts) * rule.router,
+    }

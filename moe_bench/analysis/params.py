@@ -10,7 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moe_bench.spec.model import Attention, ModelSpec
+from moe_bench.spec.model import (
+    Attention,
+    GatedDeltaNet,
+    LayerStructure,
+    Mamba2,
+    MixtureOfExperts,
+    ModelSpec,
+)
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.recipe import KernelFamily, Recipe
 
@@ -20,8 +27,11 @@ class Part(StrEnum):
 
     INPUT_EMBEDDING = "input_embedding"
     ATTENTION = "attention"
+    MAMBA = "mamba"
+    GATED_DELTA_NET = "gated_delta_net"
     NORMS = "norms"
     ROUTER = "router"
+    LATENT_PROJECTIONS = "latent_projections"
     ROUTED_EXPERTS = "routed_experts"
     SHARED_EXPERTS = "shared_experts"
     DENSE_MLP = "dense_mlp"
@@ -56,15 +66,23 @@ PartWeights = Mapping[Part, Weights]
 
 
 def grouped_query_attention_params(
-    *, hidden: int, num_heads: int, num_query_groups: int, head_dim: int, qkv_bias: bool, output_bias: bool
+    *,
+    hidden: int,
+    num_heads: int,
+    num_query_groups: int,
+    head_dim: int,
+    qkv_bias: bool,
+    output_bias: bool,
+    output_gate: bool = False,
 ) -> Weights:
     """Projections of grouped-query attention, without its norms and sinks.
 
-    P = H d (n + 2 g) + n d H [+ d (n + 2 g)] [+ H]: arXiv:2305.13245. Megatron-Core divides heads over the
-    tensor-parallel ranks and repeats the bias of the output projection.
+    P = H d (n + 2 g) + n d H [+ H d n] [+ d (n + 2 g)] [+ H]: arXiv:2305.13245, with a gate per channel of
+    the output, and biases. Megatron-Core divides heads over the tensor-parallel ranks and repeats the bias of
+    the output projection.
     """
     qkv = head_dim * (num_heads + 2 * num_query_groups)
-    sharded = hidden * qkv + num_heads * head_dim * hidden + qkv * qkv_bias
+    sharded = hidden * qkv + (1 + output_gate) * num_heads * head_dim * hidden + qkv * qkv_bias
     return Weights(sharded, hidden * output_bias)
 
 
@@ -114,12 +132,37 @@ def has_query_input_norm(attention: Attention, family: KernelFamily | None) -> b
     return attention.kind == "mla" and attention.q_lora_rank is None and family == "transformer_engine"
 
 
-def gated_mlp_params(*, hidden: int, ffn: int, bias: bool) -> Weights:
-    """One gated MLP or expert: gate, up and down projection.
+def mamba_params(mamba: Mamba2, *, hidden: int) -> Weights:
+    """One Mamba-2 mixer without the norm of its layer.
 
-    P = 3 H F [+ 2 F + H]: arXiv:2002.05202. The bias of the down projection is repeated on every rank.
+    P = H (2 d + 2 G N + n) + (d + 2 G N)(w + 1) + 3 n + d + d H: gate, input, both projections of the state
+    and a time step per head; a biased convolution; decay, skip and time bias per head; a gated norm; the
+    output (arXiv:2405.21060, 8; Megatron-Core's ssm/mamba_mixer.py, which divides all of it over heads).
     """
-    return Weights(3 * hidden * ffn + 2 * ffn * bias, hidden * bias)
+    inner, heads, channels = mamba.inner_width, mamba.num_heads, mamba.conv_channels
+    projections = hidden * (inner + channels + heads) + inner * hidden
+    return Weights(projections + channels * (mamba.conv_width + 1) + 3 * heads + inner)
+
+
+def gated_delta_net_params(net: GatedDeltaNet, *, hidden: int) -> Weights:
+    """One gated delta net without the norm of its layer.
+
+    P = H (2 K + 2 V + 2 n_v) + (2 K + V) w + 2 n_v + d_v + V H: queries, keys, values, output gate, and two
+    gates per head; a convolution; decay and time bias; a norm that all heads share; the output
+    (arXiv:2412.06464; Megatron-Core's ssm/gated_delta_net, which divides all but the norm over heads).
+    """
+    keys, values, heads = net.key_width, net.value_width, net.num_value_heads
+    projections = hidden * (2 * keys + 2 * values + 2 * heads) + values * hidden
+    return Weights(projections + (2 * keys + values) * net.conv_width + 2 * heads, net.value_head_dim)
+
+
+def mlp_params(*, hidden: int, ffn: int, bias: bool, is_gated: bool) -> Weights:
+    """One MLP or expert: up and down projection, and a gate.
+
+    P = 2 H F [+ F + H], and with a gate 3 H F [+ 2 F + H]: arXiv:2002.05202. The bias of the down projection
+    is repeated on every rank.
+    """
+    return Weights((2 + is_gated) * hidden * ffn + (1 + is_gated) * ffn * bias, hidden * bias)
 
 
 def router_params(*, hidden: int, num_experts: int, bias: bool) -> Weights:
@@ -140,27 +183,61 @@ def mtp_projection_params(*, hidden: int) -> Weights:
 def layer_weights(
     model: ModelSpec, *, is_moe: bool, num_experts: int, family: KernelFamily | None
 ) -> PartWeights:
-    """Parameters of one decoder layer, with `num_experts` of its routed experts counted.
+    """Parameters of one decoder layer of attention and an MLP or experts; see `structure_weights`."""
+    structure = LayerStructure(mixer="attention", ffn="moe" if is_moe else "dense")
+    return structure_weights(model, structure, num_experts=num_experts, family=family)
+
+
+def structure_weights(
+    model: ModelSpec, structure: LayerStructure, *, num_experts: int, family: KernelFamily | None
+) -> PartWeights:
+    """Parameters of one layer, with `num_experts` of its routed experts counted, a norm before each half.
 
     `family` is whose kernels build it (`has_query_input_norm`); None counts the model as published.
     """
     hidden = model.hidden_size
-    num_norms = 2 + has_query_input_norm(model.attention, family)
+    num_norms = (structure.mixer is not None) + (structure.ffn is not None)
+    norms = Weights(0, num_norms * hidden)
+    parts: dict[Part, Weights] = {}
+    if structure.mixer == "attention":
+        parts[Part.ATTENTION] = _attention_weights(model)
+        norms += Weights(0, has_query_input_norm(model.attention, family) * hidden)
+        norms += attention_norm_params(model.attention)
+    elif structure.mixer == "mamba" and model.mamba is not None:
+        parts[Part.MAMBA] = mamba_params(model.mamba, hidden=hidden)
+    elif structure.mixer == "gated_delta_net" and model.gated_delta_net is not None:
+        parts[Part.GATED_DELTA_NET] = gated_delta_net_params(model.gated_delta_net, hidden=hidden)
+    if structure.ffn == "dense":
+        parts[Part.DENSE_MLP] = _mlp_weights(model, hidden, model.dense_ffn_hidden_size or 0)
+    elif structure.ffn == "moe" and model.moe is not None:
+        parts |= _expert_weights(model, model.moe, num_experts)
+    return parts | {Part.NORMS: norms}
+
+
+def _expert_weights(model: ModelSpec, moe: MixtureOfExperts, num_experts: int) -> dict[Part, Weights]:
+    """Router, experts and, where experts work in a smaller width, the two projections around dispatch."""
+    hidden, bias = model.hidden_size, model.linear_bias
+    gate = Weights(0, hidden * moe.shared_expert_gate)
+    expert = _mlp_weights(model, model.expert_hidden_size, moe.expert_ffn_hidden_size)
     parts = {
-        Part.ATTENTION: _attention_weights(model),
-        Part.NORMS: Weights(0, num_norms * hidden) + attention_norm_params(model.attention),
-    }
-    if model.moe is None or not is_moe:
-        ffn = model.dense_ffn_hidden_size or 0
-        return parts | {Part.DENSE_MLP: gated_mlp_params(hidden=hidden, ffn=ffn, bias=model.linear_bias)}
-    moe = model.moe
-    expert = gated_mlp_params(hidden=hidden, ffn=moe.expert_ffn_hidden_size, bias=model.linear_bias)
-    shared = gated_mlp_params(hidden=hidden, ffn=moe.shared_expert_ffn_hidden_size, bias=False)
-    return parts | {
-        Part.ROUTER: router_params(hidden=hidden, num_experts=moe.num_experts, bias=model.linear_bias),
+        Part.ROUTER: router_params(hidden=hidden, num_experts=moe.num_experts, bias=bias),
         Part.ROUTED_EXPERTS: expert * num_experts,
-        Part.SHARED_EXPERTS: shared + Weights(0, hidden * moe.shared_expert_gate),
+        Part.SHARED_EXPERTS: gate
+        + mlp_params(
+            hidden=hidden,
+            ffn=moe.shared_expert_ffn_hidden_size,
+            bias=False,
+            is_gated=model.activation.is_gated,
+        ),
     }
+    if moe.latent_size is not None:
+        # both are repeated on every tensor-parallel rank (transformer/moe/moe_layer.py, "duplicated")
+        parts[Part.LATENT_PROJECTIONS] = Weights(0, 2 * hidden * moe.latent_size)
+    return parts
+
+
+def _mlp_weights(model: ModelSpec, hidden: int, ffn: int) -> Weights:
+    return mlp_params(hidden=hidden, ffn=ffn, bias=model.linear_bias, is_gated=model.activation.is_gated)
 
 
 def _attention_weights(model: ModelSpec) -> Weights:
@@ -182,21 +259,28 @@ def _attention_weights(model: ModelSpec) -> Weights:
         head_dim=attention.head_dim,
         qkv_bias=attention.qkv_bias,
         output_bias=model.linear_bias,
+        output_gate=attention.output_gate,
     )
     return projections + Weights(attention.num_heads * attention.sinks)
 
 
 def mtp_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | None) -> PartWeights:
-    """Parameters of one MTP module: two input norms, the projection, a decoder layer of the last layer's kind
-    and a final norm (Megatron-Core's MultiTokenPredictionLayer). Embedding and head are the model's own.
+    """Parameters of one MTP module: two input norms, the projection, its layers and a final norm
+    (Megatron-Core's MultiTokenPredictionLayer). Embedding and head are the model's own.
     """
     own = {
         Part.MTP_PROJECTION: mtp_projection_params(hidden=model.hidden_size),
         Part.NORMS: Weights(0, 3 * model.hidden_size),
     }
-    is_moe = model.is_moe_layer(model.num_layers - 1)
-    layer = layer_weights(model, is_moe=is_moe, num_experts=num_experts, family=family)
-    return sum_parts((own, layer))
+    return sum_parts(
+        (
+            own,
+            *(
+                structure_weights(model, structure, num_experts=num_experts, family=family)
+                for structure in model.mtp_layers
+            ),
+        )
+    )
 
 
 def main_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | None) -> PartWeights:
@@ -224,10 +308,11 @@ def chunk_weights(
     """
     embedding = embedding_params(hidden=model.hidden_size, vocab_size=model.vocab_size)
     parts: list[PartWeights] = [
-        layer_weights(model, is_moe=model.is_moe_layer(layer), num_experts=num_experts, family=family)
+        structure_weights(model, model.layer(layer), num_experts=num_experts, family=family)
         for layer in chunk.layers
     ]
-    parts += [mtp_weights(model, num_experts=num_experts, family=family)] * chunk.num_mtp_layers
+    num_modules = model.num_mtp_modules(chunk.num_mtp_layers)
+    parts += [mtp_weights(model, num_experts=num_experts, family=family)] * num_modules
     if chunk.has_embedding or chunk.num_mtp_layers:
         parts.append({Part.INPUT_EMBEDDING: embedding})
     if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):

@@ -13,9 +13,10 @@ from enum import StrEnum
 
 from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.dispatch import MOE, dispatched_rows
-from moe_bench.analysis.flops import CORE_ATTENTION, core_attention_flops
+from moe_bench.analysis.flops import CORE_ATTENTION, STATE_UPDATE, core_attention_flops
 from moe_bench.analysis.params import Part
-from moe_bench.spec.model import Attention, GroupedQueryAttention, MixtureOfExperts
+from moe_bench.analysis.state_flops import delta_net_state_flops, mamba_state_flops
+from moe_bench.spec.model import Attention, GatedDeltaNet, LayerStructure, Mamba2, MixtureOfExperts
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.recipe import Recipe, RecomputeModule
 
@@ -26,11 +27,13 @@ Modules = frozenset[RecomputeModule]
 
 
 class Kernel(StrEnum):
-    """Kinds of kernels that multiply matrices."""
+    """Kinds of kernels that the work is done by."""
 
     GEMM = "mm"
     GROUPED = "grouped GEMM"
     ATTENTION = "attention"
+    STATE = "state update"
+    """Of Mamba-2 and gated delta nets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +82,13 @@ def _chunk(recipe: Recipe, chunk: Chunk) -> Iterator[RankFlops]:
     is_block = recompute.granularity == "full" and recompute.method == "block"
     for index, layer in enumerate(chunk.layers):
         is_whole = is_uniform or (is_block and index < recompute.num_layers)
-        for product in _layer(recipe, layer):
+        for product in _layer(recipe, recipe.model.layer(layer)):
             yield _over_the_step(recipe, f"decoder.{layer}", product, is_whole=is_whole)
     for index in range(chunk.num_mtp_layers):
         hidden = recipe.model.hidden_size
         projection = _gemm(recipe, Part.MTP_PROJECTION, _gathered(recipe), 2 * hidden * hidden)
-        for product in (projection, *_layer(recipe, None)):
+        inner = (product for layer in recipe.model.mtp_layers for product in _layer(recipe, layer))
+        for product in (projection, *inner):
             yield _over_the_step(recipe, f"mtp.{index}", product, is_whole=is_uniform)
     if chunk.has_loss:
         weights = recipe.model.vocab_size * recipe.model.hidden_size * (1 + recipe.num_mtp_layers)
@@ -132,24 +136,56 @@ def _gemm(
     )
 
 
-def _layer(recipe: Recipe, layer: int | None) -> Iterator[_Product]:
-    """One decoder layer, counted from 0; None is the layer inside an MTP module."""
+def _layer(recipe: Recipe, structure: LayerStructure) -> Iterator[_Product]:
     model = recipe.model
-    yield from _projections(recipe, model.attention)
-    yield _core(recipe, model.attention, layer)
-    moe = model.moe
-    if moe is not None and model.is_moe_layer(model.num_layers - 1 if layer is None else layer):
-        yield from _experts(recipe, moe)
-    else:
-        weights = 3 * model.hidden_size * (model.dense_ffn_hidden_size or 0)
+    if structure.mixer == "attention":
+        yield from _projections(recipe, model.attention)
+        yield _core(recipe, model.attention, structure)
+    elif structure.mixer == "mamba" and model.mamba is not None:
+        yield from _mamba(recipe, model.mamba)
+    elif structure.mixer == "gated_delta_net" and model.gated_delta_net is not None:
+        yield from _delta_net(recipe, model.gated_delta_net)
+    if structure.ffn == "moe" and model.moe is not None:
+        yield from _experts(recipe, model.moe)
+    elif structure.ffn == "dense":
+        weights = _num_matrices(recipe) * model.hidden_size * (model.dense_ffn_hidden_size or 0)
         yield _gemm(recipe, Part.DENSE_MLP, _gathered(recipe), weights, modules=frozenset({"mlp"}))
+
+
+def _num_matrices(recipe: Recipe) -> int:
+    return 2 + recipe.model.activation.is_gated
+
+
+def _mamba(recipe: Recipe, mamba: Mamba2) -> Iterator[_Product]:
+    """2 T H (3 d + 2 G N + n) / TP of projections, and the state's updates (`mamba_state_flops`) / TP."""
+    state_and_time = 2 * mamba.num_groups * mamba.state_size + mamba.num_heads
+    weights = recipe.model.hidden_size * (3 * mamba.inner_width + state_and_time)
+    yield _gemm(recipe, Part.MAMBA, _gathered(recipe), weights)
+    flops = mamba_state_flops(tokens=_gathered(recipe), inner=mamba.inner_width, state_size=mamba.state_size)
+    yield _state_update(recipe, flops)
+
+
+def _delta_net(recipe: Recipe, net: GatedDeltaNet) -> Iterator[_Product]:
+    """2 T (H (2 K + 3 V + 2 n_v) + w (2 K + V)) / TP of projections and convolution, and the state's updates
+    (`delta_net_state_flops`) / TP.
+    """
+    weights = recipe.model.hidden_size * (2 * net.key_width + 3 * net.value_width + 2 * net.num_value_heads)
+    weights += net.conv_width * (2 * net.key_width + net.value_width)
+    yield _gemm(recipe, Part.GATED_DELTA_NET, _gathered(recipe), weights)
+    yield _state_update(recipe, delta_net_state_flops(tokens=_gathered(recipe), net=net))
+
+
+def _state_update(recipe: Recipe, whole_flops: int) -> _Product:
+    """A rank's heads of the work on states, twice as much backward."""
+    flops = whole_flops // recipe.parallel.tensor
+    return _Product(part=STATE_UPDATE, kernel=Kernel.STATE, flops=flops, dgrad_flops=2 * flops, wgrad_flops=0)
 
 
 def _projections(recipe: Recipe, attention: Attention) -> Iterator[_Product]:
     """2 T w / TP; MLA's down-projections are whole and see this rank's tokens only: 2 t w."""
     hidden, heads, rows = recipe.model.hidden_size, attention.num_heads, _gathered(recipe)
     if attention.kind == "gqa":
-        channels = attention.head_dim * (2 * heads + 2 * attention.num_query_groups)
+        channels = attention.head_dim * ((2 + attention.output_gate) * heads + 2 * attention.num_query_groups)
         yield _gemm(recipe, Part.ATTENTION, rows, hidden * channels)
         return
     query = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
@@ -161,7 +197,7 @@ def _projections(recipe: Recipe, attention: Attention) -> Iterator[_Product]:
     yield _gemm(recipe, Part.ATTENTION, rows, heads * attention.v_head_dim * hidden)
 
 
-def _core(recipe: Recipe, attention: Attention, layer: int | None) -> _Product:
+def _core(recipe: Recipe, attention: Attention, structure: LayerStructure) -> _Product:
     """Scores and their product with the values, F = 2 b n pairs (d_k + d_v) / (TP CP); backward the scores
     again and four products: 2 b n pairs (3 d_k + 2 d_v) / (TP CP) (arXiv:2307.08691, 3.1.2).
 
@@ -180,7 +216,8 @@ def _core(recipe: Recipe, attention: Attention, layer: int | None) -> _Product:
             num_heads=attention.num_heads,
             qk_dim=qk_channels,
             v_dim=v_channels,
-            window_tokens=_window_tokens(attention, layer),
+            window_tokens=structure.window_tokens,
+            chunk_tokens=structure.chunk_tokens,
             causal_half=True,
         )
         return whole // (recipe.parallel.tensor * recipe.parallel.context)
@@ -199,28 +236,19 @@ def _pads_values(recipe: Recipe) -> bool:
     return recipe.kernels.family == "torch_native" and recipe.parallel.context == 1
 
 
-def _window_tokens(attention: Attention, layer: int | None) -> int | None:
-    """Tokens that a query of this layer sees; None for all."""
-    if layer is None or not isinstance(attention, GroupedQueryAttention):
-        return None
-    window = attention.sliding_window
-    if window is None or (layer + 1) % window.full_attention_every == 0:
-        return None
-    return window.window_tokens
-
-
 def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
     """Router 2 t H E; routed experts 6 r H F, r = t k rows received; shared experts 6 T H F_s / TP.
 
-    ETP ranks compute each other's rows with their share of F, which comes to the same. The torch-native
-    kernels add biases as a product with the rows' experts, one-hot: 2 r E (2 F + H) / EP, and as much for
-    the bias's gradient.
+    Without a gate 4 stands for 6. Where routed experts work in a width l, 4 r l F and 2 t H l for each of the
+    projections into it and back, which every tensor-parallel rank does for its own tokens. ETP ranks compute
+    each other's rows with their share of F, which comes to the same. The torch-native kernels add biases as a
+    product with the rows' experts, one-hot: 2 r E (2 F + H) / EP, and as much for the bias's gradient.
     """
     model = recipe.model
     hidden, expert = model.hidden_size, MOE
     sharded, rows = token_counts(recipe).sharded, dispatched_rows(recipe, moe)
     yield _gemm(recipe, Part.ROUTER, sharded, hidden * moe.num_experts, is_split=False, modules=expert)
-    flops = 6 * rows * hidden * moe.expert_ffn_hidden_size
+    flops = 2 * _num_matrices(recipe) * rows * model.expert_hidden_size * moe.expert_ffn_hidden_size
     yield _Product(
         part=Part.ROUTED_EXPERTS,
         kernel=Kernel.GROUPED if recipe.kernels.grouped_gemm else Kernel.GEMM,
@@ -241,6 +269,9 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
             wgrad_flops=bias,
             repeated_by=expert,
         )
+    if moe.latent_size is not None:
+        latent = 2 * hidden * moe.latent_size
+        yield _gemm(recipe, Part.LATENT_PROJECTIONS, sharded, latent, is_split=False, modules=expert)
     if moe.shared_expert_ffn_hidden_size:
-        weights = 3 * hidden * moe.shared_expert_ffn_hidden_size
+        weights = _num_matrices(recipe) * hidden * moe.shared_expert_ffn_hidden_size
         yield _gemm(recipe, Part.SHARED_EXPERTS, _gathered(recipe), weights, modules=MOE | {"shared_experts"})

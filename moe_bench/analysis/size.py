@@ -74,7 +74,8 @@ def counted_size(model: ModelSpec) -> CountedSize:
 
 def _counted(model: ModelSpec, *, num_experts: int) -> tuple[dict[Part, int], int]:
     # as published, whatever kernels build it
-    mtp = sum_parts([mtp_weights(model, num_experts=num_experts, family=None)] * model.num_mtp_layers)
+    num_modules = model.num_mtp_modules(model.num_mtp_layers)
+    mtp = sum_parts([mtp_weights(model, num_experts=num_experts, family=None)] * num_modules)
     main = main_weights(model, num_experts=num_experts, family=None)
     return _totals(main), sum(_totals(mtp).values())
 

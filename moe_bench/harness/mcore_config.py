@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_bench.harness.mcore_fields import complaint_about, megatron_fields
+from moe_bench.spec.legality.structure import built_model
 from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
 from moe_bench.spec.problem import Problem
@@ -97,7 +98,7 @@ def _covered_arguments(recipe: Recipe) -> MegatronArguments:
         parallel_state=_parallel_state(recipe),
         config_class="MLATransformerConfig" if is_mla else "TransformerConfig",
         transformer={
-            **_architecture(recipe.model),
+            **_architecture(built_model(recipe)),
             **_layout(recipe),
             **_experts(recipe),
             **_precision(recipe),

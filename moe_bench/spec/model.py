@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -37,7 +38,7 @@ class Rope(Spec):
 
     rope_theta: PositiveFloat
     rotary_fraction: Fraction = 1.0
-    """Share of each head's dimensions that rotates; GLM-4.5 rotates half."""
+    """Share of each head's dimensions that rotates; GLM-4.5 rotates half, Nemotron none."""
     interleaved: bool = False
     """Whether neighbouring dimensions form the rotating pairs (DeepSeek's layout) or the two halves do."""
     scaling: YarnScaling | None = None
@@ -52,6 +53,15 @@ class SlidingWindow(Spec):
     """Layer n (from 1) has full attention when n is a multiple of this; 2 alternates, window first."""
 
 
+class ChunkedAttention(Spec):
+    """Layers that see only their own chunk of the sequence, with full attention in every n-th layer."""
+
+    chunk_tokens: PositiveInt
+    """Tokens of a chunk; a query sees those before it in its own."""
+    full_attention_every: PositiveInt
+    """Layer n (from 1) has full attention when n is a multiple of this; 4 in Llama 4."""
+
+
 class GroupedQueryAttention(Spec):
     """Attention whose key and value heads are shared by groups of query heads (arXiv:2305.13245)."""
 
@@ -59,12 +69,17 @@ class GroupedQueryAttention(Spec):
     num_heads: PositiveInt
     num_query_groups: PositiveInt
     head_dim: PositiveInt
-    qk_norm: Literal["none", "per_head", "whole_vector"] = "none"
-    """RMSNorm on queries and keys: none, over each head (Qwen3), or over all heads at once (OLMoE)."""
+    qk_norm: Literal["none", "per_head", "whole_vector", "without_gain"] = "none"
+    """RMSNorm on queries and keys: none, over each head (Qwen3), over all heads at once (OLMoE), or over each
+    head without a learned gain (Llama 4).
+    """
     qkv_bias: bool = False
     sinks: bool = False
     """A learned logit per head that joins the softmax and attends to nothing (GPT-OSS)."""
+    output_gate: bool = False
+    """A gate per channel, projected beside the queries, that scales what the heads give (Qwen3-Next)."""
     sliding_window: SlidingWindow | None = None
+    chunked: ChunkedAttention | None = None
 
 
 class MultiLatentAttention(Spec):
@@ -80,7 +95,51 @@ class MultiLatentAttention(Spec):
     v_head_dim: PositiveInt
 
 
+HybridPattern = Annotated[str, Field(pattern=r"^[M*E-]+$")]
 Attention = Annotated[GroupedQueryAttention | MultiLatentAttention, Field(discriminator="kind")]
+
+
+class Mamba2(Spec):
+    """State-space layers (arXiv:2405.21060) of a hybrid model."""
+
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    state_size: PositiveInt
+    num_groups: PositiveInt
+    """Groups of heads that share the projections into and out of the state."""
+    conv_width: PositiveInt = 4
+
+    @property
+    def inner_width(self) -> int:
+        """Channels of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels that the causal convolution passes: the input and both projections of the state."""
+        return self.inner_width + 2 * self.num_groups * self.state_size
+
+
+class GatedDeltaNet(Spec):
+    """Linear attention by the gated delta rule (arXiv:2412.06464), full attention in every n-th layer."""
+
+    num_key_heads: PositiveInt
+    key_head_dim: PositiveInt
+    num_value_heads: PositiveInt
+    value_head_dim: PositiveInt
+    conv_width: PositiveInt = 4
+    full_attention_every: PositiveInt
+    """Layer n (from 1) has full attention when n is a multiple of this; 4 in Qwen3-Next."""
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all keys; queries have as many."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Channels of all values; the output gate has as many."""
+        return self.num_value_heads * self.value_head_dim
 
 
 class Activation(Spec):
@@ -127,6 +186,12 @@ class MixtureOfExperts(Spec):
     """Width of all shared experts together; 0 for none."""
     shared_expert_gate: bool = False
     num_leading_dense_layers: NonNegativeInt = 0
+    every_n_layers: PositiveInt = 1
+    """Layer n (from 1) has experts when n is a multiple of this; 2 in Llama 4 Maverick."""
+    latent_size: PositiveInt | None = None
+    """Width to which tokens are projected before dispatch, and in which routed experts work (Nemotron 3
+    Super); null for the hidden size. Router and shared experts see the hidden size.
+    """
     router: Router
 
 
@@ -136,6 +201,33 @@ class PublishedSize(Spec):
     total_params: PositiveFloat
     active_params: PositiveFloat
     source: Text
+
+
+Mixer = Literal["attention", "mamba", "gated_delta_net"]
+FeedForward = Literal["dense", "moe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStructure:
+    """What one layer does to a token: mix it with others, transform it alone, or one after the other."""
+
+    mixer: Mixer | None
+    """None in the half layers of a hybrid model that only transform."""
+    ffn: FeedForward | None
+    """None in the half layers of a hybrid model that only mix."""
+    window_tokens: int | None = None
+    """Tokens that a query of this layer sees, itself included; None for all before it."""
+    chunk_tokens: int | None = None
+    """Length of the chunks that a query of this layer does not see out of; None for no chunks."""
+
+
+_HYBRID_LETTERS = {
+    "M": LayerStructure(mixer="mamba", ffn=None),
+    "*": LayerStructure(mixer="attention", ffn=None),
+    "E": LayerStructure(mixer=None, ffn="moe"),
+    "-": LayerStructure(mixer=None, ffn="dense"),
+}
+"""Megatron-Core's symbols (models/hybrid/hybrid_layer_allocation.py) for half layers."""
 
 
 class ModelSpec(Spec):
@@ -149,12 +241,17 @@ class ModelSpec(Spec):
     default_run: Key | None = None
     """Recipe that the bare model name stands for; null for a reference model, which has none."""
     num_layers: PositiveInt
+    """Layers, or half layers where there is a hybrid pattern."""
+    hybrid_pattern: HybridPattern | None = None
+    """One letter per layer as Megatron-Core spells them: M Mamba-2, * attention, E experts, - dense MLP."""
     hidden_size: PositiveInt
     vocab_size: PositiveInt
     max_position_embeddings: PositiveInt
     dense_ffn_hidden_size: PositiveInt | None
     """Width of the dense MLP layers; null where every layer is an expert layer."""
     attention: Attention
+    mamba: Mamba2 | None = None
+    gated_delta_net: GatedDeltaNet | None = None
     rope: Rope
     activation: Activation
     moe: MixtureOfExperts | None
@@ -163,7 +260,11 @@ class ModelSpec(Spec):
     norm_epsilon: PositiveFloat
     tied_embeddings: bool = False
     num_mtp_layers: NonNegativeInt = 0
-    """Multi-token prediction modules of the published model (arXiv:2412.19437, 2.2)."""
+    """Depths of multi-token prediction that the published model was trained with (arXiv:2412.19437, 2.2)."""
+    mtp_is_shared: bool = False
+    """Whether one module serves every depth of prediction (Nemotron 3)."""
+    mtp_pattern: HybridPattern | None = None
+    """Half layers inside a prediction module of a hybrid model; null for a layer of the last layer's kind."""
     mtp_loss_factor: NonNegativeFloat = 0.1
     init_std: PositiveFloat = 0.02
     published: PublishedSize
@@ -179,13 +280,69 @@ class ModelSpec(Spec):
                 f"{self.key} has {self.num_layers} layers, {num_layers} are asked for; name "
                 f"{self.num_layers} or fewer"
             )
-        return self.model_copy(update={"num_layers": num_layers})
+        pattern = None if self.hybrid_pattern is None else self.hybrid_pattern[:num_layers]
+        return self.model_copy(update={"num_layers": num_layers, "hybrid_pattern": pattern})
+
+    @property
+    def layers(self) -> tuple[LayerStructure, ...]:
+        """The structure of every decoder layer."""
+        return tuple(map(self.layer, range(self.num_layers)))
+
+    def layer(self, index: int) -> LayerStructure:
+        """The structure of decoder layer `index`, counted from 0."""
+        if self.hybrid_pattern is not None:
+            return _HYBRID_LETTERS[self.hybrid_pattern[index]]
+        window = chunk = None
+        if self.attention.kind == "gqa":
+            windowed, chunked = self.attention.sliding_window, self.attention.chunked
+            if windowed is not None and (index + 1) % windowed.full_attention_every:
+                window = windowed.window_tokens
+            if chunked is not None and (index + 1) % chunked.full_attention_every:
+                chunk = chunked.chunk_tokens
+        return LayerStructure(
+            mixer=self._mixer(index),
+            ffn="moe" if self._has_experts(index) else "dense",
+            window_tokens=window,
+            chunk_tokens=chunk,
+        )
+
+    @property
+    def mtp_layers(self) -> tuple[LayerStructure, ...]:
+        """The structure of what stands in one prediction module; its attention has no window."""
+        if self.mtp_pattern is not None:
+            return tuple(_HYBRID_LETTERS[letter] for letter in self.mtp_pattern)
+        last = self.layer(self.num_layers - 1)
+        return (LayerStructure(mixer=last.mixer, ffn=last.ffn),)
+
+    def num_mtp_modules(self, num_depths: int) -> int:
+        """Prediction modules with parameters of their own behind `num_depths` depths of prediction."""
+        return min(num_depths, 1) if self.mtp_is_shared else num_depths
 
     @property
     def num_dense_layers(self) -> int:
-        """Layers with a dense MLP; they come first."""
-        return self.num_layers if self.moe is None else self.moe.num_leading_dense_layers
+        """Layers with a dense MLP."""
+        if self.hybrid_pattern is not None:
+            return self.hybrid_pattern.count("-")
+        return self.num_layers - sum(map(self._has_experts, range(self.num_layers)))
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer`, counted from 0, has experts."""
-        return layer >= self.num_dense_layers
+        return self._has_experts(layer)
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Width of the tokens that are dispatched to routed experts."""
+        return (self.moe and self.moe.latent_size) or self.hidden_size
+
+    def _mixer(self, index: int) -> Mixer:
+        linear = self.gated_delta_net
+        is_linear = linear is not None and (index + 1) % linear.full_attention_every
+        return "gated_delta_net" if is_linear else "attention"
+
+    def _has_experts(self, index: int) -> bool:
+        if self.hybrid_pattern is not None:
+            return self.hybrid_pattern[index] == "E"
+        moe = self.moe
+        if moe is None or index < moe.num_leading_dense_layers:
+            return False
+        return (index + 1) % moe.every_n_layers == 0

@@ -9,15 +9,16 @@ import pytest
 from moe_bench.analysis.flops import (
     CORE_ATTENTION,
     RULES,
+    STATE_UPDATE,
     FlopsCounting,
     core_attention_flops,
     defines,
     forward_flops_by_part,
-    gated_mlp_flops,
     gflops_per_token,
     gqa_projection_flops,
     lm_head_flops,
     mla_projection_flops,
+    mlp_flops,
     mtp_projection_flops,
     norm_flops_as_product,
     router_flops,
@@ -26,8 +27,11 @@ from moe_bench.analysis.flops import (
 )
 from moe_bench.analysis.params import Part
 from moe_bench.errors import BadInputError
+from moe_bench.spec.load import Loader
 from moe_bench.spec.model import GroupedQueryAttention, ModelSpec
+from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
+from tests.analysis.conftest import RecipeMaker
 
 MegatronCounter = Callable[[Namespace, int], float]
 
@@ -225,7 +229,7 @@ def test_the_closed_formula_of_dgxc_agrees_where_heads_fill_the_hidden_size(
 
 
 def test_the_closed_formula_of_dgxc_refuses_latent_attention(models: dict[str, ModelSpec]) -> None:
-    with pytest.raises(BadInputError, match="knows grouped-query attention only"):
+    with pytest.raises(BadInputError, match="knows whole layers of grouped-query attention only"):
         gflops_per_token(models["kimi_k2"], seq_len=4096, num_mtp_layers=0, counting=FlopsCounting.DGXC)
 
 
@@ -249,7 +253,7 @@ def test_latent_projections_match_a_hand_count() -> None:
 
 def test_routed_experts_match_a_hand_count() -> None:
     # DeepSeek-V3, one token, one layer: 8 experts x 3 matrices x (7168 x 2048) x 2
-    assert gated_mlp_flops(tokens=8, hidden=7168, ffn=2048, num_matrices=3) == 704_643_072
+    assert mlp_flops(tokens=8, hidden=7168, ffn=2048, num_matrices=3) == 704_643_072
 
 
 def test_router_head_projection_and_norm_match_hand_counts() -> None:
@@ -299,3 +303,23 @@ def test_only_conventions_that_count_mtp_change_with_it(deepseek_256: Recipe) ->
             continue
         changed = step_flops(trained, counting=counting) != step_flops(deepseek_256, counting=counting)
         assert changed == rule.mtp
+
+
+def test_chunks_are_sequences_of_their_own() -> None:
+    shape = {"num_heads": 40, "qk_dim": 128, "v_dim": 128, "window_tokens": None, "causal_half": True}
+    chunked = core_attention_flops(num_seqs=1, seq_len=32_768, chunk_tokens=8192, **shape)
+    assert chunked == core_attention_flops(num_seqs=4, seq_len=8192, **shape)
+    short = core_attention_flops(num_seqs=1, seq_len=4096, chunk_tokens=8192, **shape)
+    assert short == core_attention_flops(num_seqs=1, seq_len=4096, **shape)
+
+
+@pytest.mark.parametrize("key", ["nemotron_3_nano_30b_a3b", "qwen3_next_80b_a3b"])
+def test_the_closed_formula_of_dgxc_refuses_layers_without_attention(loader: Loader, key: str) -> None:
+    with pytest.raises(BadInputError, match="has layers without attention; use another convention"):
+        gflops_per_token(loader.model(key), seq_len=4096, num_mtp_layers=0, counting=FlopsCounting.DGXC)
+
+
+def test_all_gradient_of_a_state_is_of_its_input(loader: Loader, make_recipe: RecipeMaker) -> None:
+    recipe = make_recipe(loader.model("nemotron_h_56b"), ParallelSpec(num_gpus=8, tensor=8))
+    state = step_flops_by_part(recipe, counting=FlopsCounting.MCORE)[STATE_UPDATE]
+    assert (state.dgrad_flops, state.wgrad_flops) == (2 * state.forward_flops, 0)

@@ -11,10 +11,12 @@ from moe_bench.analysis.params import (
     Weights,
     attention_norm_params,
     embedding_params,
-    gated_mlp_params,
+    gated_delta_net_params,
     grouped_query_attention_params,
     layer_weights,
     main_weights,
+    mamba_params,
+    mlp_params,
     mtp_projection_params,
     mtp_weights,
     multi_latent_attention_params,
@@ -22,9 +24,11 @@ from moe_bench.analysis.params import (
     rank_params,
     rank_weights,
     router_params,
+    structure_weights,
     sum_parts,
 )
-from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.load import Loader
+from moe_bench.spec.model import GatedDeltaNet, Mamba2, ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
 from tests.analysis.conftest import RecipeMaker
@@ -75,9 +79,11 @@ def test_latent_attention_without_query_compression_projects_queries_directly() 
 
 
 def test_an_expert_matches_a_hand_count() -> None:
-    assert gated_mlp_params(hidden=7168, ffn=2048, bias=False).total == 44_040_192
+    assert mlp_params(hidden=7168, ffn=2048, bias=False, is_gated=True).total == 44_040_192
     # GPT-OSS: biases on both projections
-    assert gated_mlp_params(hidden=2880, ffn=2880, bias=True) == Weights(3 * 2880 * 2880 + 5760, 2880)
+    assert mlp_params(hidden=2880, ffn=2880, bias=True, is_gated=True) == Weights(
+        3 * 2880 * 2880 + 5760, 2880
+    )
 
 
 def test_a_router_has_one_row_per_expert_and_no_expert_bias() -> None:
@@ -227,3 +233,43 @@ def test_all_ranks_together_hold_every_parameter_once_per_replica(
     copies = num_embedding_copies * model.vocab_size * model.hidden_size
     assert held == dense.sharded + copies + parallel.tensor * dense.replicated
     assert held_experts == experts.sharded + parallel.expert_tensor * experts.replicated
+
+
+def test_a_mamba_layer_matches_a_hand_count() -> None:
+    # Nemotron 3 Nano: d = 64 x 64 = 4096, 2 G N = 2048
+    mamba = Mamba2(num_heads=64, head_dim=64, state_size=128, num_groups=8)
+    projections = 2688 * (2 * 4096 + 2048 + 64) + 4096 * 2688
+    assert mamba_params(mamba, hidden=2688) == Weights(projections + 6144 * 5 + 3 * 64 + 4096)
+
+
+def test_a_gated_delta_net_matches_a_hand_count() -> None:
+    # Qwen3-Next: K = 16 x 128 = 2048, V = 32 x 128 = 4096; its norm is shared by all heads
+    net = GatedDeltaNet(
+        num_key_heads=16, key_head_dim=128, num_value_heads=32, value_head_dim=128, full_attention_every=4
+    )
+    projections = 2048 * (2 * 2048 + 2 * 4096 + 64) + 4096 * 2048
+    assert gated_delta_net_params(net, hidden=2048) == Weights(projections + 8192 * 4 + 64, 128)
+
+
+def test_latent_experts_are_narrow_and_their_projections_are_repeated_on_every_rank(loader: Loader) -> None:
+    model = loader.model("nemotron_3_super_120b_a12b")
+    parts = structure_weights(model, model.layer(1), num_experts=512, family=None)
+    assert parts[Part.ROUTED_EXPERTS] == Weights(512 * 2 * 1024 * 2688)
+    assert parts[Part.LATENT_PROJECTIONS] == Weights(0, 2 * 4096 * 1024)
+    assert parts[Part.SHARED_EXPERTS] == Weights(2 * 4096 * 5376)
+    assert parts[Part.NORMS] == Weights(0, 4096)  # a half layer has one
+
+
+def test_an_ungated_mlp_has_two_matrices_and_their_biases() -> None:
+    assert mlp_params(hidden=12288, ffn=49152, bias=True, is_gated=False) == Weights(
+        2 * 12288 * 49152 + 49152, 12288
+    )
+
+
+def test_an_output_gate_is_as_large_as_the_queries() -> None:
+    shape = {"hidden": 2048, "num_heads": 16, "num_query_groups": 2, "head_dim": 256}
+    with_gate, without = (
+        grouped_query_attention_params(**shape, qkv_bias=False, output_bias=False, output_gate=gate)
+        for gate in (True, False)
+    )
+    assert with_gate.total - without.total == 2048 * 16 * 256

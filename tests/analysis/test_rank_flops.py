@@ -111,3 +111,61 @@ def test_all_ranks_together_do_what_the_model_needs(loader: Loader, name: str) -
     needed.pop(Part.NORMS, None)  # counted by Megatron-Core as if they were products
     assert spent == needed
     assert routers > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "parallel", "num_mtp_layers"),
+    [
+        ("nemotron_3_super_120b_a12b", ParallelSpec(num_gpus=64, expert=64), 2),
+        (
+            "nemotron_3_super_120b_a12b",
+            ParallelSpec(num_gpus=16, tensor=2, sequence_parallel=True, expert=8),
+            0,
+        ),
+        ("nemotron_h_56b", ParallelSpec(num_gpus=32, tensor=8), 0),
+        ("qwen3_next_80b_a3b", ParallelSpec(num_gpus=64, pipeline=2, expert=8), 1),
+        ("llama_4_maverick_17b_128e", ParallelSpec(num_gpus=128, pipeline=4, expert=16), 0),
+        ("gpt_3_175b", ParallelSpec(num_gpus=96, tensor=4, pipeline=8), 0),
+    ],
+)
+def test_all_ranks_of_a_reference_model_do_what_it_needs(
+    loader: Loader, make_recipe: RecipeMaker, key: str, parallel: ParallelSpec, num_mtp_layers: int
+) -> None:
+    recipe = make_recipe(loader.model(key), parallel, num_mtp_layers=num_mtp_layers, seq_len=8192)
+    spent = Counter[str]()
+    for pipeline_rank in range(parallel.pipeline):
+        for line in rank_flops(recipe, pipeline_rank):
+            spent[line.part] += parallel.num_gpus // parallel.pipeline * line.forward_flops
+    needed = forward_flops_by_part(
+        recipe.model,
+        num_seqs=recipe.global_batch_size,
+        seq_len=8192,
+        num_mtp_layers=num_mtp_layers,
+        counting=FlopsCounting.MCORE_WINDOWED,
+    )
+    for uncounted in (Part.ROUTER, Part.NORMS, Part.MTP_PROJECTION):
+        spent.pop(uncounted, 0)
+    assert spent == {part: flops for part, flops in needed.items() if part in spent}
+    assert set(needed) - set(spent) <= {Part.NORMS, Part.MTP_PROJECTION}
+
+
+def test_a_state_costs_twice_as_much_backward_and_has_no_weights(
+    loader: Loader, make_recipe: RecipeMaker
+) -> None:
+    recipe = make_recipe(loader.model("nemotron_3_nano_30b_a3b"), ParallelSpec(num_gpus=8, expert=8))
+    (line,) = (
+        one for one in rank_flops(recipe, 0) if one.place == "decoder.0" and one.kernel is Kernel.STATE
+    )
+    assert line.forward_flops == 16 * 7 * 4096 * 4096 * 128  # 16 micro batches of 4096 tokens
+    assert (line.dgrad_flops, line.wgrad_flops) == (2 * line.forward_flops, 0)
+
+
+def test_latent_experts_are_dispatched_and_multiplied_in_their_own_width(
+    loader: Loader, make_recipe: RecipeMaker
+) -> None:
+    recipe = make_recipe(
+        loader.model("nemotron_3_super_120b_a12b"), ParallelSpec(num_gpus=8, expert=8), global_batch_size=8
+    )
+    flops = {line.part: line.forward_flops for line in rank_flops(recipe, 0) if line.place == "decoder.1"}
+    assert flops[Part.ROUTED_EXPERTS] == 2 * 2 * 4096 * 22 * 1024 * 2688
+    assert flops[Part.LATENT_PROJECTIONS] == 2 * 4096 * 2 * 4096 * 1024

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from moe_bench.errors import BadInputError
 from moe_bench.harness import mcore_fields
 from moe_bench.harness.mcore_config import as_json, megatron_arguments, override_problems
 from moe_bench.launch.local import env_prefix
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
+from moe_bench.spec.model import ChunkedAttention, GatedDeltaNet
 from moe_bench.spec.recipe import LowPrecision, Recipe, TokenDrop
 
 LOADER = Loader(root=recipes_root())
@@ -30,7 +32,25 @@ FP8 = recipe_named("deepseek_v3/h100_sxm_1024g_fp8_blockwise").model_copy(
     update={"low_precision": LowPrecision(), "token_drop": TokenDrop(capacity_factor=1.0)}
 )
 
+NOT_BUILT = {
+    "model.hybrid_pattern": "M*E-" * 15 + "M",
+    "model.mamba": None,
+    "model.gated_delta_net": GatedDeltaNet(
+        num_key_heads=1, key_head_dim=8, num_value_heads=1, value_head_dim=8, full_attention_every=4
+    ),
+    "model.attention.output_gate": True,
+    "model.attention.chunked": ChunkedAttention(chunk_tokens=8192, full_attention_every=4),
+    "model.moe.every_n_layers": 2,
+    "model.moe.latent_size": 1024,
+    "model.mtp_is_shared": True,
+    "model.mtp_pattern": None,
+}
+"""Structures for accounting and projection only, with a value that must be refused; None where another of
+them must stand beside.
+"""
+
 NOT_ARGUMENTS = {
+    **dict.fromkeys(NOT_BUILT, "refused, see test_a_structure_that_is_only_counted_is_refused"),
     "variant": "part of the file name",
     "reproduces": "names a published row",
     "differences": "explains departures from that row",
@@ -140,6 +160,12 @@ CASES = [
 @pytest.mark.parametrize(("base", "path", "value"), CASES)
 def test_a_knob_arrives(base: Recipe, path: str, value: Any) -> None:
     assert everything(changed(base, path, value)) != everything(base)
+
+
+@pytest.mark.parametrize(("path", "value"), [one for one in NOT_BUILT.items() if one[1] is not None])
+def test_a_structure_that_is_only_counted_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(BadInputError, match=rf"{path}: .* for accounting and projection only"):
+        megatron_arguments(changed(GQA, path, value))
 
 
 def test_the_walk_meets_every_field_of_the_schema() -> None:

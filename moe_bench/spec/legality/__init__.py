@@ -14,13 +14,15 @@ from moe_bench.spec.legality import (
     precision,
     saving,
     sharding,
+    structure,
 )
 from moe_bench.spec.legality.rule import Rule
 from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 
 GROUPS = (
-    grid, attention, layers, experts, dispatch, batches, precision, overlap, saving, graphs, sharding,
+    structure, grid, attention, layers, experts, dispatch, batches, precision, overlap, saving, graphs,
+    sharding,
 )  # fmt: skip
 """The modules of rules, in the order in which they are asked; the docstring of each says what it is about."""
 
