@@ -10,10 +10,13 @@ from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.nearest_shapes import Found, Miss, NearestShapes
-from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Operation, Part, Pass
+from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.results import calibration as measured
 from moe_bench.results.store import CALIBRATION_FOLDER
 from moe_bench.spec.system import GpuSpec
+
+Kernel = Gemm | AttentionCore | MemoryBound
+"""Operations that measurements may know."""
 
 Kind = tuple[str, ...]
 """Operations whose measurements may be interpolated between."""
@@ -31,7 +34,7 @@ _MAX_SKEW = 1.1
 """Largest group over the mean up to which a grouped product counts as balanced."""
 
 
-def kind_of(operation: Operation) -> Kind:
+def kind_of(operation: Kernel) -> Kind:
     """Dense products share a kind whatever their pass: on a B200 Transformer Engine's three differ by 2 %."""
     if isinstance(operation, Gemm):
         if operation.num_groups == 1:
@@ -45,7 +48,7 @@ def kind_of(operation: Operation) -> Kind:
     return ("memory", operation.part)
 
 
-def sizes_of(operation: Operation) -> tuple[float, ...]:
+def sizes_of(operation: Kernel) -> tuple[float, ...]:
     """What the measurements of one kind are interpolated in."""
     if isinstance(operation, Gemm):
         sizes = (operation.num_rows, operation.num_inner, operation.num_columns)
@@ -61,7 +64,7 @@ class CalibratedShapes:
     """Every operation that calibration files of one GPU hold, by kind."""
 
     def __init__(
-        self, gpu: GpuSpec, calibrations: Sequence[measured.Calibration], law_s: Callable[[Operation], float]
+        self, gpu: GpuSpec, calibrations: Sequence[measured.Calibration], law_s: Callable[[Kernel], float]
     ) -> None:
         """`law_s` gives the law's time of a single call. BadInputError for files of another GPU."""
         for calibration in calibrations:
@@ -80,7 +83,7 @@ class CalibratedShapes:
             for kind, operations in times_s.items()
         }
 
-    def lookup(self, operation: Operation) -> Found | Miss:
+    def lookup(self, operation: Kernel) -> Found | Miss:
         """Measured time over the law's at this operation."""
         kind = kind_of(operation)
         shapes = self._shapes.get(kind)
@@ -118,15 +121,15 @@ def sustained_clock_fraction(calibrations: Sequence[measured.Calibration]) -> fl
     return statistics.median(fractions) if fractions else None
 
 
-def _fastest(measurements: Iterable[measured.Measurement]) -> dict[Kind, dict[Operation, float]]:
+def _fastest(measurements: Iterable[measured.Measurement]) -> dict[Kind, dict[Kernel, float]]:
     """Operations of the projection with the least median over implementations; with a cold L2 where a kind
     was measured so at all, as in a training step.
     """
-    by_kind: dict[Kind, list[tuple[Operation, measured.Measurement]]] = defaultdict(list)
+    by_kind: dict[Kind, list[tuple[Kernel, measured.Measurement]]] = defaultdict(list)
     for one in measurements:
         for operation in _operation(one):
             by_kind[kind_of(operation)].append((operation, one))
-    times_s: dict[Kind, dict[Operation, float]] = {}
+    times_s: dict[Kind, dict[Kernel, float]] = {}
     for kind, pairs in by_kind.items():
         is_cold = any(one.cold_l2 for _, one in pairs)
         times_s[kind] = {}
@@ -137,7 +140,7 @@ def _fastest(measurements: Iterable[measured.Measurement]) -> dict[Kind, dict[Op
     return times_s
 
 
-def _operation(one: measured.Measurement) -> Iterator[Operation]:
+def _operation(one: measured.Measurement) -> Iterator[Kernel]:
     """The measured call in the projection's terms; nothing for what the projection has no operation for."""
     what, number = one.what, _NUMBERS.get(one.dtype)
     if isinstance(what, measured.DenseGemm) and number is not None:

@@ -9,10 +9,10 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
-from moe_bench.projection.calibrated_shapes import CalibratedShapes, kind_of
+from moe_bench.projection.calibrated_shapes import CalibratedShapes, Kernel, kind_of
 from moe_bench.projection.evidence import Grade
 from moe_bench.projection.nearest_shapes import Miss
-from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Operation, Pass
+from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Pass
 from moe_bench.projection.rates import (
     GEMM_HBM_FRACTION,
     KERNEL_START_S,
@@ -99,12 +99,12 @@ class Efficiency:
         self._rates = gpu_rates(system.gpu)
         self._sources: list[tuple[CalibratedShapes | TableShapes, Grade, str]] = []
         if calibration:
-            shapes = CalibratedShapes(system.gpu, calibration, self._law_s)
+            shapes = CalibratedShapes(system.gpu, calibration, self.law_s)
             self._sources.append((shapes, Grade.MEASURED_HERE, f"calibration of {system.gpu.device_name}"))
         if tables:
-            table_shapes = TableShapes(system.gpu, self._law_s)
+            table_shapes = TableShapes(system.gpu, self.law_s)
             self._sources.append((table_shapes, Grade.MEASURED_ELSEWHERE, table_shapes.source))
-        self._known: dict[Operation, Cost] = {}
+        self._known: dict[Kernel, Cost] = {}
         self._unanswered: dict[Unanswered, None] = {}
 
     @property
@@ -128,7 +128,9 @@ class Efficiency:
         """Of a large plain kernel that reads and writes `num_bytes`, as an optimizer step or a copy."""
         return self._bytes(num_bytes, Scale.STREAM)
 
-    def _best[Kind: Operation](self, operation: Kind, law: Callable[[Kind], Cost]) -> Cost:
+    def _best[Kind: (Gemm, AttentionCore, MemoryBound)](
+        self, operation: Kind, law: Callable[[Kind], Cost]
+    ) -> Cost:
         """The law's cost, times what the best source that knows the shape measured relative to it."""
         if not self._sources:
             return law(operation)
@@ -137,7 +139,7 @@ class Efficiency:
             known = self._known[operation] = self._measured(operation, law(operation))
         return known
 
-    def _measured(self, operation: Operation, cost: Cost) -> Cost:
+    def _measured(self, operation: Kernel, cost: Cost) -> Cost:
         for shapes, grade, source in self._sources:
             found = shapes.lookup(operation)
             if isinstance(found, Miss):
@@ -154,7 +156,8 @@ class Efficiency:
             )
         return cost
 
-    def _law_s(self, operation: Operation) -> float:
+    def law_s(self, operation: Kernel) -> float:
+        """Time of a single call by the law alone, whatever was measured."""
         if isinstance(operation, Gemm):
             return self._gemm_law(operation).burst_s
         if isinstance(operation, AttentionCore):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from moe_bench.projection.calibrated_shapes import Kernel
 from moe_bench.projection.nearest_shapes import Found, Miss, NearestShapes
-from moe_bench.projection.operations import AttentionCore, Gemm, Number, Operation, Part, Pass
+from moe_bench.projection.operations import AttentionCore, Gemm, Number, Part, Pass
+from moe_bench.projection.rates import KERNEL_START_S
 from moe_bench.projection.tables import (
     FOLDERS,
     GemmTable,
@@ -47,14 +50,14 @@ _QUANTIZATION: Mapping[str, Mapping[Number, tuple[float, float]]] = MappingProxy
         },
     }
 )
-"""Bytes per second and start of the quantization of one factor that low-precision times include, fitted
-beside the rates (benchmarks/fit_rates.py): the projection counts it as an operation of its own."""
+"""Bytes per second of the quantization of one factor that low-precision times include, and start of it and
+the product, fitted beside the rates (benchmarks/fit_rates.py): quantization is an operation of its own here."""
 
 
 class TableShapes:
     """Products and forward attention of one GPU."""
 
-    def __init__(self, gpu: GpuSpec, law_s: Callable[[Operation], float]) -> None:
+    def __init__(self, gpu: GpuSpec, law_s: Callable[[Kernel], float]) -> None:
         """`law_s` gives the law's time of a single call. MissingRequirementError without the package."""
         self.source = f"aiconfigurator-core {package_version()}"
         self._gpu = gpu
@@ -62,7 +65,7 @@ class TableShapes:
         self._products: dict[Number, NearestShapes] | None = None
         self._attention: Mapping[float, NearestShapes] | None = None
 
-    def lookup(self, operation: Operation) -> Found | Miss:
+    def lookup(self, operation: Kernel) -> Found | Miss:
         """Measured time over the law's at this operation."""
         if self._gpu.device_name not in FOLDERS:
             return Miss(f"no table of {self._gpu.device_name}")
@@ -79,33 +82,14 @@ class TableShapes:
             return Miss("no table of products that are added to a gradient")
         if self._products is None:
             tables = read_gemm_tables(self._gpu.device_name, engine="trtllm")
-            self._products = {number: self._over_law(number, table) for number, table in tables.items()}
+            self._products = {
+                number: NearestShapes(*product_ratios(self._gpu, number, table, self._law_s))
+                for number, table in tables.items()
+            }
         shapes = self._products.get(operation.number)
         if shapes is None:
             return Miss(f"no table of products in {operation.number}")
         return shapes.lookup((operation.num_rows, operation.num_inner, operation.num_columns))
-
-    def _over_law(self, number: Number, table: GemmTable) -> NearestShapes:
-        sizes, ratios = [], []
-        rate_bytes_per_s, start_s = _QUANTIZATION[self._gpu.device_name].get(number, (1.0, 0.0))
-        shapes = zip(table.num_rows, table.num_inner, table.num_columns, table.time_s, strict=True)
-        for rows, inner, columns, time_s in shapes:
-            if min(rows, inner, columns) < _MIN_SIZE:
-                continue
-            product = Gemm(
-                part=Part.DENSE_MLP,
-                in_pass=Pass.FORWARD,
-                num_rows=rows,
-                num_inner=inner,
-                num_columns=columns,
-                number=number,
-            )
-            law_s = self._law_s(product)
-            if number is not Number.BF16:
-                law_s += (2 + number.element_bytes) * rows * inner / rate_bytes_per_s + start_s
-            sizes.append((rows, inner, columns))
-            ratios.append(time_s / law_s)
-        return NearestShapes(sizes, ratios)
 
     def _core(self, operation: AttentionCore) -> Found | Miss:
         if operation.in_pass not in (Pass.FORWARD, Pass.RECOMPUTE):
@@ -140,3 +124,27 @@ class TableShapes:
             sizes.append((tokens, flops**0.5))
             ratios.append(time_s / self._law_s(core))
         return {dim: NearestShapes(sizes, ratios) for dim, (sizes, ratios) in points.items()}
+
+
+def product_ratios(
+    gpu: GpuSpec, number: Number, table: GemmTable, law_s: Callable[[Kernel], float]
+) -> tuple[list[tuple[float, float, float]], list[float]]:
+    """Rows, inner size and columns of every product of a size that training has; its time over the law's."""
+    sizes, ratios = [], []
+    rate_bytes_per_s, start_s = _QUANTIZATION[gpu.device_name].get(number, (math.inf, KERNEL_START_S))
+    shapes = zip(table.num_rows, table.num_inner, table.num_columns, table.time_s, strict=True)
+    for rows, inner, columns, time_s in shapes:
+        if min(rows, inner, columns) < _MIN_SIZE:
+            continue
+        product = Gemm(
+            part=Part.DENSE_MLP,
+            in_pass=Pass.FORWARD,
+            num_rows=rows,
+            num_inner=inner,
+            num_columns=columns,
+            number=number,
+        )
+        quantization_s = (2 + number.element_bytes) * rows * inner / rate_bytes_per_s + start_s
+        sizes.append((rows, inner, columns))
+        ratios.append(time_s / (law_s(product) - KERNEL_START_S + quantization_s))
+    return sizes, ratios
