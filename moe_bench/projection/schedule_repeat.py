@@ -20,20 +20,23 @@ TOLERANCE_FRACTION = 1e-12
 """Of the simulated time: what rounding may make of two equal periods."""
 _NUM_EDGE_SLOTS = 6
 """At both ends of the steady state: there, other transfers are posted than in its middle."""
-_FEWEST_PERIODS = {True: 6, False: 8}
-"""Of the smallest simulation, in groups where chunks interleave, else in pipeline sizes of micro batches."""
+_FEWEST_GROUPS = 5
+"""Of the shortest simulation where chunks interleave: with fewer, its steady state is mostly too short."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A place in the steady state of every rank, and how far later slots look back behind it."""
+    """A place in the steady state of every rank, and what later slots read from before it."""
 
     num_before: tuple[int, ...]
     """Slots of every rank before the cut."""
     num_slots: int
     """Of one rank in one period."""
     nodes: tuple[tuple[int, int], ...]
-    """All slots before the cut that slots behind it may read, each with the slot one period earlier."""
+    """The slots before the cut that those behind it read, each with the slot one period earlier.
+
+    As many of every rank as the furthest look back goes, from this cut or from one a period earlier.
+    """
     counts: tuple[tuple[tuple[int, int], ...], ...]
     """Of every rank: how many slots of one period have which duration."""
 
@@ -46,12 +49,11 @@ def period_micro_batches(shape: ScheduleShape) -> int:
 def shorter_shapes(shape: ScheduleShape) -> Iterator[ScheduleShape]:
     """The same schedule with fewer micro batches, ever longer, as long as it saves a third of the work."""
     period = period_micro_batches(shape)
-    interleaves = period > 1
-    step = _FEWEST_PERIODS[interleaves] * (period if interleaves else shape.num_ranks)
-    length = step + shape.num_micro_batches % period
-    while 3 * length <= 2 * shape.num_micro_batches:
-        yield _with_micro_batches(shape, length)
-        length += length - shape.num_micro_batches % period
+    whole = _FEWEST_GROUPS * period if period > 1 else 8 + 3 * shape.num_ranks
+    last_group = shape.num_micro_batches % period
+    while 3 * (whole + last_group) <= 2 * shape.num_micro_batches:
+        yield _with_micro_batches(shape, whole + last_group)
+        whole *= 2
 
 
 def repeated_time_s(cut: Cut, ends_s: Sequence[float]) -> float | None:
@@ -73,7 +75,7 @@ def steady_cut(shape: ScheduleShape, rule: TransferRule) -> Cut | None:
     num_slots = period * _slots_per_micro_batch(shape)
     runs = [_steady_run([work for _, work in slots], num_slots, period) for slots in graph.slots]
     num_before = tuple(end - num_slots - _NUM_EDGE_SLOTS for _, end in runs)
-    depth = _depth(graph, num_before)
+    depth = max(_depth(graph, num_before), _depth(graph, [before - num_slots for before in num_before]))
     for (start, _), before in zip(runs, num_before, strict=True):
         if before - depth < start + _NUM_EDGE_SLOTS:
             return None
