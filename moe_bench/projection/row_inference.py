@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from moe_bench.projection.row_case import Case, Draft
+from moe_bench.projection.row_case import Case, Draft, Rule
+from moe_bench.projection.row_folds import FoldBy, configuration_key, fold_of
 from moe_bench.projection.row_printed import LAYOUT, printed_fields
 from moe_bench.projection.row_rules import RECIPE_RULE, STAGES
 from moe_bench.projection.row_stack import Stack, stack_of
@@ -60,6 +61,15 @@ class InferredRun:
     def tokens_per_s_per_gpu(self) -> float:
         """The published throughput."""
         return self.target.tokens_per_s_per_gpu
+
+    @property
+    def configuration(self) -> str:
+        """Equal for rows that repeat one configuration in another release."""
+        return configuration_key(self.row)
+
+    def fold(self, by: FoldBy) -> str:
+        """The group that a cross-validation leaves out together with this run."""
+        return fold_of(self.row, by)
 
     @property
     def step_time_s(self) -> float:
@@ -136,21 +146,27 @@ def _fields_of(case: Case, donor: Recipe | None) -> tuple[Draft, tuple[Assumptio
     draft = dict(case.draft)
     assumptions = []
     for rules, required in STAGES:
-        for rule in rules:
-            if rule.field in draft:
+        for field in dict.fromkeys(rule.field for rule in rules):
+            if field in draft:
                 continue
             now = replace(case, draft=draft)
-            asks_rule = donor is None or rule.is_of_release
-            if asks_rule and not rule.applies(now):
+            rule = _rule_for(now, [rule for rule in rules if rule.field == field], donor)
+            if rule is None and donor is None:
                 continue
-            value = rule.value(now) if donor is None or asks_rule else _donated(donor, rule.field)
-            draft[rule.field] = value
-            name = rule.name if asks_rule else RECIPE_RULE
-            assumptions.append(Assumption(field=rule.field, value=_shown(value), rule=name))
+            value = _donated(donor, field) if rule is None else rule.value(now)
+            draft[field] = value
+            name = RECIPE_RULE if rule is None else rule.name
+            assumptions.append(Assumption(field=field, value=_shown(value), rule=name))
         missing = next((reason for field, reason in required if field not in draft), None)
         if missing is not None:
             return missing
     return draft, tuple(assumptions)
+
+
+def _rule_for(case: Case, rules: Sequence[Rule], donor: Recipe | None) -> Rule | None:
+    """The rule that fills the field of `rules`; None where a recipe does, or nothing."""
+    eligible = (rule for rule in rules if donor is None or rule.is_of_release)
+    return next((rule for rule in eligible if rule.applies(case)), None)
 
 
 def _system(row: PublishedRow, catalogue: Catalogue) -> SystemSpec | None:
@@ -160,8 +176,9 @@ def _system(row: PublishedRow, catalogue: Catalogue) -> SystemSpec | None:
     return next((system for system in forms if system is not None), None)
 
 
-def _donated(donor: Recipe, field: str) -> object:
+def _donated(donor: Recipe | None, field: str) -> object:
     """The field of a recipe that copies the row; how it places layers is one field here."""
+    assert donor is not None  # noqa: S101 - a field without a rule is filled by a recipe
     if field != LAYOUT:
         return attrgetter(field)(donor)
     split = donor.parallel.model_dump(include=set(_SPLIT_FIELDS), exclude_defaults=True)

@@ -43,5 +43,6 @@ def _lines() -> Iterator[str]:
     yield "| field | rule | when | then | evidence |"
     yield "|---|---|---|---|---|"
     for rule in RULES:
-        cells = (f"`{rule.field}`", rule.name, rule.when, rule.then, rule.evidence)
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        evidence = f"*at the release:* {rule.evidence}" if rule.is_of_release else rule.evidence
+        cells = (f"`{rule.field}`", rule.name, rule.when, rule.then, evidence)
+        yield "| " + " | ".join(cells) + " |"
