@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_bench.analysis.activations import activation_element_bytes, peak_in_flight_bytes, token_counts
+from moe_bench.analysis.dispatch_buffers import dispatch_buffer_bytes
 from moe_bench.analysis.memory import rank_memory
+from moe_bench.analysis.tensors import chunk_tensors
 from moe_bench.harness.dryrun.outcome import Correction
 from moe_bench.spec.pipeline import pipeline_chunks
 from moe_bench.spec.recipe import Recipe
@@ -20,6 +22,8 @@ def corrections(asked: Recipe, derived: Recipe, pipeline_rank: int) -> tuple[Cor
     terms = (
         *_states_and_activations(asked, derived, pipeline_rank),
         _padded_attention(asked, pipeline_rank),
+        _dispatch_buffers(asked),
+        _weight_gradients(asked, derived, pipeline_rank),
         *_without_figure(asked),
     )
     return tuple(term for term in terms if term.num_bytes != 0)
@@ -80,17 +84,51 @@ def _padded_attention(asked: Recipe, pipeline_rank: int) -> Correction:
     )
 
 
-def _without_figure(asked: Recipe) -> Iterator[Correction]:
-    if asked.dispatch.dispatcher not in ("allgather", "alltoall"):
-        yield Correction(
-            term=f"dispatch: buffers of {asked.dispatch.dispatcher}", num_bytes=None, source="not public"
-        )
+def _dispatch_buffers(asked: Recipe) -> Correction:
+    return Correction(
+        term=f"dispatch: buffers of {asked.dispatch.dispatcher}",
+        num_bytes=dispatch_buffer_bytes(asked),
+        source="analysis/dispatch_buffers.py; deepseek-ai/DeepEP 94a9f8f6 csrc/config.hpp, csrc/hybrid_ep",
+    )
+
+
+def _weight_gradients(asked: Recipe, derived: Recipe, pipeline_rank: int) -> Correction:
+    """What is not in flight where the GEMM adds to the buffer, and the placeholders that are there instead.
+
+    Autograd wants a gradient all the same: Transformer Engine hands it one tensor per shape of weight, made
+    once and kept.
+    """
+    num_bytes = 0
     if asked.kernels.fusions.gradient_accumulation:
-        yield Correction(
-            term="weight gradients in flight: added to the buffer inside the GEMM",
-            num_bytes=None,
-            source="transformer_engine 2.20.2 module/base.py, get_dummy_wgrad",
-        )
+        fusions = derived.kernels.fusions.model_copy(update={"gradient_accumulation": True})
+        kernels = derived.kernels.model_copy(update={"fusions": fusions})
+        fused = derived.model_copy(update={"kernels": kernels})
+        num_bytes = rank_memory(fused, pipeline_rank).total_bytes
+        num_bytes += _placeholder_bytes(asked, pipeline_rank)
+        num_bytes -= rank_memory(derived, pipeline_rank).total_bytes
+    return Correction(
+        term="weight gradients in flight: added to the buffer in the GEMM, a placeholder per shape",
+        num_bytes=num_bytes,
+        source="transformer_engine 2.20.2 pytorch/module/base.py, get_dummy_wgrad",
+    )
+
+
+def _placeholder_bytes(asked: Recipe, pipeline_rank: int) -> int:
+    """a times the elements of each shape that a matrix of a linear layer of the rank has."""
+    chunks = pipeline_chunks(
+        asked.parallel, num_layers=asked.model.num_layers, num_mtp_layers=asked.num_mtp_layers
+    )
+    shapes = {
+        (tensor.num_elements, tensor.num_columns)
+        for chunk in chunks
+        if chunk.pipeline_rank == pipeline_rank
+        for tensor in chunk_tensors(asked, chunk)
+        if tensor.is_quantized
+    }
+    return activation_element_bytes(asked) * sum(num_elements for num_elements, _ in shapes)
+
+
+def _without_figure(asked: Recipe) -> Iterator[Correction]:
     if asked.cuda_graphs.implementation != "none":
         yield Correction(
             term="CUDA graphs: their memory pools", num_bytes=None, source="torch.cuda.graph_pool_handle"

@@ -1,7 +1,7 @@
 """How many tokens go where, without data: balanced over the experts, or as a matrix of counts says.
 
 Megatron-Core reads the number of tokens per expert back to the host before it exchanges or sorts them.
-Without data there is nothing to read, so for that one method the all-to-all dispatcher is given a real routing
+Without data there is nothing to read, so for that method the all-to-all dispatcher is given a real routing
 map on the host; everything that it derives (splits, tokens per local expert, the gather of the counts) is its
 own. The all-gather dispatcher, which has everyone's tokens by then, is told how many of them its experts get.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moe_bench.analysis.dispatch_buffers import dispatch_buffer_bytes
+from moe_bench.analysis.memory import rank_memory
 from moe_bench.harness.dryrun.corrections import corrections
 from moe_bench.harness.dryrun.outcome import Correction
 from moe_bench.spec.catalogue import find_recipe
@@ -33,7 +35,33 @@ def test_fp8_keeps_two_copies_of_the_weights_and_offloading_takes_the_states_awa
     found = terms_of(recipe_of("deepseek_v3/h100_sxm_256g_fp8_blockwise_offload"))
     assert (found["weights: quantized copies"].num_bytes or 0) > 0
     assert (found["optimizer states: other types, or on the host"].num_bytes or 0) < 0
-    assert found["dispatch: buffers of deepep"].num_bytes is None
+    # EP64 with 20 SMs: 288 slots for each of 8 peers, 140 for each of 8 nodes, both ways; see analysis
+    assert found["dispatch: buffers of deepep"].num_bytes == dispatch_buffer_bytes(
+        recipe_of("deepseek_v3/h100_sxm_256g_fp8_blockwise_offload")
+    )
+
+
+def test_weight_gradients_added_in_the_gemm_leave_a_placeholder_per_shape() -> None:
+    recipe = recipe_of("qwen3_30b_a3b/h100_sxm_16g_bf16")
+    assert recipe.kernels.fusions.gradient_accumulation
+    built = dryrun_plan(recipe, modified=()).recipe
+    fusions = built.kernels.fusions.model_copy(update={"gradient_accumulation": True})
+    fused = built.model_copy(update={"kernels": built.kernels.model_copy(update={"fusions": fusions})})
+    in_flight = rank_memory(built, 0).total_bytes - rank_memory(fused, 0).total_bytes
+    # queries, keys and values; output; both halves of an expert's first projection; its second one
+    elements = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048 + 2 * 768 * 2048 + 768 * 2048
+    found = terms_of(recipe)[
+        "weight gradients in flight: added to the buffer in the GEMM, a placeholder per shape"
+    ]
+    assert found.num_bytes == 2 * elements - in_flight
+
+
+def test_what_nobody_has_a_figure_for_is_said() -> None:
+    found = terms_of(recipe_of("deepseek_v3/gb300_nvl72_256g_mxfp8"))
+    assert [term.term for term in found.values() if term.num_bytes is None] == [
+        "CUDA graphs: their memory pools",
+        "offloaded activations",
+    ]
 
 
 def test_padded_attention_is_counted_per_layer_and_micro_batch_in_flight() -> None:
