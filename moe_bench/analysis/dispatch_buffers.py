@@ -1,8 +1,8 @@
 """What the libraries that send tokens to experts keep on a GPU for it, outside of torch's allocator.
 
 deepseek-ai/DeepEP, branch hybrid-ep, commit 94a9f8f6 (containers/pins.yaml), as Megatron-Core 0.19.2 asks for
-buffers (transformer/moe/fused_a2a.py). What NVSHMEM keeps for itself and the granularity of its heap and of
-shared allocations are not counted, nor is a flag or a pointer per rank.
+buffers (transformer/moe/fused_a2a.py). Not counted are what NVSHMEM keeps for itself, the granularity of its
+heap and of shared allocations, and some kilobytes of flags and of scans over the routing map.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ _SLOTS = {
 HYBRIDEP_MIN_TOKENS = 512
 HYBRIDEP_CHUNK_TOKENS = 64
 HYBRIDEP_SCALE_CHANNELS = 128
-HYBRIDEP_PREPROCESSING_SMS = 108
-"""csrc/hybrid_ep/config.cuh, Configurer; the last one is Megatron-Core's default too."""
+"""csrc/hybrid_ep/config.cuh, Configurer."""
 
 
 def dispatch_buffer_bytes(recipe: Recipe) -> int | None:
@@ -100,9 +99,8 @@ def _hybridep_buffer_bytes(recipe: Recipe, moe: MixtureOfExperts, *, num_ranks: 
     token, scales = 2 * hidden, 4 * (hidden // HYBRIDEP_SCALE_CHANNELS)
     probabilities = 4 * experts * in_domain
     everyone = tokens * num_ranks
-    preprocessing = recipe.mcore.get("moe_hybridep_num_sms_preprocessing", HYBRIDEP_PREPROCESSING_SMS)
     total = everyone * (token + probabilities + scales)
-    total += 2 * 4 * chunks * num_ranks + 8 * int(preprocessing) * (in_domain + experts)
+    total += 2 * 4 * chunks * num_ranks
     total += everyone * experts * num_ranks
     others = domains - 1
     if others:

@@ -62,8 +62,7 @@ def test_hybridep_in_one_domain_has_room_for_everyone(
     rows = everyone * (2 * 2048 + 4 * 128 + 4 * 16)
     flags = 2 * 64 * 16 * 4
     maps = everyone * 128
-    scan = 108 * (16 + 8) * 8
-    assert dispatch_buffer_bytes(recipe) == rows + flags + maps + scan
+    assert dispatch_buffer_bytes(recipe) == rows + flags + maps
 
 
 def test_hybridep_between_domains_keeps_tokens_on_their_way(
@@ -73,7 +72,7 @@ def test_hybridep_between_domains_keeps_tokens_on_their_way(
     assert recipe.system.nvlink_domain_gpus == 8
     everyone, token, scales = 16 * 4096, 2 * 2048, 4 * 16
     # 64 experts in a domain
-    in_domain = everyone * (token + 4 * 64 + scales) + 2 * 64 * 16 * 4 + everyone * 128 + 108 * (8 + 8) * 8
+    in_domain = everyone * (token + 4 * 64 + scales) + 2 * 64 * 16 * 4 + everyone * 128
     own = 4096 * (token + 4 * 128 + scales)
     other_domain = 4096 * (3 * (token + 4 * 64) + scales) + 4 * (64 + 2) * 8
     assert dispatch_buffer_bytes(recipe) == in_domain + own + other_domain
