@@ -29,6 +29,7 @@ from moe_bench.projection.tables import (
     read_gemm_tables,
     read_latent_attention_table,
 )
+from moe_bench.results.published import load_model_rows
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 from moe_bench.spec.system import GpuSpec
@@ -39,6 +40,7 @@ MIN_FLOPS = 2e11
 """Attention below this does not fill a GPU."""
 OUTLIER_LOG_ERROR = 0.1
 TERA, MICRO = 1e12, 1e-6
+PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 LATENT = 160
 """Mean of the head dimensions 192 and 128."""
 
@@ -56,6 +58,7 @@ def main() -> None:
     gpus = measured_gpus()
     print_gemms(gpus)
     print_attention(gpus)
+    print_published_attention()
     if options.simumax is not None:
         print_grouped(options.simumax, next(gpu for gpu in gpus if gpu.device_name == "NVIDIA B200"))
 
@@ -179,6 +182,31 @@ def print_attention_of(gpu: GpuSpec, engine: str, table: AttentionTable) -> None
         (limit, half, start), errors = fitted(law, [600.0, 900.0, 20.0], table.time_s[chosen])
         kernel = f"{gpu.device_name} | {engine} | {dim}"
         print(f"| {kernel} | {limit:.0f} | {half:.0f} | {start:.0f} | {shown(errors)} |")
+
+
+def print_published_attention() -> None:
+    """The law through the two lengths that arXiv:2603.07685 prints for each architecture and direction."""
+    rows = load_model_rows(PUBLISHED, "deepseek_v3_attention")
+    print_head("cuDNN, 192 and 128", "direction", "limit TFLOP/s", "half tokens")
+    for hardware in ("Hopper", "Blackwell"):
+        short, long = sorted(
+            (row for row in rows if row.hardware == hardware), key=lambda row: row.seq_len or 0
+        )
+        for direction in ("fwd", "bwd"):
+            rates = [
+                (getattr(row.metrics, f"sdpa_{direction}_tflops"), row.seq_len or 0) for row in (short, long)
+            ]
+            limit, half = through(*rates)
+            print(f"| {hardware} | {direction} | {limit:.0f} | {half:.0f} |")
+    print()
+
+
+def through(short: tuple[float, int], long: tuple[float, int]) -> tuple[float, float]:
+    """limit and half of rate(n) = limit / (1 + half / n) through two (rate, n)."""
+    (rate, tokens), (long_rate, long_tokens) = short, long
+    half_over_limit = (1 / rate - 1 / long_rate) / (1 / tokens - 1 / long_tokens)
+    limit = 1 / (1 / rate - half_over_limit / tokens)
+    return limit, half_over_limit * limit
 
 
 def print_grouped(path: Path, gpu: GpuSpec) -> None:

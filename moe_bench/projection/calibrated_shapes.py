@@ -11,6 +11,7 @@ from types import MappingProxyType
 from moe_bench.errors import BadInputError
 from moe_bench.projection.nearest_shapes import Found, Miss, NearestShapes
 from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
+from moe_bench.projection.rates import attended_tokens
 from moe_bench.results import calibration as measured
 from moe_bench.results.store import CALIBRATION_FOLDER
 from moe_bench.spec.system import GpuSpec
@@ -56,7 +57,8 @@ def sizes_of(operation: Kernel) -> tuple[float, ...]:
     if isinstance(operation, AttentionCore):
         head_dim = (operation.qk_head_dim + operation.v_head_dim) / 2
         # the square root of the work: at one length it grows with heads and sequences, which fill the GPU
-        return (operation.seq_len / operation.context, head_dim, operation.num_flops**0.5)
+        tokens = attended_tokens(seq_len=operation.seq_len, context=operation.context)
+        return (tokens, head_dim, operation.num_flops**0.5)
     return (operation.num_bytes,)
 
 
@@ -158,7 +160,7 @@ def _operation(one: measured.Measurement) -> Iterator[Kernel]:
         yield AttentionCore(
             in_pass=Pass.FORWARD if what.direction == "forward" else Pass.DGRAD,
             num_flops=what.num_flops,
-            seq_len=round(2 * what.num_pairs / what.seq_len),
+            seq_len=min(what.window_tokens or what.seq_len, what.seq_len),
             context=1,
             qk_head_dim=what.qk_head_dim,
             v_head_dim=what.v_head_dim,

@@ -18,6 +18,7 @@ from moe_bench.projection.rates import (
     KERNEL_START_S,
     MEMORY_HBM_FRACTION,
     STREAM_HBM_FRACTION,
+    attended_tokens,
     gemm_rate,
     gpu_rates,
     group_rate,
@@ -184,17 +185,18 @@ class Efficiency:
         )
 
     def _attention_law(self, operation: AttentionCore) -> Cost:
-        """F / rate(sequence of one rank) + start."""
+        """F / rate(sequence of one rank, or window) + start."""
         rates = self._rates
+        is_forward = operation.in_pass in (Pass.FORWARD, Pass.RECOMPUTE)
         rate_flops_per_s = rates.attention_flops_per_s(
             head_dim=(operation.qk_head_dim + operation.v_head_dim) / 2,
-            num_tokens=operation.seq_len / operation.context,
-            is_forward=operation.in_pass in (Pass.FORWARD, Pass.RECOMPUTE),
+            num_tokens=attended_tokens(seq_len=operation.seq_len, context=operation.context),
+            is_forward=is_forward,
         )
         return Cost(
             compute_s=operation.num_flops / rate_flops_per_s,
             memory_s=0.0,
-            overhead_s=KERNEL_START_S,
+            overhead_s=rates.attention_start_s if is_forward else KERNEL_START_S,
             scale=Scale.ATTENTION,
             grade=rates.grade,
             source=rates.attention_source,

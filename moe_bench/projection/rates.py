@@ -74,28 +74,43 @@ class GpuRates:
     attention: Mapping[int, AttentionRate]
     """Forward, by the mean of the two head dimensions."""
     architecture: Architecture
+    attention_start_s: float
+    """Of a forward call; backward none was seen."""
     grade: Grade
     gemm_source: str
     attention_source: str
 
     def attention_flops_per_s(self, *, head_dim: float, num_tokens: float, is_forward: bool) -> float:
-        """Achieved rate of what a causal mask leaves; between two head dimensions linear in their logarithm.
+        """Achieved rate of what a causal mask leaves of `num_tokens`, a sequence or a window.
 
-        backward(d, n) = forward(d, n) x backward(160, n) / forward(160, n), by architecture: only the head
-        dimensions of DeepSeek-V3 are published in both directions.
+        Between two head dimensions linear in their logarithm. backward(d, n) = forward(d, n) x
+        backward(160, n) / forward(160, n), by architecture: only the head dimensions of DeepSeek-V3 are
+        published in both directions.
         """
+        reach = num_tokens
+        if num_tokens < SHORTEST_SEQUENCE:
+            reach /= _WINDOW_HALF[self.architecture]
         dims = sorted(self.attention)
         above = bisect.bisect_left(dims, head_dim)
         low, high = dims[max(above - 1, 0)], dims[min(above, len(dims) - 1)]
-        rate = self.attention[low].flops_per_s(num_tokens)
+        rate = self.attention[low].flops_per_s(reach)
         if high != low:
             share = math.log(head_dim / low) / math.log(high / low)
-            rate += share * (self.attention[high].flops_per_s(num_tokens) - rate)
+            rate += share * (self.attention[high].flops_per_s(reach) - rate)
         if is_forward:
             return rate
         forward, backward = _CUDNN[self.architecture]
-        return rate * backward.flops_per_s(num_tokens) / forward.flops_per_s(num_tokens)
+        return rate * backward.flops_per_s(reach) / forward.flops_per_s(reach)
 
+
+SHORTEST_SEQUENCE = 1024
+"""Tokens; attention to fewer is a window, since no training sequence is as short."""
+_WINDOW_HALF: Mapping[Architecture, float] = MappingProxyType({"hopper": 0.5, "blackwell": 0.8})
+"""Half tokens of a window of 128 over those of a sequence: every query of a window sees all of it, half of a
+sequence on average, and tiles at its edges are computed whole. 0.46 to 0.55 and 0.72 to 0.86 in vLLM's tables
+for head dimensions 64 and 128."""
+_ATTENTION_START_S: Mapping[Architecture, float] = MappingProxyType({"hopper": 25e-6, "blackwell": 50e-6})
+"""H100 tables of vLLM with head dimension 128; cuDNN with 32 to 128 heads on a B200 (SimuMax 4dcaae5)."""
 
 _H100, _H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 _B200, _GB200, _GB300 = "NVIDIA B200", "NVIDIA GB200", "NVIDIA GB300"
@@ -140,8 +155,8 @@ Blackwell's block-scaled FP8 is the tables' `fp8_block`: scales of 128 elements,
 
 _CUDNN: Mapping[Architecture, tuple[AttentionRate, AttentionRate]] = MappingProxyType(
     {
-        "hopper": (AttentionRate(668e12, 850), AttentionRate(560e12, 1340)),
-        "blackwell": (AttentionRate(1870e12, 1690), AttentionRate(1390e12, 1160)),
+        "hopper": (AttentionRate(672e12, 885), AttentionRate(568e12, 1420)),
+        "blackwell": (AttentionRate(1875e12, 1703), AttentionRate(1390e12, 1161)),
     }
 )
 """Forward and backward with head dimensions 192 and 128, through both points of arXiv:2603.07685, table 9
@@ -152,31 +167,31 @@ _ATTENTION: Mapping[str, Mapping[int, AttentionRate]] = MappingProxyType(
         _H100: {
             64: AttentionRate(525e12, 976),
             128: AttentionRate(654e12, 912),
-            160: AttentionRate(668e12, 850),
+            160: AttentionRate(672e12, 885),
             256: AttentionRate(773e12, 852),
         },
         _H200: {
             64: AttentionRate(516e12, 958),
             128: AttentionRate(644e12, 876),
-            160: AttentionRate(668e12, 850),
+            160: AttentionRate(672e12, 885),
             256: AttentionRate(757e12, 804),
         },
         _B200: {
             64: AttentionRate(805e12, 713),
             128: AttentionRate(1323e12, 887),
-            160: AttentionRate(1734e12, 1690),
+            160: AttentionRate(1739e12, 1703),
             256: AttentionRate(1481e12, 864),
         },
         _GB200: {
             64: AttentionRate(858e12, 688),
             128: AttentionRate(1422e12, 834),
-            160: AttentionRate(1870e12, 1690),
+            160: AttentionRate(1875e12, 1703),
             256: AttentionRate(1623e12, 820),
         },
         _GB300: {
             64: AttentionRate(1224e12, 1046),
             128: AttentionRate(1855e12, 956),
-            160: AttentionRate(2242e12, 1690),
+            160: AttentionRate(2248e12, 1703),
             256: AttentionRate(1839e12, 858),
         },
     }
@@ -219,6 +234,7 @@ def gpu_rates(gpu: GpuSpec) -> GpuRates:
             for dim, rate in _ATTENTION[name].items()
         },
         architecture=gpu.architecture,
+        attention_start_s=_ATTENTION_START_S[gpu.architecture],
         grade=grade,
         gemm_source=f"law of aiconfigurator-core 0.12.0's products on {where}",
         attention_source=f"laws of arXiv:2603.07685 and aiconfigurator-core 0.12.0 on {where}",
@@ -234,6 +250,11 @@ def gemm_rate(rates: GpuRates, number: Number, *, device_name: str) -> GemmRate:
             f"{device_name}: no measured rate of products in {number}; known: {known}; change the precision"
         )
     return rate
+
+
+def attended_tokens(*, seq_len: int, context: int) -> float:
+    """Tokens that a rank works on at a time: its share of a sequence, or a whole window."""
+    return seq_len if seq_len < SHORTEST_SEQUENCE else seq_len / context
 
 
 def group_rate(in_pass: Pass) -> GroupRate:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from moe_bench.projection.calibrated_shapes import Kernel
 from moe_bench.projection.nearest_shapes import Found, Miss, NearestShapes
 from moe_bench.projection.operations import AttentionCore, Gemm, Number, Part, Pass
-from moe_bench.projection.rates import KERNEL_START_S
+from moe_bench.projection.rates import KERNEL_START_S, SHORTEST_SEQUENCE, attended_tokens
 from moe_bench.projection.tables import (
     FOLDERS,
     GemmTable,
@@ -21,7 +21,6 @@ from moe_bench.spec.system import GpuSpec
 
 _MIN_SIZE = 64
 """Rows, columns and inner size below which no product of training lies."""
-_MIN_SEQ_LEN = 512
 
 _QUANTIZATION: Mapping[str, Mapping[Number, tuple[float, float]]] = MappingProxyType(
     {
@@ -51,7 +50,7 @@ _QUANTIZATION: Mapping[str, Mapping[Number, tuple[float, float]]] = MappingProxy
     }
 )
 """Bytes per second of the quantization of one factor that low-precision times include, and start of it and
-the product, fitted beside the rates (benchmarks/fit_rates.py): quantization is an operation of its own here."""
+the product, fitted beside the rates (benchmarks/fit_rates.py): here it is an operation of its own."""
 
 
 class TableShapes:
@@ -94,6 +93,8 @@ class TableShapes:
     def _core(self, operation: AttentionCore) -> Found | Miss:
         if operation.in_pass not in (Pass.FORWARD, Pass.RECOMPUTE):
             return Miss("no table of attention's backward pass")
+        if operation.seq_len < SHORTEST_SEQUENCE:
+            return Miss("no table of windows")
         if operation.qk_head_dim != operation.v_head_dim:
             return Miss("no table of a training kernel with two head dimensions")
         if self._attention is None:
@@ -101,17 +102,17 @@ class TableShapes:
         shapes = self._attention.get(operation.qk_head_dim)
         if shapes is None:
             return Miss(f"no table of attention with head dimension {operation.qk_head_dim}")
-        return shapes.lookup((operation.seq_len / operation.context, operation.num_flops**0.5))
+        tokens = attended_tokens(seq_len=operation.seq_len, context=operation.context)
+        return shapes.lookup((tokens, operation.num_flops**0.5))
 
     def _attention_over_law(self) -> dict[float, NearestShapes]:
         table = read_attention_table(self._gpu.device_name, engine="vllm")
         points: dict[float, tuple[list[tuple[float, float]], list[float]]] = {}
         if table is None:
             return {}
-        columns = (table.head_dim, 2 * table.mean_keys, table.num_flops, table.time_s)
-        for dim, tokens, flops, time_s in zip(*columns, strict=True):
-            if tokens < _MIN_SEQ_LEN:
-                continue
+        is_used = (table.window_tokens == 0) & (table.seq_len >= SHORTEST_SEQUENCE)
+        columns = (table.head_dim, table.seq_len, table.num_flops, table.time_s)
+        for dim, tokens, flops, time_s in zip(*(column[is_used] for column in columns), strict=True):
             core = AttentionCore(
                 in_pass=Pass.FORWARD,
                 num_flops=flops,
