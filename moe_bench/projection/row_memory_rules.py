@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from moe_bench.projection.row_case import Case, Rule, always, constant
 from moe_bench.projection.row_run_rules import BRIDGE_25_09, drops_tokens
-from moe_bench.projection.row_stack import Suite
+from moe_bench.projection.row_stack import Engine, Suite
 from moe_bench.spec.recipe import CudaGraphs, Offload, Recompute, RecomputeModule
 
 _BRIDGE_25_11 = "Megatron-Bridge v0.2.0 scripts/performance/configs/*/workload_base_configs.py"
 _DGXC_25_05 = "NVIDIA/dgxc-benchmarking v25.05.05"
 _NVL72 = ("GB200", "GB300")
+_SELECTIVE_SHARE = 0.36
+NO_RECOMPUTATION = "nothing is recomputed"
+"""The rule that stands for no knowledge, which the memory of the GPU may overrule."""
 _LAYER_GRAPHS = CudaGraphs(implementation="local")
 _ROUTER_GRAPHS = CudaGraphs(implementation="transformer_engine", modules=("moe_router", "moe_preprocess"))
 _ATTENTION_GRAPHS = CudaGraphs(
@@ -27,6 +30,17 @@ def _has_layer_graphs_of_25_09(case: Case) -> bool:
         (case.is_model("qwen3_30b", "llama3_8b") and case.is_on("B200", "GB200"))
         or (case.is_model("qwen3_235b") and case.is_on("GB200"))
     )
+
+
+def _is_bridge_table(case: Case) -> bool:
+    """Whether the row stands in a table of Bridge's releases, whose configurations are public."""
+    return case.stack.suite is Suite.BRIDGE and (case.row.source.table or "").endswith("NeMo Container")
+
+
+def _torchtitan_selective(case: Case) -> Recompute:
+    chunks = case.number("parallel.pipeline") * case.number("parallel.virtual_pipeline")
+    num_layers = round(_SELECTIVE_SHARE * case.model.num_layers / chunks)
+    return Recompute(granularity="full", method="block", num_layers=num_layers)
 
 
 def _is_full_iteration(case: Case) -> bool:
@@ -108,11 +122,7 @@ MEMORY_RULES: tuple[Rule, ...] = (
         then="none",
         evidence="workload configurations of Bridge v0.2.0 to v0.5.1, read at the release of the row, leave "
         "cuda_graph_impl at none where they name no graphs",
-        applies=lambda case: (
-            case.stack.suite is Suite.BRIDGE
-            and (case.row.source.table or "").endswith("NeMo Container")
-            and not case.stack.is_before(2025, 11)
-        ),
+        applies=lambda case: _is_bridge_table(case) and not case.stack.is_before(2025, 11),
         value=constant(CudaGraphs()),
         is_of_release=True,
     ),
@@ -173,20 +183,32 @@ MEMORY_RULES: tuple[Rule, ...] = (
         is_of_release=True,
     ),
     Rule(
-        name="modules of torchtitan's selective checkpointing",
+        name="recomputation in Bridge's configuration",
         field="recompute",
-        when="selective without modules",
-        then="layernorm",
-        evidence="torchtitan keeps attention and every second matrix product and recomputes what is small",
-        applies=lambda case: case.row.recompute == "selective",
-        value=constant(selective("layernorm")),
+        when="Bridge tables that print no modules",
+        then="none",
+        evidence="workload configurations of Bridge, read at the release of the row, name modules or layers "
+        "where anything is recomputed",
+        applies=_is_bridge_table,
+        value=constant(Recompute()),
+        is_of_release=True,
     ),
     Rule(
-        name="nothing is recomputed",
+        name="torchtitan's selective checkpointing",
+        field="recompute",
+        when="torchtitan, not `full`",
+        then="36 % of the layers of each chunk in full",
+        evidence="torchtitan activation_checkpoint.py keeps attention and every second product: wk, wo and "
+        "w3, 36 % of the products of a Llama layer, are computed again; selective is its default",
+        applies=lambda case: case.stack.engine is Engine.TORCHTITAN,
+        value=_torchtitan_selective,
+    ),
+    Rule(
+        name=NO_RECOMPUTATION,
         field="recompute",
         when="not printed otherwise",
-        then="none",
-        evidence="Bridge, NeMo and ModelZoo set no granularity where they name no modules",
+        then="none, unless the run cannot fit without (row_recompute.py)",
+        evidence="NeMo and ModelZoo set no granularity where they name no modules",
         applies=always,
         value=constant(Recompute()),
     ),

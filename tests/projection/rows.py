@@ -10,10 +10,7 @@ from moe_bench.results.published import PublishedRow, load_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = tuple(row for row in load_rows(REPOSITORY / "results" / "published") if row.is_training)
-LOADED = load_catalogue(REPOSITORY / "recipes")
-_SYSTEMS = LOADED.systems
-CATALOGUE = replace(LOADED, systems={"h100_96gb": _SYSTEMS["h100_sxm"], **_SYSTEMS})
-"""The catalogue, in which an H100 SXM5 stands in for the part with 96 GB where that has no file."""
+CATALOGUE = load_catalogue(REPOSITORY / "recipes")
 WITHOUT_RECIPES = replace(CATALOGUE, reproducing={})
 
 
