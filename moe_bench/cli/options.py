@@ -189,7 +189,7 @@ def print_view(view: RenderableType, data: object, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(data, indent=1))
     else:
-        make_console(stderr=False).print(view)
+        make_console(stderr=False).print(view, crop=False)
 
 
 def make_console(*, stderr: bool) -> Console:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from moe_bench.analysis.equivalence import (
@@ -18,6 +17,7 @@ from moe_bench.analysis.equivalence import (
     runs_to_decide,
 )
 from moe_bench.errors import BadInputError
+from moe_bench.report.columns import Columns
 from moe_bench.results.likeness import (
     RunSet,
     Unlike,
@@ -190,19 +190,23 @@ def _side(one: RunSet) -> tuple[Side, list[tuple[float, ...]]]:
 def compared_view(compared: Compared) -> RenderableType:
     """One line per pair, the first line counting the claims."""
     counts = [f"{sum(pair.claim is made for pair in compared.comparisons)} {made}" for made in Claim]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("recipe", "under test", "base", "new", "new / base, 95 %", "over", "claim"):
-        table.add_column(heading, justify="right" if heading in ("base", "new") else "left", overflow="fold")
-    for pair in compared.comparisons:
-        table.add_row(
-            pair.name,
-            _under_test_text(pair),
-            rate_text(pair.base.tokens_per_s_per_gpu),
-            rate_text(pair.new.tokens_per_s_per_gpu),
-            ratio_text(pair.interval),
-            _over_text(pair),
-            claim_text(pair),
-        )
+    table = Columns(
+        headings=("recipe", "base", "new", "new / base, 95 %", "claim", "over", "under test"),
+        rows=tuple(
+            (
+                pair.name,
+                rate_text(pair.base.tokens_per_s_per_gpu),
+                rate_text(pair.new.tokens_per_s_per_gpu),
+                ratio_text(pair.interval),
+                claim_text(pair),
+                _over_text(pair),
+                _under_test_text(pair),
+            )
+            for pair in compared.comparisons
+        ),
+        right=frozenset(("base", "new")),
+        is_stacked=True,
+    )
     parts: list[RenderableType] = [
         Text(", ".join(counts), style="bold"),
         table,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from rich.table import Table
 
+from moe_bench.report.columns import Columns
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB
 from moe_bench.report.tables import TFLOPS
@@ -35,18 +35,18 @@ COLUMNS = (
 _TERMINAL = {
     "recipe": "recipe",
     "scale": "scale",
-    "modified": "modified",
-    "num_substitutions": "subst.",
     "ranks": "ranks",
-    "layout": "layout",
-    "precision": "precision",
     "step_time_s": "step s",
     "tokens_per_s_per_gpu": "tokens/s/GPU",
     "tflops_per_gpu": "TFLOPs/GPU",
     "mfu_pct": "MFU %",
-    "peak_memory_gib": "GiB",
+    "peak_memory_gib": "peak GiB",
+    "layout": "layout",
     "loss": "loss",
+    "precision": "precision",
     "started_at": "started",
+    "num_substitutions": "subst.",
+    "modified": "changes",
 }
 """Columns of the terminal's table and their headings; `subst.` counts what a run substituted."""
 
@@ -96,20 +96,20 @@ def as_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def frame_view(frame: pd.DataFrame) -> Table:
+def frame_view(frame: pd.DataFrame) -> Columns:
     """The table for a terminal: fewer columns, shorter headings."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     shown = {
         column: heading
         for column, heading in _TERMINAL.items()
         if column != "modified" or frame[column].any()
     }
-    for column, heading in shown.items():
-        is_number = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=column == "recipe")
-    for row in frame[list(shown)].itertuples(index=False):
-        table.add_row(*(_text(value) for value in row))
-    return table
+    return Columns(
+        headings=tuple(shown.values()),
+        rows=tuple(tuple(map(_text, row)) for row in frame[list(shown)].itertuples(index=False, name=None)),
+        right=frozenset(
+            heading for column, heading in shown.items() if pd.api.types.is_numeric_dtype(frame[column])
+        ),
+    )
 
 
 def _text(value: object) -> str:

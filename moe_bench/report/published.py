@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from moe_bench.report.columns import Columns
 from moe_bench.report.tables import TFLOPS
 from moe_bench.results.contradictions import Contradiction
 from moe_bench.results.flops_convention import OUR_COUNTING
@@ -25,17 +25,18 @@ _TERMINAL = {
     "hardware": "GPU",
     "num_gpus": "GPUs",
     "precision": "precision",
-    "layout": "layout",
-    "seq_len": "seq",
-    "gbs": "GBS",
     "tokens_per_s_per_gpu": "tokens/s/GPU",
     "tokens_per_s_basis": "from",
-    "printed_tflops_per_gpu": "TFLOPs printed",
-    "flops_convention": "counted as",
-    "tflops_per_gpu": "TFLOPs ours",
+    "printed_tflops_per_gpu": "TFLOPs/GPU",
+    "tflops_per_gpu": "in our count",
     "trust": "trust",
+    "seq_len": "seq",
+    "gbs": "GBS",
+    "layout": "layout",
+    "flops_convention": "printed count",
 }
-"""Columns of the terminal's table and their headings."""
+"""Columns of the terminal's table and their headings, the most important ones first."""
+_NUMBERS = ("num_gpus", "tokens_per_s_per_gpu", "printed_tflops_per_gpu", "tflops_per_gpu", "seq_len", "gbs")
 
 
 def published_lines(rows: Iterable[PublishedRow], models: Mapping[str, ModelSpec]) -> tuple[Line, ...]:
@@ -102,29 +103,19 @@ def row_layout(row: PublishedRow) -> str:
     return row_sizes(row) + (f" {row.sharding.upper()}" if row.sharding in ("fsdp", "fsdp2") else "")
 
 
-def published_view(lines: Iterable[Line]) -> RenderableType:
-    """The lines for a terminal, and what a blank in the last columns means."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    numbers = {
-        "num_gpus",
-        "seq_len",
-        "gbs",
-        "tokens_per_s_per_gpu",
-        "printed_tflops_per_gpu",
-        "tflops_per_gpu",
-    }
-    for column, heading in _TERMINAL.items():
-        table.add_column(heading, justify="right" if column in numbers else "left", overflow="fold")
-    num_rows = num_ours = 0
-    for line in lines:
-        table.add_row(*(_text(line[column]) for column in _TERMINAL))
-        num_rows += 1
-        num_ours += line["tflops_per_gpu"] is not None
+def published_view(lines: Sequence[Line]) -> RenderableType:
+    """The lines for a terminal, and what a dash in the column of our count means."""
+    num_ours = sum(line["tflops_per_gpu"] is not None for line in lines)
     return Group(
-        table,
+        Columns(
+            headings=tuple(_TERMINAL.values()),
+            rows=tuple(tuple(_text(line[column]) for column in _TERMINAL) for line in lines),
+            right=frozenset(_TERMINAL[column] for column in _NUMBERS),
+            is_stacked=True,
+        ),
         Text(
-            f"{num_rows} rows; {num_ours} renormalised to {OUR_COUNTING}, the others keep what was printed: "
-            "recipes/ has no architecture for them, or they print no sequence length or throughput",
+            f"{len(lines)} rows; {num_ours} renormalised to {OUR_COUNTING}, the others keep what was "
+            "printed: recipes/ has no architecture for them, or they print no sequence length or throughput",
             style="dim",
         ),
     )

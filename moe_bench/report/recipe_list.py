@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
+from moe_bench.report.columns import Columns
 from moe_bench.spec.recipe import Recipe
 
 HEADINGS = ("recipe", "layout", "seq", "GBS", "dispatch", "kernels", "reproduces")
-_GAP = "  "
 
 
 def layout_label(recipe: Recipe) -> str:
@@ -30,21 +29,9 @@ def layout_label(recipe: Recipe) -> str:
 def recipe_list(recipes: Iterable[Recipe], *, width: int | None) -> str:
     """One line per recipe under a line of headings, in at most `width` characters; None for no limit.
 
-    A name that is folded cannot be copied, so no cell is: the last columns that do not fit are left out, and
-    the last line says which.
+    Text, not a view: laying out a table takes as long as reading the recipes does.
     """
-    rows = [HEADINGS, *(_cells(recipe) for recipe in recipes)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    ends = list(itertools.accumulate(size + len(_GAP) for size in widths))
-    num_shown = max(1, sum(width is None or end - len(_GAP) <= width for end in ends))
-    lines = [
-        _GAP.join(cell.ljust(size) for cell, size in zip(row[:num_shown], widths, strict=False)).rstrip()
-        for row in rows
-    ]
-    if num_shown < len(HEADINGS):
-        hidden = ", ".join(HEADINGS[num_shown:])
-        lines.append(f"not shown in {width} columns: {hidden}; into a pipe or with --json all are")
-    return "\n".join(lines)
+    return str(Columns(headings=HEADINGS, rows=tuple(map(_cells, recipes))).lines(width))
 
 
 def _cells(recipe: Recipe) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from moe_bench.report.columns import Columns
 from moe_bench.report.compare import interval_json, rate_text
 from moe_bench.report.reproduce import Reproduction, Verdict, verdict_counts
 from moe_bench.results.renormalised import Basis
@@ -25,23 +25,25 @@ LEGEND = (
 def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
     """One line per row and set of runs, as many as fit; `--json` has all of them."""
     shown = found[: MAX_LINES - _LINES_AROUND]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("published", "ours", "ratio, 95 %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for one in shown:
-        table.add_row(
-            one.published.recipe,
-            published_text(one),
-            "-" if one.tokens_per_s_per_gpu is None else rate_text(one.tokens_per_s_per_gpu),
-            ratio_text(one),
-            verdict_text(one),
-        )
-    parts: list[RenderableType] = [Text(summary_line(found), style="bold", no_wrap=True), table]
+    table = Columns(
+        headings=("recipe", "published", "ours", "ratio, 95 %", "verdict"),
+        rows=tuple(
+            (
+                one.published.recipe,
+                published_text(one),
+                "-" if one.tokens_per_s_per_gpu is None else rate_text(one.tokens_per_s_per_gpu),
+                ratio_text(one),
+                verdict_text(one),
+            )
+            for one in shown
+        ),
+        right=frozenset(("published", "ours", "ratio, 95 %")),
+        is_stacked=True,
+    )
+    parts: list[RenderableType] = [Text(summary_line(found), style="bold"), table]
     if len(found) > len(shown):
         parts.append(Text(f"and {len(found) - len(shown)} more: name recipes, or use --json", style="dim"))
-    parts.append(Text(LEGEND, style="dim", no_wrap=True))
+    parts.append(Text(LEGEND, style="dim"))
     return Group(*parts)
 
 

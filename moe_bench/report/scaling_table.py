@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from moe_bench.report.columns import Columns
 from moe_bench.report.scaling import EFFICIENCY, Curve, Efficiency, Kind, MissingPoint, Point, Scaling
 
 COLUMNS = (
@@ -112,44 +112,39 @@ def _missing_lines(points: Sequence[MissingPoint]) -> list[RenderableType]:
     return [Text("\n".join(["\nsubmitted, no number, and in no curve:", *lines]))]
 
 
-def _curve_table(curve: Curve) -> Table:
-    table = Table(
-        box=None, pad_edge=False, header_style="bold", title="\n" + curve_title(curve), title_justify="left"
+def _curve_table(curve: Curve) -> RenderableType:
+    numbers = ("GPUs", "GBS", "tokens/s/GPU", "efficiency", "95 % interval")
+    lines = [(one.point.num_gpus, _measured_cells(one)) for one in curve.efficiencies]
+    lines += [(point.num_gpus, _missing_cells(point)) for point in curve.missing]
+    table = Columns(
+        headings=("recipe or row", *numbers, "layout"),
+        rows=tuple(cells for _, cells in sorted(lines, key=lambda line: line[0])),
+        right=frozenset(numbers),
+        is_stacked=True,
     )
-    for heading in ("GPUs", "GBS", "tokens/s/GPU", "efficiency", "95 % interval"):
-        table.add_column(heading, justify="right")
-    for heading in ("layout", "recipe or row", *(("no number because",) if curve.missing else ())):
-        table.add_column(heading, overflow="fold")
-    for _, cells in sorted(
-        [(one.point.num_gpus, _measured_cells(one)) for one in curve.efficiencies]
-        + [(point.num_gpus, _missing_cells(point)) for point in curve.missing],
-        key=lambda line: line[0],
-    ):
-        table.add_row(*cells)
-    return table
+    return Group(Text("\n" + curve_title(curve), style="italic"), table)
 
 
 def _measured_cells(one: Efficiency) -> tuple[str, ...]:
     point = one.point
     return (
+        point.label,
         str(point.num_gpus),
         str(point.global_batch_size),
         f"{'~' if point.remark else ''}{point.tokens_per_s_per_gpu:,.0f}",
         f"{one.efficiency_ratio:.1%}",
         interval_text(one),
         point.layout or "-",
-        point.label,
     )
 
 
 def _missing_cells(point: MissingPoint) -> tuple[str, ...]:
     return (
+        f"{point.label}: {point.reason}",
         str(point.num_gpus),
         str(point.global_batch_size),
         *("-", "-", "-"),
         point.layout or "-",
-        point.label,
-        point.reason,
     )
 
 
