@@ -44,6 +44,11 @@ class Case:
         """Whether NVIDIA tuned the run for its tables: Bridge and what came before it."""
         return self.stack.suite in (Suite.BRIDGE, Suite.NEMO)
 
+    @property
+    def is_nemo_yaml(self) -> bool:
+        """Whether the run was configured by the YAML files of NeMo 24, as dgxc did up to 25.04."""
+        return self.stack.suite is Suite.NEMO and self.stack.is_before(2025, 5)
+
     def is_model(self, *beginnings: str) -> bool:
         """Whether the model's key begins with one of `beginnings`."""
         return self.model.key.startswith(beginnings)

@@ -272,8 +272,7 @@ OVERLAP_RULES: tuple[Rule, ...] = (
         "grok1_314b.yaml; MXFP8 gathers through the gradient buffer",
         applies=always,
         value=lambda case: (
-            (case.stack.suite is Suite.BRIDGE or case.stack.is_before(2025, 1))
-            and case.is_nvidia_suite
+            (case.stack.suite is Suite.BRIDGE or case.is_nemo_yaml)
             and case.draft["overlap.param_gather"] is True
             and _pipelined(case)
             and not case.has("precision", "mxfp8")

@@ -212,7 +212,7 @@ STAGE_RULES: tuple[Rule, ...] = (
         when="NeMo up to 25.04, MoE",
         then="TP",
         evidence="Megatron-Core parallel_state.py: an unset expert tensor size is that of attention; "
-        "NVIDIA/dgxc-benchmarking v24.11.1 grok1_314b.yaml sets none",
+        "NVIDIA/dgxc-benchmarking v24.11.1 and v25.04.02 grok1_314b.yaml set none",
         applies=lambda case: case.is_moe and case.stack.suite is Suite.NEMO and case.stack.is_before(2025, 5),
         value=lambda case: case.number("parallel.tensor"),
     ),

@@ -48,7 +48,7 @@ def _is_bridge_ultra(case: Case) -> bool:
 
 
 def _megatron_fusions(case: Case) -> Fusions:
-    is_2025 = not case.stack.is_before(2025, 3) and case.stack.release is not None
+    is_2025 = case.stack.release is not None and not case.stack.is_before(2025, 3) and not case.is_nemo_yaml
     is_native = _is_bridge_ultra(case) or _is_mixtral_of_the_zoo(case)
     return Fusions(
         permute=is_2025 and case.row.permute_fusion is not False,
@@ -120,13 +120,13 @@ STATE_RULES: tuple[Rule, ...] = (
     Rule(
         name="FP8 weights are gathered in FP8",
         field="low_precision",
-        when="Megatron-Core from 2025 on, FP8 with scales per tensor",
+        when="Megatron-Core, FP8 with scales per tensor, but for the YAML files of NeMo 24",
         then="param_gather",
-        evidence="Megatron-Bridge v0.3.0 training/mixed_precision.py; NeMo 24.09 has fp8_params false",
+        evidence="Megatron-Bridge v0.3.0 training/mixed_precision.py; dgxc v24.11.1 YAML: fp8_params false",
         applies=lambda case: (
             case.has("precision", "fp8_tensorwise", "fp8_delayed")
             and case.stack.engine is Engine.MEGATRON
-            and not case.stack.is_before(2025, 1)
+            and not case.is_nemo_yaml
         ),
         value=constant(LowPrecision(param_gather=True)),
     ),
@@ -181,10 +181,10 @@ STATE_RULES: tuple[Rule, ...] = (
     Rule(
         name="experts one by one in NeMo 24",
         field="kernels.grouped_gemm",
-        when="NeMo 24, MoE",
+        when="dgxc up to 25.04, MoE",
         then="off",
-        evidence="dgxc-benchmarking v24.11.1 grok1_314b.yaml: moe_grouped_gemm false",
-        applies=lambda case: case.stack.suite is Suite.NEMO and case.is_moe and case.stack.is_before(2025, 1),
+        evidence="dgxc-benchmarking v24.11.1 and v25.04.02 grok1_314b.yaml: moe_grouped_gemm false",
+        applies=lambda case: case.is_nemo_yaml and case.is_moe,
         value=constant(False),
     ),
     Rule(
@@ -256,7 +256,7 @@ STATE_RULES: tuple[Rule, ...] = (
         name="fusions of Megatron-Core",
         field="kernels.fusions",
         when="Megatron-Core",
-        then="rope, activation, gradient accumulation (not with FSDP); from 2025 on permute, router and TE's "
+        then="rope, activation, gradient accumulation (not with FSDP); after NeMo 24 permute, router, TE's "
         "cross entropy (native in ModelZoo's Mixtral and in Nemotron-3-Ultra)",
         evidence="Bridge scripts/performance from 25.09 on, ModelZoo's scripts, dgxc v24.11.1 YAML",
         applies=always,
