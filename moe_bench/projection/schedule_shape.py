@@ -25,6 +25,11 @@ class ScheduleKind(StrEnum):
     """DeepSeek's DualPipe cut in half: two chunks as a V, forward and backward passes merged."""
 
     @property
+    def label(self) -> str:
+        """For headings and captions."""
+        return _LABELS[self]
+
+    @property
     def has_v_placement(self) -> bool:
         """Whether chunk i >= PP stands on rank 2 PP - 1 - i, instead of i modulo PP."""
         return self in (ScheduleKind.ZERO_BUBBLE_V, ScheduleKind.DUAL_PIPE_V)
@@ -38,6 +43,17 @@ class ScheduleKind(StrEnum):
         if self in (ScheduleKind.NO_PIPELINE, ScheduleKind.INTERLEAVED, ScheduleKind.INTERLEAVED_EP_OVERLAP):
             return (False, True)
         return (self is not ScheduleKind.ONE_F_ONE_B,)
+
+
+_LABELS = {
+    ScheduleKind.NO_PIPELINE: "No pipeline",
+    ScheduleKind.ONE_F_ONE_B: "1F1B",
+    ScheduleKind.INTERLEAVED: "Interleaved 1F1B",
+    ScheduleKind.INTERLEAVED_EP_OVERLAP: "Interleaved 1F1B with overlapped expert parallelism",
+    ScheduleKind.ZERO_BUBBLE_H1: "ZB-H1",
+    ScheduleKind.ZERO_BUBBLE_V: "ZB-V",
+    ScheduleKind.DUAL_PIPE_V: "DualPipeV",
+}
 
 
 class PassKind(StrEnum):

@@ -139,9 +139,9 @@ def test_ranks_do_one_thing_at_a_time_and_everything_in_its_order(
     num_forward = sum(one.kind is PassKind.FORWARD for one in ends_s)
     num_backward = sum(one.kind in (PassKind.BACKWARD, PassKind.WGRAD) for one in ends_s)
     assert num_forward == num_backward == shape.num_chunks * shape.num_micro_batches
-    assert timeline.total_s >= max(timeline.busy_s)
+    assert timeline.total_s >= max(timeline.busy_s) * (1 - 1e-12)
     assert timeline.total_s == pytest.approx(max(ends_s.values()))
-    assert 0 <= timeline.bubble_fraction < 1
+    assert -1e-12 <= timeline.bubble_fraction < 1
 
 
 def causes(

@@ -5,8 +5,10 @@ import random
 from functools import cache
 
 from moe_bench.analysis.memory import memory_fit
-from moe_bench.report.html.memory_chart import memory_chart, memory_parts
+from moe_bench.projection.schedule import ChunkTime, ScheduleKind, simulate
+from moe_bench.report.html.memory_chart import memory_parts
 from moe_bench.report.html.page import ReportData
+from moe_bench.report.html.pipeline_picture import pipeline_picture
 from moe_bench.report.scaling import Kind, ScalingPoint, recipe_subject
 from moe_bench.results.published import load_rows
 from moe_bench.results.record import Record
@@ -54,7 +56,17 @@ QWEN, DEEPSEEK = "qwen3_30b_a3b/h100_sxm_16g_bf16", "deepseek_v3/h100_sxm_256g_b
 def full_page() -> ReportData:
     """Two recipes: one with two full-scale runs, a projection and pictures, one with a smoke run."""
     qwen = recipe(QWEN)
-    picture = memory_chart("picture", memory_fit(qwen))
+    passes = ChunkTime(forward_s=0.01, dgrad_s=0.012, wgrad_s=0.008)
+    picture = simulate(
+        ScheduleKind.ZERO_BUBBLE_H1,
+        num_ranks=4,
+        num_virtual=1,
+        num_micro_batches=8,
+        micro_batch_group_size=4,
+        chunks=[passes] * 4,
+        transfer_s=0.0,
+        overlaps_transfer=True,
+    )
     return ReportData(
         records=(
             run(QWEN, 19.9, started_at="2026-11-20T10:00:00+00:00"),
@@ -76,7 +88,7 @@ def full_page() -> ReportData:
                 tokens_per_s_per_gpu=12_500.0,
             ),
         ),
-        pipeline_pictures={QWEN: picture},
+        pipeline_pictures={QWEN: pipeline_picture("picture", picture)},
         waterfalls={},
     )
 
