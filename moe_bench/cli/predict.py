@@ -43,6 +43,10 @@ def dryrun(
     routing: Annotated[
         Path | None, typer.Option("--routing", help="JSON: tokens per sender and expert; default balanced.")
     ] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option("--micro-batches", help="Run so many; default as few as reach the steady state."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Write an SVG: a bar per pipeline rank, a timeline.")
     ] = None,
@@ -50,17 +54,19 @@ def dryrun(
     as_json: JsonOption = False,
 ) -> None:
     """Step one rank through Megatron-Core at the real world size, without a GPU: memory, FLOPs, traffic."""
-    from moe_bench.spec.derive_dryrun import dryrun_plan, ranks_to_run
+    from moe_bench.spec.derive_dryrun import dryrun_plan, ranks_to_run, require_micro_batches
     from moe_bench.spec.routing_matrix import read_counts
 
     asked = plan_of(recipe, scale=ScaleOption.FULL, num_gpus=None, changes=changes)
     plan = dryrun_plan(asked.recipe, modified=asked.modified)
     ranks = ranks_to_run(plan.recipe, rank=rank, all_stages=all_stages)
+    if micro_batches is not None:
+        require_micro_batches(plan.recipe, micro_batches)
     counts = None if routing is None else read_counts(routing)
     from moe_bench.harness.dryrun.start import load_dry_run
 
     dry_run = load_dry_run()
-    outcome = dry_run(asked.recipe, plan, ranks, counts=counts)
+    outcome = dry_run(asked.recipe, plan, ranks, counts=counts, num_micro_batches=micro_batches)
     from moe_bench.report.dryrun_plot import write_plot
     from moe_bench.report.dryrun_view import dry_run_json, dry_run_view
 

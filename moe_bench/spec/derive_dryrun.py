@@ -51,6 +51,29 @@ def ranks_to_run(recipe: Recipe, *, rank: int | None, all_stages: bool) -> tuple
     return (wanted,)
 
 
+def require_micro_batches(recipe: Recipe, num_micro_batches: int) -> None:
+    """Raise BadInputError unless the rank's schedule runs so many, and a whole step can be told from them.
+
+    The interleaved schedule wants whole groups, or at least a pipeline's length left over
+    (pipeline_parallel/schedules.py, forward_backward_pipelining_with_interleaving). Megatron-FSDP's first and
+    last micro batch differ from those between.
+    """
+    parallel, limit = recipe.parallel, recipe.num_micro_batches
+    group = max(parallel.pipeline, parallel.micro_batch_group_size)
+    is_whole = num_micro_batches == limit
+    if not 1 <= num_micro_batches <= limit:
+        problem, fix = f"a step has {limit}", f"1 to {limit}"
+    elif parallel.virtual_pipeline > 1 and not (
+        num_micro_batches >= group and num_micro_batches % group in (0, *range(parallel.pipeline, group))
+    ):
+        problem, fix = f"the interleaved schedule runs groups of {group}", f"a multiple of {group}"
+    elif parallel.data_sharding == "megatron_fsdp" and num_micro_batches < 3 and not is_whole:
+        problem, fix = "Megatron-FSDP's first and last differ from those between", f"{min(3, limit)} or more"
+    else:
+        return
+    raise BadInputError(f"--micro-batches {num_micro_batches}: {problem}; use {fix}")
+
+
 def _derived(recipe: Recipe) -> Recipe:
     parallel = recipe.parallel
     return recipe.model_copy(

@@ -6,7 +6,7 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
-from moe_bench.spec.derive_dryrun import dryrun_plan, ranks_to_run
+from moe_bench.spec.derive_dryrun import dryrun_plan, ranks_to_run, require_micro_batches
 from moe_bench.spec.load import Loader
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import Plan
@@ -67,6 +67,34 @@ def test_gathered_tokens_stay_gathered() -> None:
     plan = dryrun_plan(asked.model_copy(update={"dispatch": gathered}), modified=())
     assert plan.recipe.dispatch.dispatcher == "allgather"
     assert "dispatch.dispatcher" not in used(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "complaint"),
+    [
+        ("deepseek_v3/h100_sxm_256g_bf16", 4, None),
+        ("deepseek_v3/h100_sxm_256g_bf16", 8, None),
+        (
+            "deepseek_v3/h100_sxm_256g_bf16",
+            1,
+            "the interleaved schedule runs groups of 4; use a multiple of 4",
+        ),
+        ("deepseek_v3/h100_sxm_256g_bf16", 9, "a step has 8; use 1 to 8"),
+        ("mixtral_8x22b/h100_sxm_128g_bf16_fsdp", 3, None),
+        ("mixtral_8x22b/h100_sxm_128g_bf16_fsdp", 1, "Megatron-FSDP's first and last differ"),
+        ("qwen3_30b_a3b/h100_sxm_16g_bf16", 1, None),
+        ("qwen3_30b_a3b/h100_sxm_16g_bf16", 0, "use 1 to"),
+    ],
+)
+def test_only_micro_batches_that_show_a_step_are_run(name: str, number: int, complaint: str | None) -> None:
+    recipe = dryrun_plan(recipe_of(name), modified=()).recipe
+    if complaint is None:
+        require_micro_batches(recipe, number)
+        return
+    with pytest.raises(BadInputError) as refused:
+        require_micro_batches(recipe, number)
+    assert str(refused.value).startswith(f"--micro-batches {number}: ")
+    assert complaint in str(refused.value)
 
 
 def test_stages_are_run_at_their_first_rank() -> None:

@@ -16,13 +16,21 @@ from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import Plan
 
 
-def dry_run(asked: Recipe, plan: Plan, ranks: Sequence[int], *, counts: SenderCounts | None = None) -> DryRun:
+def dry_run(
+    asked: Recipe,
+    plan: Plan,
+    ranks: Sequence[int],
+    *,
+    counts: SenderCounts | None = None,
+    num_micro_batches: int | None = None,
+) -> DryRun:
     """Dry-run these ranks of `plan`, which was derived from `asked`.
 
-    Several ranks run in forked processes, as many at a time as there are cores; this process must then have
-    one thread and must have run no tensor operation. Raises what `dry_run_rank` raises.
+    `counts` and `num_micro_batches` are those of `dry_run_rank`. Several ranks run in forked processes, as
+    many at a time as there are cores; this process must then have one thread and must have run no tensor
+    operation. Raises what `dry_run_rank` raises.
     """
-    run = partial(dry_run_rank, plan.recipe, counts=counts)
+    run = partial(dry_run_rank, plan.recipe, counts=counts, num_micro_batches=num_micro_batches)
     if len(ranks) == 1:
         runs = [run(ranks[0])]
     else:

@@ -78,6 +78,7 @@ def test_every_stage_is_run_in_processes_of_their_own_and_drawn(tmp_path: Path) 
         (["--rank", "8"], "--rank 8: the recipe has ranks 0 to 7"),
         (["--routing", "gone.json"], "gone.json: No such file or directory"),
         (["--set", "parallel.expert=5"], "parallel.expert"),
+        (["--micro-batches", "2"], "--micro-batches 2: a step has 1; use 1 to 1"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
