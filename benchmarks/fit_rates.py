@@ -12,20 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from moe_bench.projection.operations import Number
-from moe_bench.projection.rates import GEMM_HBM_FRACTION, KERNEL_START_S
+from moe_bench.projection.rates import GEMM_HBM_FRACTION, KERNEL_START_S, gpu_rates
 from moe_bench.projection.tables import (
     FOLDERS,
     AttentionTable,
     Column,
+    ExpertTable,
     GemmTable,
     package_version,
     read_attention_table,
+    read_expert_tables,
     read_gemm_tables,
     read_latent_attention_table,
 )
@@ -40,6 +43,9 @@ MIN_FLOPS = 2e11
 """Attention below this does not fill a GPU."""
 OUTLIER_LOG_ERROR = 0.1
 TERA, MICRO = 1e12, 1e-6
+LARGE_SIZE = 1024
+MIN_TOKENS, MIN_ROWS = 64, 1024
+"""Tokens per expert and rows of a rank below which no layer of training lies."""
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 LATENT = 160
 """Mean of the head dimensions 192 and 128."""
@@ -57,6 +63,8 @@ def main() -> None:
     print(f"aiconfigurator-core {package_version()}\n")
     gpus = measured_gpus()
     print_gemms(gpus)
+    print_long_products(gpus)
+    print_experts(gpus)
     print_attention(gpus)
     print_published_attention()
     if options.simumax is not None:
@@ -108,6 +116,58 @@ def print_gemms(gpus: Sequence[GpuSpec]) -> None:
                 f"| {start / MICRO:.1f} | {shown(errors)} |"
             )
     print()
+
+
+def print_long_products(gpus: Sequence[GpuSpec]) -> None:
+    """Median rate of BF16 products by their work: the longest ones outlast the burst of the clock."""
+    edges = (1e11, 1e12, 5e12, 2e13, 1e14, 1e16)
+    print_head("GPU, bf16, TFLOP/s", *(f"{low:.0e} to {high:.0e}" for low, high in pairwise(edges)))
+    for gpu in gpus:
+        table = read_gemm_tables(gpu.device_name, engine="trtllm")[Number.BF16]
+        sizes = np.stack([table.num_rows, table.num_inner, table.num_columns])
+        flops = 2 * sizes.prod(0)
+        rates = flops / table.time_s / TERA
+        is_large = sizes.min(0) >= LARGE_SIZE
+        cells = [
+            f"{np.median(rates[is_large & (flops >= low) & (flops < high)]):.0f}"
+            for low, high in pairwise(edges)
+        ]
+        print(f"| {gpu.device_name} | {' | '.join(cells)} |")
+    print()
+
+
+def print_experts(gpus: Sequence[GpuSpec]) -> None:
+    """Fused MoE layers of TensorRT-LLM by the law of its linear layers, with what surrounds the products."""
+    print_head("GPU", "format", "HBM share", "row TB/s", "start us", "us per expert", *ERRORS)
+    for gpu in gpus:
+        rates = gpu_rates(gpu).gemm
+        for number, table in read_expert_tables(gpu.device_name, engine="trtllm").items():
+            if number is Number.NVFP4:  # several kernels, chosen by size
+                continue
+            constants, errors = fit_experts(gpu, number, rates[number].limit_flops_per_s, table)
+            cells = " | ".join(f"{value:.2f}" for value in constants)
+            print(f"| {gpu.device_name} | {number} | {cells} | {shown(errors)} |")
+    print()
+
+
+def fit_experts(gpu: GpuSpec, number: Number, limit: float, table: ExpertTable) -> tuple[Column, Column]:
+    """Share of HBM bandwidth, rate of permutation, activation and quantization, start, start per expert."""
+    chosen = (table.num_rows / table.num_local >= MIN_TOKENS) & (table.num_rows >= MIN_ROWS)
+    rows, local, tokens = table.num_rows[chosen], table.num_local[chosen], table.num_tokens[chosen]
+    hidden, ffn = table.hidden[chosen], table.expert_ffn[chosen]
+    element = number.element_bytes
+    up_bytes = element * (rows * hidden + 2 * local * hidden * ffn) + 4 * rows * ffn
+    down_bytes = element * (rows * ffn + local * hidden * ffn) + 2 * rows * hidden
+    around = rows * (hidden * (4 + element) + ffn * (4 + element)) + 4 * tokens * hidden
+
+    def law(constants: Column) -> Column:
+        share, row_rate, start, per_expert = constants
+        bandwidth = share * gpu.hbm_bytes_per_s
+        up_s = np.hypot(4 * rows * hidden * ffn / limit, up_bytes / bandwidth)
+        down_s = np.hypot(2 * rows * hidden * ffn / limit, down_bytes / bandwidth)
+        return up_s + down_s + around / (row_rate * TERA) + (start + 2 * local * per_expert) * MICRO
+
+    return fitted(law, [0.8, gpu.hbm_bytes_per_s / TERA / 2, 20.0, 0.1], table.time_s[chosen])
 
 
 def of_training(table: GemmTable) -> GemmTable:

@@ -87,6 +87,21 @@ class AttentionTable:
         return queries * self.mean_keys * 4 * self.head_dim
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTable:
+    """Gated MoE layers in one fused call, forward, balanced and without tensor parallelism: permutation, both
+    products, activation, unpermutation.
+    """
+
+    num_tokens: Column
+    num_rows: Column
+    """Of all local experts together."""
+    num_local: Column
+    hidden: Column
+    expert_ffn: Column
+    time_s: Column
+
+
 def package_version() -> str:
     """Of the installed tables; MissingRequirementError where there are none."""
     try:
@@ -157,6 +172,31 @@ def read_latent_attention_table(device_name: str, *, engine: str) -> AttentionTa
         window_tokens=np.zeros_like(seqs),
         time_s=milliseconds / 1e3,
     )
+
+
+def read_expert_tables(device_name: str, *, engine: str) -> dict[Number, ExpertTable]:
+    """MoE layers of `engine` on a GPU, by number format; empty for a GPU without tables."""
+    sizes = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
+    types = ("moe_dtype", "kernel_source", "distribution")
+    columns = _read(device_name, "moe", engine, "moe_perf", (*sizes, *types, "latency"))
+    if columns is None:
+        return {}
+    tokens, hidden, ffn, top_k, experts, tensor, expert_ranks = (_floats(columns, name) for name in sizes)
+    gated = np.array(["nongated" not in str(name) for name in columns["kernel_source"]])
+    is_used = (columns["distribution"] == "balanced") & (tensor == 1) & gated
+    tables = {}
+    for name, number in NUMBERS.items():
+        chosen = is_used & (columns["moe_dtype"] == name)
+        if chosen.any():
+            tables[number] = ExpertTable(
+                num_tokens=tokens[chosen],
+                num_rows=(tokens * top_k / expert_ranks)[chosen],
+                num_local=(experts / expert_ranks)[chosen],
+                hidden=hidden[chosen],
+                expert_ffn=ffn[chosen],
+                time_s=_floats(columns, "latency")[chosen] / 1e3,
+            )
+    return tables
 
 
 def _read(
