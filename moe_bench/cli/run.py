@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,20 +96,24 @@ def _measure(
 ) -> None:
     from moe_bench.harness.start import load_measure
     from moe_bench.launch.environment import current_environment
+    from moe_bench.launch.local_runs import noted
     from moe_bench.report.progress import announce, step_progress
     from moe_bench.report.tables import run_json, run_line, run_view
     from moe_bench.results.store import write_record
 
     console = make_console(stderr=True)
-    if is_first and (place is None or place.rank == 0):
+    is_speaker = place is None or place.rank == 0
+    if is_first and is_speaker:
         announce(plan, console)
     measure = load_measure()
-    with step_progress(plan, console, is_alone=place is None) as on_step:
+    environment, command = current_environment(), tuple(sys.argv)
+    note = noted(root, plan, repeat=repeat, command=command, env=environment) if is_speaker else nullcontext()
+    with note, step_progress(plan, console, is_alone=place is None) as on_step:
         record = measure(
             plan,
             rendezvous=place,
-            environment=current_environment(),
-            command=tuple(sys.argv),
+            environment=environment,
+            command=command,
             source_root=data_root(),
             on_step=on_step,
             repeat=repeat,
