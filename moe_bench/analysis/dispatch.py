@@ -52,7 +52,7 @@ def _all_to_all(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchange, ...]:
     ETP ranks gather each other's rows, and reduce-scatter the results in the type of the probabilities
     (combine_preprocess).
     """
-    hidden, etp = recipe.model.hidden_size, recipe.parallel.expert_tensor
+    hidden, etp = recipe.model.expert_hidden_size, recipe.parallel.expert_tensor
     rows, prob = dispatched_rows(recipe, moe), probability_bytes(recipe)
     tokens = rows * hidden * activation_element_bytes(recipe)
     exchanges = [
@@ -77,7 +77,7 @@ def _all_gather(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchange, ...]:
     group = Group.EXPERT_TENSOR_EXPERT
     prob = probability_bytes(recipe)
     rows = recipe.parallel.expert_tensor * recipe.parallel.expert * token_counts(recipe).sharded
-    hidden = rows * recipe.model.hidden_size
+    hidden = rows * recipe.model.expert_hidden_size
     return (
         _forward_only(GATHER, group, rows * moe.num_experts, "routing map"),
         _both_ways(GATHER, SCATTER, group, rows * moe.num_experts * prob, "probabilities"),
@@ -99,7 +99,7 @@ def _flex(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchange, ...]:
     domain = min(num_ranks, recipe.system.nvlink_domain_gpus)
     num_domains = max(1, num_ranks // domain)
     rows = token_counts(recipe).sharded
-    tokens = rows * recipe.model.hidden_size * activation_element_bytes(recipe)
+    tokens = rows * recipe.model.expert_hidden_size * activation_element_bytes(recipe)
     routing = rows * moe.top_k * (INDEX_BYTES + probability_bytes(recipe))
     to_ranks = etp * expected_groups(recipe, moe, num_groups=recipe.parallel.expert) * (domain - 1) / domain
     to_domains = expected_groups(recipe, moe, num_groups=num_domains) * (num_domains - 1) / num_domains

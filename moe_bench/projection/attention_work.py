@@ -6,7 +6,7 @@ from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.flops import core_attention_flops
 from moe_bench.projection.operations import AttentionCore, Part, Pass
 from moe_bench.projection.tally import Modules, Tally
-from moe_bench.spec.model import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.model import GroupedQueryAttention, LayerStructure, MultiLatentAttention
 
 _UP: Modules = frozenset({"mla_up_proj"})
 _CORE: Modules = frozenset({"core_attn"})
@@ -25,8 +25,8 @@ embedding, core, residual, and what autograd adds. Counted in Megatron-Core 0.19
 about a tenth; their cost per launch is a constant of the projection."""
 
 
-def add_attention(tally: Tally, *, window_tokens: int | None) -> None:
-    """Input norm, attention and residual of one layer; `window_tokens` if queries see no more than that."""
+def add_attention(tally: Tally, structure: LayerStructure) -> None:
+    """Input norm, attention and residual of one layer."""
     model = tally.recipe.model
     hidden_bytes = _BYTES * token_counts(tally.recipe).sharded * model.hidden_size
     add_norm_and_residual(tally, hidden_bytes)
@@ -34,7 +34,7 @@ def add_attention(tally: Tally, *, window_tokens: int | None) -> None:
         _add_latent(tally, model.attention)
         tally.launch(_MLA_LAUNCHES, captured_by="attn")
     else:
-        _add_grouped_query(tally, model.attention, window_tokens)
+        _add_grouped_query(tally, model.attention, structure)
         tally.launch(_GQA_LAUNCHES, captured_by="attn")
 
 
@@ -44,11 +44,11 @@ def add_norm_and_residual(tally: Tally, hidden_bytes: float) -> None:
     tally.move(Part.NORMS, forward_bytes=3 * hidden_bytes, backward_bytes=2 * hidden_bytes)
 
 
-def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, window_tokens: int | None) -> None:
+def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, structure: LayerStructure) -> None:
     recipe = tally.recipe
     tensor, hidden, rows = recipe.parallel.tensor, recipe.model.hidden_size, token_counts(recipe).gathered
     heads, groups, dim = attention.num_heads, attention.num_query_groups, attention.head_dim
-    columns = (heads + 2 * groups) * dim / tensor
+    columns = ((1 + attention.output_gate) * heads + 2 * groups) * dim / tensor
     tally.gemm(Part.ATTENTION_PROJECTIONS, rows, hidden, columns)
     rotated = _BYTES * rows * (heads + groups) * dim / tensor
     rope = 2 * rotated * (1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE)
@@ -58,7 +58,10 @@ def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, window_to
     # queries, keys and values leave one product interleaved by group and are written apart
     split = 2 * _BYTES * rows * columns
     tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=split, backward_bytes=split)
-    _add_core(tally, num_heads=heads, qk_dim=dim, v_dim=dim, window_tokens=window_tokens)
+    _add_core(tally, structure, num_heads=heads, qk_dim=dim, v_dim=dim)
+    if attention.output_gate:
+        gated = _BYTES * rows * heads * dim / tensor
+        tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=3 * gated, backward_bytes=5 * gated)
     tally.gemm(Part.ATTENTION_PROJECTIONS, rows, heads * dim / tensor, hidden)
 
 
@@ -84,14 +87,18 @@ def _add_latent(tally: Tally, attention: MultiLatentAttention) -> None:
     fused = 1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE
     built = _BYTES * rows * heads * (queries * fused + keys_values)
     tally.move(part, forward_bytes=built, backward_bytes=built, repeated_by=_UP)
-    _add_core(tally, num_heads=attention.num_heads, qk_dim=nope + rotary, v_dim=value, window_tokens=None)
+    _add_core(tally, None, num_heads=attention.num_heads, qk_dim=nope + rotary, v_dim=value)
     tally.gemm(part, rows, heads * value, hidden)
 
 
-def _add_core(tally: Tally, *, num_heads: int, qk_dim: int, v_dim: int, window_tokens: int | None) -> None:
+def _add_core(
+    tally: Tally, structure: LayerStructure | None, *, num_heads: int, qk_dim: int, v_dim: int
+) -> None:
     """Forward two products per pair of tokens, backward five (arXiv:2307.08691, 3.1.2)."""
     recipe = tally.recipe
     parallel = recipe.parallel
+    window_tokens = None if structure is None else structure.window_tokens
+    chunk_tokens = None if structure is None else structure.chunk_tokens
 
     def flops(qk_channels: int, v_channels: int) -> float:
         whole = core_attention_flops(
@@ -101,11 +108,12 @@ def _add_core(tally: Tally, *, num_heads: int, qk_dim: int, v_dim: int, window_t
             qk_dim=qk_channels,
             v_dim=v_channels,
             window_tokens=window_tokens,
+            chunk_tokens=chunk_tokens,
             causal_half=True,
         )
         return whole / (parallel.tensor * parallel.context)
 
-    seq_len = min(recipe.seq_len, window_tokens or recipe.seq_len)
+    seq_len = min(recipe.seq_len, window_tokens or recipe.seq_len, chunk_tokens or recipe.seq_len)
     backward = (Pass.DGRAD, flops(3 * qk_dim, 2 * v_dim))
     forward = [(in_pass, flops(qk_dim, v_dim)) for in_pass in tally.forward_passes(_CORE)]
     for in_pass, num_flops in (*forward, backward):

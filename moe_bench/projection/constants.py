@@ -18,7 +18,10 @@ class Constants:
     memory_share: float = 0.5
     """Share of the datasheet's HBM bandwidth that memory-bound kernels of a layer reach."""
     nic_share: float = 0.87
-    """Share of a NIC's rate that dispatch and combine reach."""
+    """Share of a NIC's rate that DeepEP's and HybridEP's dispatch and combine reach."""
+    alltoall_nic_share: float = 0.75
+    """The same of NCCL's all-to-all: 0.62 to 0.94 of 48.5 of 50 GB/s over 2 to 16 nodes by size
+    (aliyun/SimAI, ata_ratio.csv)."""
     launch_s: float = 22e-6
     """Host time per kernel of a layer, with the framework's and autograd's share."""
     grace_launch: float = 1.09
@@ -30,10 +33,9 @@ class Constants:
     """Of NCCL's collectives: 300 to 335 of 450 GB/s for large messages on an H100 node."""
     flex_nvlink_share: float = 0.80
     dp_nic_share: float = 0.85
-    overlap_tax: float = 0.10
-    """Slow-down of computation beside which dispatch and combine run: their SMs, and memory contention."""
-    overlap_leak: float = 0.10
-    """Share of the shorter of the two that stays exposed."""
+    overlap_loss: float = 0.35
+    """Computation lost per second of dispatch or combine beside it: 20 to 32 of 132 to 148 SMs run the
+    transfer, and it shares the memory."""
     tensor_exposed: float = 0.17
     """Share of tensor-parallel traffic that Transformer Engine's user buffers leave exposed."""
     stream_share: float = 0.7

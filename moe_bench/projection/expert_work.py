@@ -25,13 +25,15 @@ _UNFUSED_SCORE_PASSES = 8
 
 _UNFUSED_ACTIVATION = 3.0
 """Times the bytes of the fused kernel: the halves split, sigmoid, products and probabilities apart."""
+_EPILOGUE_ACTIVATION = 0.5
+"""Of the bytes, what is left where the activation stands in the epilogues of the products beside it."""
 _UNFUSED_PERMUTATION = 2.0
 """Times the bytes of the fused kernel: index_select and masked_select build their index lists."""
 
 _DENSE_LAUNCHES = 75
 _ROUTER_LAUNCHES = 40
 _PREPROCESS_LAUNCHES = 20
-_DISPATCH_LAUNCHES = 60
+_DISPATCH_LAUNCHES = {True: 30, False: 60}
 _EXPERT_BASE_LAUNCHES = 50
 _SHARED_LAUNCHES = 25
 _LAUNCHES_PER_EXPERT = 6
@@ -39,6 +41,16 @@ _LAUNCHES_PER_EXPERT = 6
 Engine's GroupedLinear starts them one by one (te_general_grouped_gemm on several streams)."""
 _QUANTIZED_LAUNCHES_PER_EXPERT = 12
 """The same and their quantization, expert by expert."""
+_BIAS_LAUNCHES_PER_EXPERT = 8
+"""Product and sum of the bias forward, and their gradients, expert by expert (experts.py, _apply_bias)."""
+
+_CLAMP_FORWARD, _CLAMP_BACKWARD = 8, 10
+"""Times that a half of the first projection's output is read or written where it is clamped: the two halves
+apart, put together again, and their gradients (fusions/fused_bias_geglu.py, weighted_bias_quick_geglu_impl)."""
+_BIAS_FORWARD_BYTES, _BIAS_BACKWARD_BYTES = 28, 36
+"""Per element of the experts' output: b p in FP32 (written), its sum with y (read, written), all experts put
+together and cast to BF16; backward the cast, and the products with p and b, each with its sum (experts.py,
+_apply_bias)."""
 
 
 def add_dense_mlp(tally: Tally) -> None:
@@ -47,7 +59,7 @@ def add_dense_mlp(tally: Tally) -> None:
     counts, hidden = token_counts(recipe), recipe.model.hidden_size
     add_norm_and_residual(tally, _BYTES * counts.sharded * hidden)
     width = (recipe.model.dense_ffn_hidden_size or 0) / recipe.parallel.tensor
-    _add_mlp(tally, Part.DENSE_MLP, counts.gathered, hidden, width, _DENSE, _DENSE)
+    _add_mlp(tally, Part.DENSE_MLP, counts.gathered, hidden, width, repeated_by=(_DENSE, _DENSE))
     tally.launch(_DENSE_LAUNCHES, captured_by="mlp")
 
 
@@ -57,22 +69,29 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
     `load` is the number of tokens that the rank receives over the balanced number: 1 when balanced.
     """
     recipe = tally.recipe
-    counts, hidden, parallel = token_counts(recipe), recipe.model.hidden_size, recipe.parallel
-    add_norm_and_residual(tally, _BYTES * counts.sharded * hidden)
+    counts, model, parallel = token_counts(recipe), recipe.model, recipe.parallel
+    add_norm_and_residual(tally, _BYTES * counts.sharded * model.hidden_size)
     _add_router(tally, moe)
     rows = load * dispatched_rows(recipe, moe) * parallel.expert_tensor
     num_local = max(1, moe.num_experts // parallel.expert)
-    _add_permutation(tally, moe, rows)
+    _add_permutation(tally, num_local, rows)
     width = moe.expert_ffn_hidden_size / parallel.expert_tensor
-    _add_mlp(tally, Part.EXPERTS, rows, hidden, width, _MOE, _ACTIVATION, num_groups=num_local)
-    if recipe.model.linear_bias:
-        biased = _BYTES * rows * (2 * width + hidden)
-        tally.move(Part.EXPERTS, forward_bytes=2 * biased, backward_bytes=biased, repeated_by=_MOE)
+    hidden = model.expert_hidden_size
+    _add_mlp(tally, Part.EXPERTS, rows, hidden, width, repeated_by=(_MOE, _ACTIVATION), num_groups=num_local)
     per_expert = _LAUNCHES_PER_EXPERT if tally.number is Number.BF16 else _QUANTIZED_LAUNCHES_PER_EXPERT
+    if model.linear_bias and not recipe.kernels.op_fuser:
+        _add_expert_biases(tally, rows, width)
+        per_expert += _BIAS_LAUNCHES_PER_EXPERT
     tally.launch(_EXPERT_BASE_LAUNCHES + per_expert * num_local, captured_by="moe")
+    if moe.latent_size is not None:
+        for inner, columns in ((model.hidden_size, hidden), (hidden, model.hidden_size)):
+            tally.gemm(Part.LATENT, counts.sharded, inner, columns, repeated_by=_MOE)
     if moe.shared_expert_ffn_hidden_size:
         shared = moe.shared_expert_ffn_hidden_size / parallel.tensor
-        _add_mlp(tally, Part.SHARED_EXPERTS, counts.gathered, hidden, shared, _SHARED, _SHARED)
+        repeated_by = (_SHARED, _SHARED)
+        _add_mlp(
+            tally, Part.SHARED_EXPERTS, counts.gathered, model.hidden_size, shared, repeated_by=repeated_by
+        )
         tally.launch(_SHARED_LAUNCHES, captured_by="moe_router")
 
 
@@ -82,17 +101,50 @@ def _add_mlp(
     rows: float,
     hidden: int,
     width: float,
-    repeated_by: Modules,
-    activation_repeated_by: Modules,
     *,
+    repeated_by: tuple[Modules, Modules],
     num_groups: int = 1,
 ) -> None:
-    """Two projections and the gated activation between them, `rows` over all groups, `width` per rank."""
-    tally.gemm(part, rows / num_groups, hidden, 2 * width, num_groups=num_groups, repeated_by=repeated_by)
-    unfused = 1.0 if tally.recipe.kernels.fusions.activation else _UNFUSED_ACTIVATION
-    halves = _BYTES * rows * width * unfused
-    tally.move(part, forward_bytes=3 * halves, backward_bytes=5 * halves, repeated_by=activation_repeated_by)
-    tally.gemm(part, rows / num_groups, width, hidden, num_groups=num_groups, repeated_by=repeated_by)
+    """Two projections and the activation between them: `rows` over all groups, `width` per rank;
+    `repeated_by` has the recompute modules of the projections and of the activation.
+    """
+    recipe = tally.recipe
+    projections, between = repeated_by
+    halves = 1 + recipe.model.activation.is_gated
+    each = rows / num_groups
+    tally.gemm(part, each, hidden, halves * width, num_groups=num_groups, repeated_by=projections)
+    unfused = 1.0 if recipe.kernels.fusions.activation else _UNFUSED_ACTIVATION
+    if part is Part.EXPERTS and recipe.kernels.op_fuser:
+        unfused = _EPILOGUE_ACTIVATION
+    moved = _BYTES * rows * width * unfused
+    # forward the halves are read and their product written; backward both and the gradient, and both written
+    tally.move(
+        part,
+        forward_bytes=(halves + 1) * moved,
+        backward_bytes=(2 * halves + 1) * moved,
+        repeated_by=between,
+    )
+    if recipe.model.activation.clamp_limit is not None and not recipe.kernels.op_fuser:
+        clamped = _BYTES * rows * width
+        tally.move(
+            part,
+            forward_bytes=_CLAMP_FORWARD * clamped,
+            backward_bytes=_CLAMP_BACKWARD * clamped,
+            repeated_by=between,
+        )
+    tally.gemm(part, each, width, hidden, num_groups=num_groups, repeated_by=projections, is_last=True)
+
+
+def _add_expert_biases(tally: Tally, rows: float, width: float) -> None:
+    """The second projection's bias, b p + y expert by expert, and the gradient of the first one's."""
+    outputs = rows * tally.recipe.model.expert_hidden_size
+    first = _BYTES * rows * 2 * width
+    tally.move(
+        Part.EXPERTS,
+        forward_bytes=_BIAS_FORWARD_BYTES * outputs,
+        backward_bytes=_BIAS_BACKWARD_BYTES * outputs + first,
+        repeated_by=_MOE,
+    )
 
 
 def _add_router(tally: Tally, moe: MixtureOfExperts) -> None:
@@ -112,23 +164,25 @@ def _add_router(tally: Tally, moe: MixtureOfExperts) -> None:
     tally.launch(_ROUTER_LAUNCHES, captured_by="moe_router")
 
 
-def _add_permutation(tally: Tally, moe: MixtureOfExperts, rows: float) -> None:
-    """Copies of rows, each read and written once, r H a: with `alltoall` a rank orders its tokens by expert
-    before they leave, by local expert when they arrive, and back twice; DeepEP and HybridEP send unordered
-    tokens and order them on arrival.
+def _add_permutation(tally: Tally, num_local: int, rows: float) -> None:
+    """Tokens copied into rows and back, t H a and r H a each way.
+
+    With `alltoall` a rank orders its tokens by expert before they leave and, where it has several experts, by
+    local expert when they arrive; DeepEP and HybridEP send unordered tokens and order them on arrival.
     """
     recipe = tally.recipe
-    copied = 2 * _BYTES * rows * recipe.model.hidden_size
+    hidden = recipe.model.expert_hidden_size
+    tokens, copies = (_BYTES * count * hidden for count in (token_counts(recipe).sharded, rows))
+    moved = 2 * (tokens + copies)
     is_flex = recipe.dispatch.dispatcher not in ("alltoall", "allgather")
-    fused = 1.0 if recipe.kernels.fusions.permute else _UNFUSED_PERMUTATION
+    if is_flex:
+        moved = 4 * copies
+    elif recipe.parallel.expert > 1 and num_local > 1:
+        moved += 4 * copies
     if recipe.kernels.op_fuser:
-        fused *= 0.5  # the fused grouped MLP reads permuted rows as it gathers them
-    num_copies = 2 if is_flex or recipe.parallel.expert == 1 else 4
-    tally.move(
-        Part.PERMUTATION,
-        forward_bytes=num_copies * copied * fused,
-        backward_bytes=num_copies * copied * fused,
-        repeated_by=_MOE,
-    )
+        moved *= 0.5  # the fused grouped MLP reads permuted rows as it gathers them
+    elif not recipe.kernels.fusions.permute:
+        moved *= _UNFUSED_PERMUTATION
+    tally.move(Part.PERMUTATION, forward_bytes=moved, backward_bytes=moved, repeated_by=_MOE)
     tally.launch(_PREPROCESS_LAUNCHES, captured_by="moe_preprocess")
-    tally.launch(_DISPATCH_LAUNCHES, captured_by="moe")
+    tally.launch(_DISPATCH_LAUNCHES[is_flex], captured_by="moe")

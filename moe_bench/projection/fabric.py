@@ -39,6 +39,15 @@ class LinkTime:
     latency_s: float
     is_flex: bool = False
 
+    def beside(self, other: LinkTime) -> LinkTime:
+        """Both as one, each link carrying what either puts on it and the later start counting."""
+        return LinkTime(
+            nvlink_s=self.nvlink_s + other.nvlink_s,
+            nic_s=self.nic_s + other.nic_s,
+            latency_s=max(self.latency_s, other.latency_s),
+            is_flex=self.is_flex,
+        )
+
 
 @dataclass(frozen=True)
 class Fabric:

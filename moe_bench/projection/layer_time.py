@@ -84,7 +84,8 @@ def _parts(table: LayerTable, constants: Constants) -> Floats:
 def _traffic(table: LayerTable, constants: Constants) -> Floats:
     """[layer, direction, link]: both links of a message work at once, messages follow each other."""
     nvlink_share = np.where(table.is_flex, constants.flex_nvlink_share, constants.nvlink_share)
-    seconds = np.maximum(table.nvlink_s / nvlink_share, table.nic_s / constants.nic_share) + table.latency_s
+    nic_share = np.where(table.is_flex, constants.nic_share, constants.alltoall_nic_share)
+    seconds = np.maximum(table.nvlink_s / nvlink_share, table.nic_s / nic_share) + table.latency_s
     seconds = np.where(table.is_overlapped, seconds * constants.tensor_exposed, seconds)
     is_backward = table.message_pass != _FORWARD
     num_links = len(Link)
@@ -109,15 +110,15 @@ _RING_LEAK = 0.15
 
 
 def _exposed_dispatch(busy_s: Floats, dispatch_s: Floats, table: LayerTable, constants: Constants) -> Floats:
-    """Dispatch and combine in full, or what overlap leaves of them: max((1 + tax) C, A) + leak min - C over
-    both directions of two micro batches, shared out by their computation.
+    """Dispatch and combine in full, or what overlap leaves of them.
+
+    While A seconds of traffic run beside C seconds of kernels, these lose the share of the SMs and of the
+    memory that it takes: max(C + loss A, A) - C over both directions of two micro batches, shared out by C.
     """
     busy, dispatch = busy_s.sum(1), dispatch_s.sum(1)
-    taxed = busy * (1 + constants.overlap_tax)
-    joint = np.maximum(taxed, dispatch) + constants.overlap_leak * np.minimum(taxed, dispatch) - busy
-    is_hidden = table.overlaps_experts & (dispatch > 0)
+    joint = np.maximum(busy + constants.overlap_loss * dispatch, dispatch) - busy
     share = busy_s / busy[:, None]
-    exposed: Floats = np.where(is_hidden[:, None], joint[:, None] * share, dispatch_s)
+    exposed: Floats = np.where(table.overlaps_experts[:, None], joint[:, None] * share, dispatch_s)
     return exposed
 
 

@@ -22,9 +22,10 @@ class Part(StrEnum):
 
     ATTENTION_PROJECTIONS = "attention projections"
     ATTENTION = "attention"
-    SEQUENCE_MIXER = "state-space mixer"
+    STATE_MIXER = "state-space mixer"
     DENSE_MLP = "dense MLP"
     EXPERTS = "experts"
+    LATENT = "latent projections"
     SHARED_EXPERTS = "shared experts"
     ROUTER = "router"
     PERMUTATION = "permute and unpermute"
@@ -118,11 +119,24 @@ class Message:
     in_pass: Pass
     num_bytes: float
     """As `analysis/collectives.py` counts it."""
+    what: str = ""
+    """What it carries; the hops of one dispatch over both links say the same."""
     is_overlapped: bool = False
     """Whether a fused kernel (Transformer Engine's user buffers) hides most of it under its product."""
 
 
-Operation = Gemm | AttentionCore | MemoryBound
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateUpdate:
+    """The scan of a Mamba-2 or gated-delta-net layer on one rank, chunk by chunk."""
+
+    in_pass: Pass
+    num_flops: float
+    is_delta_rule: bool
+    """Whether states are corrected (gated delta nets), which chains small triangular products, or only
+    decay."""
+
+
+Operation = Gemm | AttentionCore | MemoryBound | StateUpdate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ the very code that projects one recipe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -16,11 +16,27 @@ import numpy.typing as npt
 from moe_bench.analysis.collectives import Group
 from moe_bench.projection.efficiency import Cost, Efficiency, Scale
 from moe_bench.projection.evidence import Grade
-from moe_bench.projection.fabric import Fabric
-from moe_bench.projection.operations import AttentionCore, Gemm, LayerWork, Operation, Part, Pass
+from moe_bench.projection.fabric import Fabric, LinkTime
+from moe_bench.projection.operations import (
+    AttentionCore,
+    Gemm,
+    LayerWork,
+    Message,
+    Operation,
+    Part,
+    Pass,
+    StateUpdate,
+)
+from moe_bench.projection.rates import KERNEL_START_S
+from moe_bench.projection.traits import MEGATRON, Traits
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+
+_SCAN_FLOPS_PER_S = 80e12
+_DELTA_RULE_FLOPS_PER_S = 30e12
+"""Of the scans of Mamba-2 and gated delta nets, on every GPU: small products of 64 to 256 channels in Triton,
+between dependent chunks. Set by hand from rows of Nemotron 3 Nano, and of Qwen3-Next; not measured."""
 
 PARTS = tuple(Part)
 PASSES = tuple(Pass)
@@ -71,15 +87,12 @@ class Pricer:
 
     efficiency: Efficiency
     fabric: Fabric
+    traits: Traits = MEGATRON
 
     def price(self, work: LayerWork) -> PricedLayer:
         """Every operation and message of a layer at reference rates."""
         costs = [self._cost(operation) for operation in work.operations]
-        times = [
-            (message, self.fabric.time(message.op, message.group, message.num_bytes))
-            for message in work.messages
-        ]
-        times = [(message, time) for message, time in times if time.nvlink_s or time.nic_s]
+        times = self._times(work.messages)
         return PricedLayer(
             part=_ints(PARTS.index(_part(operation)) for operation in work.operations),
             in_pass=_ints(PASSES.index(operation.in_pass) for operation in work.operations),
@@ -98,11 +111,36 @@ class Pricer:
             grade=max((cost.grade for cost in costs), default=Grade.MEASURED_HERE),
         )
 
+    def _times(self, messages: Sequence[Message]) -> list[tuple[Message, LinkTime]]:
+        """Messages that take time; the hops of one dispatch or combine as one, since both links
+        work at once.
+        """
+        merged: dict[tuple[Pass, str, int], tuple[Message, LinkTime]] = {}
+        for index, message in enumerate(messages):
+            time = self.fabric.time(message.op, message.group, message.num_bytes)
+            key = (message.in_pass, message.what, -1 if time.is_flex else index)
+            if key in merged:
+                merged[key] = (message, merged[key][1].beside(time))
+            elif time.nvlink_s or time.nic_s:
+                merged[key] = (message, time)
+        return list(merged.values())
+
     def _cost(self, operation: Operation) -> Cost:
         if isinstance(operation, Gemm):
             return self.efficiency.gemm(operation)
         if isinstance(operation, AttentionCore):
-            return self.efficiency.attention(operation)
+            cost = self.efficiency.attention(operation)
+            return replace(cost, compute_s=cost.compute_s / self.traits.attention_fraction)
+        if isinstance(operation, StateUpdate):
+            return Cost(
+                compute_s=operation.num_flops
+                / (_DELTA_RULE_FLOPS_PER_S if operation.is_delta_rule else _SCAN_FLOPS_PER_S),
+                memory_s=0.0,
+                overhead_s=KERNEL_START_S,
+                scale=Scale.GEMM,
+                grade=Grade.PRIOR,
+                source="assumed for the chunked scan",
+            )
         return self.efficiency.memory(operation)
 
 
@@ -178,6 +216,8 @@ def _join[Kind: np.generic](columns: Iterable[npt.NDArray[Kind]]) -> npt.NDArray
 
 
 def _part(operation: Operation) -> Part:
+    if isinstance(operation, StateUpdate):
+        return Part.STATE_MIXER
     return Part.ATTENTION if isinstance(operation, AttentionCore) else operation.part
 
 

@@ -14,6 +14,7 @@ from moe_bench.projection.fabric import Fabric, LinkTime
 from moe_bench.projection.load import recipe_load
 from moe_bench.projection.lowering import Lowered, lower
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
+from moe_bench.projection.traits import MEGATRON, Traits
 from moe_bench.spec.pipeline import pipeline_chunks
 from moe_bench.spec.recipe import Recipe, StateDtype
 
@@ -53,15 +54,23 @@ class StepWork:
         return self.lowered.recipe
 
 
-def step_work(recipe: Recipe, efficiency: Efficiency | None = None, *, load: float | None = None) -> StepWork:
+def step_work(
+    recipe: Recipe,
+    efficiency: Efficiency | None = None,
+    *,
+    load: float | None = None,
+    traits: Traits = MEGATRON,
+) -> StepWork:
     """`recipe` lowered and priced; `load` as in `lowering.lower`, None for what its routing mode leads to.
 
     Raises BadInputError for a precision or a GPU that has no rates.
     """
     efficiency = Efficiency(recipe.system) if efficiency is None else efficiency
-    lowered = lower(recipe, load=recipe_load(recipe) if load is None else load)
+    lowered = lower(
+        recipe, load=recipe_load(recipe) if load is None else load, stops_early=traits.stops_recompute_early
+    )
     fabric = Fabric(recipe.system, recipe.parallel)
-    pricer = Pricer(efficiency, fabric)
+    pricer = Pricer(efficiency, fabric, traits)
     gpu = recipe.system.gpu
     setting = LayerSetting(
         is_hopper=gpu is not None and gpu.architecture == "hopper",

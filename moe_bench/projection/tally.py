@@ -21,6 +21,10 @@ NUMBERS: dict[Precision, Number] = {
 _READS_PER_QUANTIZATION = {"fp8_tensorwise": 2, "nvfp4": 2}
 """Current scaling reads a tensor for its largest value before it quantizes it; NVFP4 for its global scale."""
 
+_FUSED_QUANTIZATION = 0.25
+"""Of the bytes, what is left where Transformer Engine's fused grouped MLP quantizes in the epilogue of the
+product before: the dispatched tokens at its start."""
+
 _BF16_BYTES = 2
 
 Modules = frozenset[RecomputeModule]
@@ -36,6 +40,9 @@ class Tally:
     """Format of this layer's matrix products."""
     is_whole_recomputed: bool = False
     """Whether the backward pass runs the whole layer forward again."""
+    stops_early: bool = False
+    """Whether that ends where the last saved tensor is back, as torch's own checkpointing does: the products
+    and messages behind it do not run again."""
     operations: list[Operation] = field(default_factory=list)
     num_launches: float = 0.0
 
@@ -49,13 +56,14 @@ class Tally:
         num_groups: int = 1,
         number: Number | None = None,
         repeated_by: Modules = NO_MODULES,
+        is_last: bool = False,
     ) -> None:
         """A projection of `inner` to `columns` channels for `rows` tokens, per group.
 
-        Y = X W, dX = dY W^T and dW += X^T dY.
+        Y = X W, dX = dY W^T and dW += X^T dY. `is_last` says that nothing behind it is kept for the gradient.
         """
         form = self.number if number is None else number
-        for in_pass in self.forward_passes(repeated_by):
+        for in_pass in self.forward_passes(repeated_by, is_last=is_last):
             self.operations.append(
                 Gemm(
                     part=part,
@@ -91,7 +99,7 @@ class Tally:
             )
         )
         if form is not Number.BF16:
-            self._quantize(num_groups * rows, inner, columns, repeated_by)
+            self._quantize(part, num_groups * rows, inner, columns, repeated_by)
 
     def move(
         self,
@@ -100,9 +108,10 @@ class Tally:
         forward_bytes: float,
         backward_bytes: float,
         repeated_by: Modules = NO_MODULES,
+        is_last: bool = False,
     ) -> None:
         """An operation bound by memory, and its gradient's."""
-        for in_pass in self.forward_passes(repeated_by):
+        for in_pass in self.forward_passes(repeated_by, is_last=is_last):
             self.operations.append(MemoryBound(part=part, in_pass=in_pass, num_bytes=forward_bytes))
         if backward_bytes:
             self.operations.append(MemoryBound(part=part, in_pass=Pass.DGRAD, num_bytes=backward_bytes))
@@ -116,20 +125,22 @@ class Tally:
         if graphs.implementation == "none" or not is_captured:
             self.num_launches += count
 
-    def forward_passes(self, repeated_by: Modules) -> tuple[Pass, ...]:
+    def forward_passes(self, repeated_by: Modules, *, is_last: bool = False) -> tuple[Pass, ...]:
         """The passes in which a forward operation of these modules runs."""
+        if is_last and self.stops_early:
+            return (Pass.FORWARD,)
         recompute = self.recipe.recompute
         is_selected = recompute.granularity == "selective" and bool(repeated_by & set(recompute.modules))
         if self.is_whole_recomputed or is_selected:
             return (Pass.FORWARD, Pass.RECOMPUTE)
         return (Pass.FORWARD,)
 
-    def _quantize(self, rows: float, inner: float, columns: float, repeated_by: Modules) -> None:
+    def _quantize(self, part: Part, rows: float, inner: float, columns: float, repeated_by: Modules) -> None:
         """Input and output gradient quantized, each row-wise for one product and column-wise for another:
         read in BF16 and written twice. Weights are quantized once per step and kept (Transformer Engine's
         is_first_microbatch), which is left out.
         """
-        fused = 0.5 if self.recipe.kernels.op_fuser else 1.0
+        fused = _FUSED_QUANTIZATION if self.recipe.kernels.op_fuser and part is Part.EXPERTS else 1.0
         reads = _READS_PER_QUANTIZATION.get(self.recipe.precision, 1)
         per_element = fused * (reads * _BF16_BYTES + 2 * self.number.element_bytes)
         self.move(

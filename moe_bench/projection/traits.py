@@ -1,0 +1,23 @@
+"""What training engines other than Megatron-Core do differently, as far as it changes the time of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """How an engine runs a layer."""
+
+    stops_recompute_early: bool = False
+    """Whether recomputation ends where the last saved tensor is back, as torch.utils.checkpoint does, or runs
+    the whole module (Megatron-Core, tensor_parallel/random.py)."""
+    attention_fraction: float = 1.0
+    """Rate of its attention kernels over that of the best public ones (cuDNN, FlashAttention 3)."""
+
+
+MEGATRON = Traits()
+AUTOMODEL = Traits(stops_recompute_early=True)
+TORCHTITAN = Traits(stops_recompute_early=True, attention_fraction=0.5)
+"""torch's scaled_dot_product_attention was FlashAttention 2, which reaches 35 % of an H100's peak where
+FlashAttention 3 reaches up to 75 % (arXiv:2407.08608, abstract)."""
