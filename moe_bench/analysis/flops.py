@@ -12,7 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from moe_bench.analysis.compressed_flops import (
+    compressed_core_flops,
+    compressed_projection_flops,
+    index_score_flops,
+)
 from moe_bench.analysis.params import Part
+from moe_bench.analysis.projection_flops import (
+    gqa_projection_flops,
+    indexer_projection_flops,
+    mla_projection_flops,
+    mlp_flops,
+    mtp_projection_flops,
+)
+from moe_bench.analysis.sparse_flops import indexer_score_flops, sparse_core_flops
 from moe_bench.analysis.state_flops import (
     delta_net_projection_flops,
     delta_net_state_flops,
@@ -160,45 +173,6 @@ class PassFlops:
         return self.forward_flops + self.dgrad_flops + self.wgrad_flops
 
 
-def gqa_projection_flops(
-    *,
-    tokens: int,
-    hidden: int,
-    num_heads: int,
-    num_query_groups: int,
-    head_dim: int,
-    output_gate: bool = False,
-) -> int:
-    """Forward FLOPs of the query, key, value and output projections of grouped-query attention.
-
-    F = 2 T H d (2 n + 2 g), and 2 T H d n more with an output gate: arXiv:2305.13245. Norms, biases and
-    rotary embedding are left out.
-    """
-    return 2 * tokens * hidden * head_dim * ((2 + output_gate) * num_heads + 2 * num_query_groups)
-
-
-def mla_projection_flops(
-    *,
-    tokens: int,
-    hidden: int,
-    num_heads: int,
-    q_rank: int | None,
-    kv_rank: int,
-    nope_dim: int,
-    rope_dim: int,
-    v_dim: int,
-) -> int:
-    """Forward FLOPs of the down-, up- and output projections of multi-head latent attention.
-
-    F = 2 T [H r_q + r_q n (d_n + d_r) + H (r_kv + d_r) + r_kv n (d_n + d_v) + n d_v H], and H n (d_n + d_r)
-    for the queries where they are not compressed: arXiv:2405.04434, 2.1. Norms and biases are left out.
-    """
-    query = num_heads * (nope_dim + rope_dim)
-    per_token = hidden * query if q_rank is None else q_rank * (hidden + query)
-    per_token += hidden * (kv_rank + rope_dim) + kv_rank * num_heads * (nope_dim + v_dim)
-    return 2 * tokens * (per_token + num_heads * v_dim * hidden)
-
-
 def core_attention_flops(
     *,
     num_seqs: int,
@@ -224,25 +198,9 @@ def core_attention_flops(
     return num_seqs * num_heads * (qk_dim + v_dim) * twice_pairs
 
 
-def mlp_flops(*, tokens: int, hidden: int, ffn: int, num_matrices: int) -> int:
-    """Forward FLOPs of an MLP or expert: F = 2 T H F per matrix: up, down, and a gate (arXiv:2002.05202).
-
-    `num_matrices` is 3 with a gate and 2 without; the convention that forgot GPT-OSS's passes 2. Activation
-    is left out.
-    """
-    return 2 * tokens * hidden * ffn * num_matrices
-
-
 def router_flops(*, tokens: int, hidden: int, num_experts: int) -> int:
     """Forward FLOPs of the routing scores: F = 2 T H E. Top-k and softmax are left out."""
     return 2 * tokens * hidden * num_experts
-
-
-def mtp_projection_flops(*, tokens: int, hidden: int) -> int:
-    """Forward FLOPs of an MTP module's projection of two concatenated vectors: F = 4 T H^2
-    (arXiv:2412.19437).
-    """
-    return 4 * tokens * hidden**2
 
 
 def lm_head_flops(*, tokens: int, hidden: int, vocab_size: int) -> int:
@@ -279,9 +237,7 @@ def forward_flops_by_part(
     parts[Part.LM_HEAD] = (1 + num_mtp) * head
     if model.hybrid_pattern is None:  # Megatron-Core's hybrid_flops leaves out the joint of MTP and its norms
         parts[Part.MTP_PROJECTION] = num_mtp * mtp_projection_flops(tokens=tokens, hidden=model.hidden_size)
-        width = (model.num_layers + num_mtp) * _latent_width(
-            model.attention
-        ) + num_mtp * 3 * model.hidden_size
+        width = (model.num_layers + num_mtp) * _latent_width(model) + num_mtp * 3 * model.hidden_size
         parts[Part.NORMS] = rule.latent_norms * norm_flops_as_product(tokens=tokens, width=width)
     return {part: flops for part, flops in parts.items() if flops}
 
@@ -295,6 +251,8 @@ def _beyond_idealised(model: ModelSpec) -> str:
     """What a formula for whole layers of grouped-query attention says nothing of; empty for nothing."""
     if model.attention.kind == "mla":
         return "multi-head latent attention"
+    if model.compressed_attention is not None:
+        return "compressed attention"
     if model.hybrid_pattern is not None or model.gated_delta_net is not None:
         return "layers without attention"
     return ""
@@ -365,10 +323,12 @@ def _layer_flops(
     tokens, hidden = num_seqs * seq_len, model.hidden_size
     parts: dict[str, int] = {}
     if structure.mixer == "attention":
-        parts[Part.ATTENTION] = _projections(model, tokens=tokens)
+        parts[Part.ATTENTION] = _projections(model, structure, tokens=tokens)
         parts[CORE_ATTENTION] = _core_attention(
             model.attention, structure, num_seqs=num_seqs, seq_len=seq_len, rule=rule
         )
+    elif structure.mixer == "compressed_attention":
+        parts |= _compressed_attention(model, structure, num_seqs=num_seqs, seq_len=seq_len)
     elif structure.mixer == "mamba" and model.mamba is not None:
         mamba = model.mamba
         inner = 2 * hidden if rule.mamba_twice_hidden else mamba.inner_width
@@ -387,10 +347,16 @@ def _layer_flops(
     return parts
 
 
-def _projections(model: ModelSpec, *, tokens: int) -> int:
+def _projections(model: ModelSpec, structure: LayerStructure, *, tokens: int) -> int:
     attention = model.attention
     if attention.kind == "mla":
-        return mla_projection_flops(
+        q_rank = attention.q_lora_rank or model.hidden_size
+        index = 0
+        if attention.sparse is not None and structure.has_indexer:
+            index = indexer_projection_flops(
+                tokens=tokens, hidden=model.hidden_size, q_rank=q_rank, indexer=attention.sparse
+            )
+        return index + mla_projection_flops(
             tokens=tokens,
             hidden=model.hidden_size,
             num_heads=attention.num_heads,
@@ -413,6 +379,17 @@ def _projections(model: ModelSpec, *, tokens: int) -> int:
 def _core_attention(
     attention: Attention, structure: LayerStructure, *, num_seqs: int, seq_len: int, rule: CountingRule
 ) -> int:
+    if attention.kind == "mla" and attention.sparse is not None:
+        scores = indexer_score_flops(num_seqs=num_seqs, seq_len=seq_len, indexer=attention.sparse)
+        core = sparse_core_flops(
+            num_seqs=num_seqs,
+            seq_len=seq_len,
+            num_heads=attention.num_heads,
+            kv_rank=attention.kv_lora_rank,
+            rope_dim=attention.qk_rope_head_dim,
+            num_chosen_keys=attention.sparse.num_chosen_keys,
+        )
+        return core + scores * structure.has_indexer
     return core_attention_flops(
         num_seqs=num_seqs,
         seq_len=seq_len,
@@ -425,14 +402,32 @@ def _core_attention(
     )
 
 
+def _compressed_attention(
+    model: ModelSpec, structure: LayerStructure, *, num_seqs: int, seq_len: int
+) -> dict[str, int]:
+    net, attention, ratio = model.compressed_attention, model.attention, structure.compression_ratio or 0
+    if net is None:
+        return {}
+    heads = {"num_heads": attention.num_heads, "head_dim": _qk_dim(attention)}
+    core = compressed_core_flops(num_seqs=num_seqs, seq_len=seq_len, net=net, ratio=ratio, **heads)
+    scores = index_score_flops(num_seqs=num_seqs, seq_len=seq_len, net=net, ratio=ratio)
+    projections = compressed_projection_flops(
+        tokens=num_seqs * seq_len, hidden=model.hidden_size, net=net, ratio=ratio, **heads
+    )
+    return {Part.ATTENTION: projections, CORE_ATTENTION: core + scores}
+
+
 def _qk_dim(attention: Attention) -> int:
     if attention.kind == "mla":
         return attention.qk_nope_head_dim + attention.qk_rope_head_dim
     return attention.head_dim
 
 
-def _latent_width(attention: Attention) -> int:
-    return (attention.q_lora_rank or 0) + attention.kv_lora_rank if attention.kind == "mla" else 0
+def _latent_width(model: ModelSpec) -> int:
+    attention, compressed = model.attention, model.compressed_attention
+    if attention.kind == "mla":
+        return (attention.q_lora_rank or 0) + attention.kv_lora_rank
+    return 0 if compressed is None else compressed.q_lora_rank + attention.head_dim
 
 
 def _expert_layer(model: ModelSpec, tokens: int, rule: CountingRule) -> FlopsByPart:

@@ -12,11 +12,13 @@ from enum import StrEnum
 
 from moe_bench.spec.model import (
     Attention,
+    CompressedAttention,
     GatedDeltaNet,
     LayerStructure,
     Mamba2,
     MixtureOfExperts,
     ModelSpec,
+    SparseIndexer,
 )
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.recipe import KernelFamily, Recipe
@@ -29,6 +31,7 @@ class Part(StrEnum):
     ATTENTION = "attention"
     MAMBA = "mamba"
     GATED_DELTA_NET = "gated_delta_net"
+    RESIDUAL_STREAMS = "residual_streams"
     NORMS = "norms"
     ROUTER = "router"
     LATENT_PROJECTIONS = "latent_projections"
@@ -132,6 +135,16 @@ def has_query_input_norm(attention: Attention, family: KernelFamily | None) -> b
     return attention.kind == "mla" and attention.q_lora_rank is None and family == "transformer_engine"
 
 
+def indexer_params(indexer: SparseIndexer, *, hidden: int, q_rank: int) -> Weights:
+    """What chooses the keys of multi-head latent attention: P = r_q n d + H d + H n + 2 d.
+
+    Queries from the compressed query, one key, a weight per head, and a norm with offset (arXiv:2512.02556,
+    2.1). Megatron-Core repeats it on every tensor-parallel rank.
+    """
+    heads, dim = indexer.num_heads, indexer.head_dim
+    return Weights(0, q_rank * heads * dim + hidden * (dim + heads) + 2 * dim)
+
+
 def mamba_params(mamba: Mamba2, *, hidden: int) -> Weights:
     """One Mamba-2 mixer without the norm of its layer.
 
@@ -154,6 +167,42 @@ def gated_delta_net_params(net: GatedDeltaNet, *, hidden: int) -> Weights:
     keys, values, heads = net.key_width, net.value_width, net.num_value_heads
     projections = hidden * (2 * keys + 2 * values + 2 * heads) + values * hidden
     return Weights(projections + (2 * keys + values) * net.conv_width + 2 * heads, net.value_head_dim)
+
+
+def compressed_attention_params(
+    net: CompressedAttention, *, hidden: int, num_heads: int, head_dim: int, ratio: int
+) -> Weights:
+    """One attention of DeepSeek-V4 with its sinks and norms, compressing `ratio` tokens to a key.
+
+    P = H r_q + r_q n d + H d + n d r_o + G r_o H + n + r_q + d, a compressor's 2 c H d + ratio c d + d, and
+    at ratio 4 an indexer's r_q n_i d_i + H n_i + 4 H d_i + 8 d_i + d_i; c is 2 at ratio 4, 1 at 128
+    (Megatron-LM dev, experimental_attention_variant/csa.py). It knows no tensor parallelism, so every rank
+    repeats it.
+    """
+    heads = num_heads * head_dim
+    own = net.q_lora_rank * (hidden + heads) + hidden * head_dim + num_heads + net.q_lora_rank + head_dim
+    own += net.output_lora_rank * (heads + net.output_groups * hidden)
+    if ratio:
+        own += _compressor_params(hidden=hidden, head_dim=head_dim, ratio=ratio)
+    if ratio == 4:
+        own += net.q_lora_rank * net.num_index_heads * net.index_head_dim + hidden * net.num_index_heads
+        own += _compressor_params(hidden=hidden, head_dim=net.index_head_dim, ratio=ratio)
+    return Weights(0, own)
+
+
+def _compressor_params(*, hidden: int, head_dim: int, ratio: int) -> int:
+    """Keys and gates of `ratio` tokens, positions within them, and a norm; windows of 4 overlap by half."""
+    width = (2 if ratio == 4 else 1) * head_dim
+    return 2 * hidden * width + ratio * width + head_dim
+
+
+def stream_mixing_params(*, hidden: int, num_streams: int) -> int:
+    """The maps between n residual streams and a half layer: P = n H (n^2 + 2 n) + n^2 + 2 n + 3.
+
+    DeepSeek-V4's hyper-connections; Megatron-LM dev, transformer/hyper_connection.py.
+    """
+    num_maps = num_streams**2 + 2 * num_streams
+    return num_streams * hidden * num_maps + num_maps + 3
 
 
 def mlp_params(*, hidden: int, ffn: int, bias: bool, is_gated: bool) -> Weights:
@@ -200,9 +249,17 @@ def structure_weights(
     norms = Weights(0, num_norms * hidden)
     parts: dict[Part, Weights] = {}
     if structure.mixer == "attention":
-        parts[Part.ATTENTION] = _attention_weights(model)
+        parts[Part.ATTENTION] = _attention_weights(model, structure)
         norms += Weights(0, has_query_input_norm(model.attention, family) * hidden)
         norms += attention_norm_params(model.attention)
+    elif structure.mixer == "compressed_attention" and model.compressed_attention is not None:
+        parts[Part.ATTENTION] = compressed_attention_params(
+            model.compressed_attention,
+            hidden=hidden,
+            num_heads=model.attention.num_heads,
+            head_dim=_key_dim(model.attention),
+            ratio=structure.compression_ratio or 0,
+        )
     elif structure.mixer == "mamba" and model.mamba is not None:
         parts[Part.MAMBA] = mamba_params(model.mamba, hidden=hidden)
     elif structure.mixer == "gated_delta_net" and model.gated_delta_net is not None:
@@ -211,7 +268,22 @@ def structure_weights(
         parts[Part.DENSE_MLP] = _mlp_weights(model, hidden, model.dense_ffn_hidden_size or 0)
     elif structure.ffn == "moe" and model.moe is not None:
         parts |= _expert_weights(model, model.moe, num_experts)
+    if model.num_residual_streams > 1:
+        maps = stream_mixing_params(hidden=hidden, num_streams=model.num_residual_streams)
+        parts[Part.RESIDUAL_STREAMS] = Weights(0, num_norms * maps)
     return parts | {Part.NORMS: norms}
+
+
+def _key_dim(attention: Attention) -> int:
+    return attention.head_dim if attention.kind == "gqa" else attention.qk_nope_head_dim
+
+
+def _stream_sum_weights(model: ModelSpec) -> PartWeights:
+    """What adds residual streams up before a head: n^2 H + n + 1; nothing where there is one stream."""
+    number = model.num_residual_streams
+    if number == 1:
+        return {}
+    return {Part.RESIDUAL_STREAMS: Weights(0, number**2 * model.hidden_size + number + 1)}
 
 
 def _expert_weights(model: ModelSpec, moe: MixtureOfExperts, num_experts: int) -> dict[Part, Weights]:
@@ -240,10 +312,14 @@ def _mlp_weights(model: ModelSpec, hidden: int, ffn: int) -> Weights:
     return mlp_params(hidden=hidden, ffn=ffn, bias=model.linear_bias, is_gated=model.activation.is_gated)
 
 
-def _attention_weights(model: ModelSpec) -> Weights:
+def _attention_weights(model: ModelSpec, structure: LayerStructure) -> Weights:
     attention = model.attention
     if attention.kind == "mla":
-        return multi_latent_attention_params(
+        index = Weights()
+        if attention.sparse is not None and structure.has_indexer:
+            q_rank = attention.q_lora_rank or model.hidden_size
+            index = indexer_params(attention.sparse, hidden=model.hidden_size, q_rank=q_rank)
+        return index + multi_latent_attention_params(
             hidden=model.hidden_size,
             num_heads=attention.num_heads,
             q_rank=attention.q_lora_rank,
@@ -275,6 +351,7 @@ def mtp_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | No
     return sum_parts(
         (
             own,
+            _stream_sum_weights(model),
             *(
                 structure_weights(model, structure, num_experts=num_experts, family=family)
                 for structure in model.mtp_layers
@@ -318,7 +395,7 @@ def chunk_weights(
     if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):
         parts.append({Part.LM_HEAD: embedding})
     if (model.num_layers - 1 in chunk.layers) if trains_mtp else chunk.has_loss:
-        parts.append({Part.NORMS: Weights(0, model.hidden_size)})
+        parts.append({Part.NORMS: Weights(0, model.hidden_size)} | _stream_sum_weights(model))
     return sum_parts(parts)
 
 

@@ -10,13 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 
 from moe_bench.analysis.activations import token_counts
+from moe_bench.analysis.compressed_flops import (
+    compressed_core_flops,
+    compressed_projection_flops,
+    index_score_flops,
+    stream_mixing_flops,
+)
 from moe_bench.analysis.dispatch import MOE, dispatched_rows
 from moe_bench.analysis.flops import CORE_ATTENTION, STATE_UPDATE, core_attention_flops
 from moe_bench.analysis.params import Part
+from moe_bench.analysis.projection_flops import indexer_projection_flops
+from moe_bench.analysis.sparse_flops import indexer_score_flops, sparse_core_flops
 from moe_bench.analysis.state_flops import delta_net_state_flops, mamba_state_flops
-from moe_bench.spec.model import Attention, GatedDeltaNet, LayerStructure, Mamba2, MixtureOfExperts
+from moe_bench.spec.model import (
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    LayerStructure,
+    Mamba2,
+    MixtureOfExperts,
+    MultiLatentAttention,
+    SparseIndexer,
+)
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.recipe import Recipe, RecomputeModule
 
@@ -140,7 +158,12 @@ def _layer(recipe: Recipe, structure: LayerStructure) -> Iterator[_Product]:
     model = recipe.model
     if structure.mixer == "attention":
         yield from _projections(recipe, model.attention)
-        yield _core(recipe, model.attention, structure)
+        if model.attention.kind == "mla" and model.attention.sparse is not None:
+            yield from _sparse(recipe, model.attention, model.attention.sparse, structure)
+        else:
+            yield _core(recipe, model.attention, structure)
+    elif structure.mixer == "compressed_attention" and model.compressed_attention is not None:
+        yield from _compressed(recipe, model.compressed_attention, structure.compression_ratio or 0)
     elif structure.mixer == "mamba" and model.mamba is not None:
         yield from _mamba(recipe, model.mamba)
     elif structure.mixer == "gated_delta_net" and model.gated_delta_net is not None:
@@ -150,6 +173,73 @@ def _layer(recipe: Recipe, structure: LayerStructure) -> Iterator[_Product]:
     elif structure.ffn == "dense":
         weights = _num_matrices(recipe) * model.hidden_size * (model.dense_ffn_hidden_size or 0)
         yield _gemm(recipe, Part.DENSE_MLP, _gathered(recipe), weights, modules=frozenset({"mlp"}))
+    if model.num_residual_streams > 1:
+        num_halves = (structure.mixer is not None) + (structure.ffn is not None)
+        maps = stream_mixing_flops(tokens=1, hidden=model.hidden_size, num_streams=model.num_residual_streams)
+        tokens = token_counts(recipe).sharded
+        yield _gemm(recipe, Part.RESIDUAL_STREAMS, tokens, num_halves * maps // 2, is_split=False)
+
+
+def _sparse(
+    recipe: Recipe, attention: MultiLatentAttention, indexer: SparseIndexer, structure: LayerStructure
+) -> Iterator[_Product]:
+    """Scores and values of chosen keys in the latent space / (TP CP), and what chooses them, which every
+    tensor-parallel rank does whole (`sparse_flops`); backward as `_core`.
+    """
+    num_seqs, seq_len, context = recipe.micro_batch_size, recipe.seq_len, recipe.parallel.context
+    flops = sparse_core_flops(
+        num_seqs=num_seqs,
+        seq_len=seq_len,
+        num_heads=attention.num_heads,
+        kv_rank=attention.kv_lora_rank,
+        rope_dim=attention.qk_rope_head_dim,
+        num_chosen_keys=indexer.num_chosen_keys,
+    )
+    yield _scores(flops // (recipe.parallel.tensor * context), backward=Fraction(5, 2))
+    if structure.has_indexer:
+        q_rank = attention.q_lora_rank or recipe.model.hidden_size
+        per_token = indexer_projection_flops(
+            tokens=1, hidden=recipe.model.hidden_size, q_rank=q_rank, indexer=indexer
+        )
+        tokens = token_counts(recipe).sharded
+        yield _gemm(recipe, Part.ATTENTION, tokens, per_token // 2, is_split=False)
+        scores = indexer_score_flops(num_seqs=num_seqs, seq_len=seq_len, indexer=indexer)
+        yield _scores(scores // context, backward=Fraction(2))
+
+
+def _scores(flops: int, *, backward: Fraction) -> _Product:
+    """Work on pairs of tokens, and how many times as much of it the gradients take."""
+    return _Product(
+        part=CORE_ATTENTION,
+        kernel=Kernel.ATTENTION,
+        flops=flops,
+        dgrad_flops=int(flops * backward),
+        wgrad_flops=0,
+        repeated_by=frozenset({"core_attn"}),
+    )
+
+
+def _compressed(recipe: Recipe, net: CompressedAttention, ratio: int) -> Iterator[_Product]:
+    """All projections of this rank's tokens, and the scores of all its queries (`compressed_flops`); backward
+    the chosen scores again and four products, of the indexer's the two products of a score.
+    """
+    attention = recipe.model.attention
+    heads = attention.num_heads
+    dim = attention.head_dim if attention.kind == "gqa" else attention.qk_nope_head_dim
+    tokens, context = token_counts(recipe).sharded, recipe.parallel.context
+    weights = compressed_projection_flops(
+        tokens=1, hidden=recipe.model.hidden_size, num_heads=heads, head_dim=dim, net=net, ratio=ratio
+    )
+    yield _gemm(recipe, Part.ATTENTION, tokens, weights // 2, is_split=False)
+    num_seqs, seq_len = recipe.micro_batch_size, recipe.seq_len
+    core = compressed_core_flops(
+        num_seqs=num_seqs, seq_len=seq_len, num_heads=heads, head_dim=dim, net=net, ratio=ratio
+    )
+    core //= context
+    scores = index_score_flops(num_seqs=num_seqs, seq_len=seq_len, net=net, ratio=ratio) // context
+    yield _scores(core, backward=Fraction(5, 2))
+    if scores:
+        yield _scores(scores, backward=Fraction(2))
 
 
 def _num_matrices(recipe: Recipe) -> int:

@@ -82,6 +82,23 @@ class GroupedQueryAttention(Spec):
     chunked: ChunkedAttention | None = None
 
 
+class SparseIndexer(Spec):
+    """What chooses the keys that a query of DeepSeek-V3.2 and GLM-5 sees (arXiv:2512.02556, 2.1)."""
+
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    num_chosen_keys: PositiveInt
+    """Keys that a query sees."""
+    num_leading_layers: NonNegativeInt = 0
+    """First layers, which choose for themselves."""
+    every_n_layers: PositiveInt = 1
+    """Of the others every n-th chooses, and the layers behind it see what it chose; 4 in GLM-5.2."""
+
+    def is_in_layer(self, index: int) -> bool:
+        """Whether decoder layer `index`, counted from 0, chooses for itself."""
+        return max(index + 1 - self.num_leading_layers, 0) % self.every_n_layers == 0
+
+
 class MultiLatentAttention(Spec):
     """Attention with low-rank compressed queries, keys and values, normalised latents (arXiv:2405.04434)."""
 
@@ -93,6 +110,7 @@ class MultiLatentAttention(Spec):
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
     v_head_dim: PositiveInt
+    sparse: SparseIndexer | None = None
 
 
 HybridPattern = Annotated[str, Field(pattern=r"^[M*E-]+$")]
@@ -142,6 +160,26 @@ class GatedDeltaNet(Spec):
         return self.num_value_heads * self.value_head_dim
 
 
+class CompressedAttention(Spec):
+    """DeepSeek-V4's attention: low-rank queries and output, one head of keys that are their own values, near
+    tokens seen as they are, far ones compressed (Megatron-LM dev, experimental_attention_variant/csa.py).
+    """
+
+    q_lora_rank: PositiveInt
+    output_lora_rank: PositiveInt
+    output_groups: PositiveInt
+    """Groups of heads whose output is projected apart to `output_lora_rank` channels."""
+    window_tokens: PositiveInt
+    """Nearest tokens that every layer sees as they are."""
+    compression_ratios: tuple[Literal[0, 4, 128], ...]
+    """Tokens per compressed key, layer by layer: 128, all of them seen; 4, of which an indexer chooses the
+    best; 0 for a layer that sees its window alone, as a prediction module does.
+    """
+    num_index_heads: PositiveInt
+    index_head_dim: PositiveInt
+    index_top_k: PositiveInt
+
+
 class Activation(Spec):
     """The activation between the projections of an MLP or expert."""
 
@@ -161,7 +199,7 @@ class Activation(Spec):
 class Router(Spec):
     """How tokens choose experts."""
 
-    score_function: Literal["softmax", "sigmoid"]
+    score_function: Literal["softmax", "sigmoid", "sqrt_softplus"]
     renormalise: bool
     """Whether the chosen experts' probabilities are made to sum to one."""
     num_groups: PositiveInt | None = None
@@ -203,7 +241,7 @@ class PublishedSize(Spec):
     source: Text
 
 
-Mixer = Literal["attention", "mamba", "gated_delta_net"]
+Mixer = Literal["attention", "compressed_attention", "mamba", "gated_delta_net"]
 FeedForward = Literal["dense", "moe"]
 
 
@@ -219,6 +257,10 @@ class LayerStructure:
     """Tokens that a query of this layer sees, itself included; None for all before it."""
     chunk_tokens: int | None = None
     """Length of the chunks that a query of this layer does not see out of; None for no chunks."""
+    compression_ratio: int | None = None
+    """Tokens per compressed key of compressed attention, 0 for none of them; None for other mixers."""
+    has_indexer: bool = False
+    """Whether this layer chooses the keys that its queries see."""
 
 
 _HYBRID_LETTERS = {
@@ -250,11 +292,17 @@ class ModelSpec(Spec):
     dense_ffn_hidden_size: PositiveInt | None
     """Width of the dense MLP layers; null where every layer is an expert layer."""
     attention: Attention
+    compressed_attention: CompressedAttention | None = None
+    """What joins `attention`, whose heads it has, in every layer of DeepSeek-V4."""
     mamba: Mamba2 | None = None
     gated_delta_net: GatedDeltaNet | None = None
     rope: Rope
     activation: Activation
     moe: MixtureOfExperts | None
+    num_residual_streams: PositiveInt = 1
+    """Streams that run beside one another past every half layer, mixed before and after it (DeepSeek-V4's
+    manifold-constrained hyper-connections).
+    """
     linear_bias: bool = False
     """Biases on the attention output, the experts and the router (GPT-OSS)."""
     norm_epsilon: PositiveFloat
@@ -293,6 +341,7 @@ class ModelSpec(Spec):
         if self.hybrid_pattern is not None:
             return _HYBRID_LETTERS[self.hybrid_pattern[index]]
         window = chunk = None
+        compressed = self.compressed_attention
         if self.attention.kind == "gqa":
             windowed, chunked = self.attention.sliding_window, self.attention.chunked
             if windowed is not None and (index + 1) % windowed.full_attention_every:
@@ -304,6 +353,8 @@ class ModelSpec(Spec):
             ffn="moe" if self._has_experts(index) else "dense",
             window_tokens=window,
             chunk_tokens=chunk,
+            compression_ratio=compressed.compression_ratios[index] if compressed is not None else None,
+            has_indexer=self._has_indexer(index),
         )
 
     @property
@@ -312,7 +363,11 @@ class ModelSpec(Spec):
         if self.mtp_pattern is not None:
             return tuple(_HYBRID_LETTERS[letter] for letter in self.mtp_pattern)
         last = self.layer(self.num_layers - 1)
-        return (LayerStructure(mixer=last.mixer, ffn=last.ffn),)
+        ratio = None if self.compressed_attention is None else 0
+        has_indexer = self.attention.kind == "mla" and self.attention.sparse is not None
+        return (
+            LayerStructure(mixer=last.mixer, ffn=last.ffn, compression_ratio=ratio, has_indexer=has_indexer),
+        )
 
     def num_mtp_modules(self, num_depths: int) -> int:
         """Prediction modules with parameters of their own behind `num_depths` depths of prediction."""
@@ -335,9 +390,16 @@ class ModelSpec(Spec):
         return (self.moe and self.moe.latent_size) or self.hidden_size
 
     def _mixer(self, index: int) -> Mixer:
+        if self.compressed_attention is not None:
+            return "compressed_attention"
         linear = self.gated_delta_net
         is_linear = linear is not None and (index + 1) % linear.full_attention_every
         return "gated_delta_net" if is_linear else "attention"
+
+    def _has_indexer(self, index: int) -> bool:
+        if self.attention.kind != "mla" or self.attention.sparse is None:
+            return False
+        return self.attention.sparse.is_in_layer(index)
 
     def _has_experts(self, index: int) -> bool:
         if self.hybrid_pattern is not None:

@@ -15,17 +15,19 @@ from moe_bench.analysis.flops import (
     defines,
     forward_flops_by_part,
     gflops_per_token,
-    gqa_projection_flops,
     lm_head_flops,
-    mla_projection_flops,
-    mlp_flops,
-    mtp_projection_flops,
     norm_flops_as_product,
     router_flops,
     step_flops,
     step_flops_by_part,
 )
 from moe_bench.analysis.params import Part
+from moe_bench.analysis.projection_flops import (
+    gqa_projection_flops,
+    mla_projection_flops,
+    mlp_flops,
+    mtp_projection_flops,
+)
 from moe_bench.errors import BadInputError
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import GroupedQueryAttention, ModelSpec

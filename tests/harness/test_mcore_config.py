@@ -38,15 +38,18 @@ NOT_BUILT = {
     "model.gated_delta_net": GatedDeltaNet(
         num_key_heads=1, key_head_dim=8, num_value_heads=1, value_head_dim=8, full_attention_every=4
     ),
+    "model.compressed_attention": None,
+    "model.num_residual_streams": 4,
     "model.attention.output_gate": True,
     "model.attention.chunked": ChunkedAttention(chunk_tokens=8192, full_attention_every=4),
     "model.moe.every_n_layers": 2,
     "model.moe.latent_size": 1024,
+    "model.attention.sparse": None,
     "model.mtp_is_shared": True,
     "model.mtp_pattern": None,
 }
-"""Structures for accounting and projection only, with a value that must be refused; None where another of
-them must stand beside.
+"""Structures for accounting and projection only, with a value that must be refused; None where it takes
+another model or another of them beside it.
 """
 
 NOT_ARGUMENTS = {

@@ -17,6 +17,9 @@ def test_a_model_states_the_parts_that_its_layers_are_made_of(key: str) -> None:
     assert len(model.layers) == model.num_layers
     assert any(one.mixer == "mamba" for one in structures) == (model.mamba is not None)
     assert any(one.mixer == "gated_delta_net" for one in structures) == (model.gated_delta_net is not None)
+    compressed = model.compressed_attention
+    assert any(one.mixer == "compressed_attention" for one in structures) == (compressed is not None)
+    assert compressed is None or len(compressed.compression_ratios) == model.num_layers
     assert any(one.ffn == "moe" for one in structures) == (model.moe is not None)
     assert any(one.ffn == "dense" for one in structures) == (model.dense_ffn_hidden_size is not None)
     assert (model.mtp_pattern is not None) == (model.hybrid_pattern is not None and model.num_mtp_layers > 0)
@@ -86,3 +89,16 @@ def test_a_shortened_hybrid_model_keeps_the_beginning_of_its_pattern() -> None:
 def test_experts_of_a_latent_model_see_narrow_tokens() -> None:
     assert LOADER.model("nemotron_3_super_120b_a12b").expert_hidden_size == 1024
     assert LOADER.model("nemotron_3_nano_30b_a3b").expert_hidden_size == 2688
+
+
+def test_layers_of_deepseek_v4_compress_by_turns_and_prediction_sees_its_window_alone() -> None:
+    flash = LOADER.model("deepseek_v4_flash")
+    assert [layer.compression_ratio for layer in flash.layers[:5]] == [0, 0, 4, 128, 4]
+    assert [layer.compression_ratio for layer in flash.mtp_layers] == [0]
+
+
+def test_layers_of_glm_choose_keys_for_themselves_and_three_behind() -> None:
+    glm = LOADER.model("glm_5_2")
+    assert [index for index, layer in enumerate(glm.layers[:12]) if layer.has_indexer] == [0, 1, 2, 6, 10]
+    assert sum(layer.has_indexer for layer in glm.layers) == 21
+    assert [layer.has_indexer for layer in glm.mtp_layers] == [True]

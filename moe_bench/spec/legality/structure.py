@@ -30,6 +30,10 @@ def _layers(model: ModelSpec) -> Iterator[Found]:
         yield "model.hybrid_pattern", "half layers", "choose a model of whole layers"
     if model.gated_delta_net is not None:
         yield "model.gated_delta_net", "linear attention", "choose a model without"
+    if model.compressed_attention is not None:
+        yield "model.compressed_attention", "compressed attention", "choose a model without"
+    if model.num_residual_streams > 1:
+        yield "model.num_residual_streams", str(model.num_residual_streams), "write 1"
     if model.activation.kind not in ("swiglu", "clamped_swiglu"):
         yield "model.activation.kind", model.activation.kind, "write swiglu"
     if model.mtp_is_shared:
@@ -40,6 +44,8 @@ def _attention(model: ModelSpec) -> Iterator[Found]:
     if model.rope.rotary_fraction == 0:
         yield "model.rope.rotary_fraction", "no rotary embedding", "write 1.0"
     if model.attention.kind == "mla":
+        if model.attention.sparse is not None:
+            yield "model.attention.sparse", "attention to chosen keys", "write null"
         return
     if model.attention.output_gate:
         yield "model.attention.output_gate", "true", "write false"
@@ -50,10 +56,15 @@ def _attention(model: ModelSpec) -> Iterator[Found]:
 
 
 def _experts(model: ModelSpec) -> Iterator[Found]:
-    if model.moe is not None and model.moe.every_n_layers > 1:
-        yield "model.moe.every_n_layers", str(model.moe.every_n_layers), "write 1"
-    if model.moe is not None and model.moe.latent_size is not None:
-        yield "model.moe.latent_size", str(model.moe.latent_size), "write null"
+    moe = model.moe
+    if moe is None:
+        return
+    if moe.every_n_layers > 1:
+        yield "model.moe.every_n_layers", str(moe.every_n_layers), "write 1"
+    if moe.latent_size is not None:
+        yield "model.moe.latent_size", str(moe.latent_size), "write null"
+    if moe.router.score_function == "sqrt_softplus":
+        yield "model.moe.router.score_function", moe.router.score_function, "write sigmoid"
 
 
 RULES = (built_structure,)
