@@ -11,13 +11,11 @@ def sparse_core_flops(
     """Forward FLOPs of scores and values in the latent space: F = 2 B n (2 r_kv + d_r) x pairs.
 
     Each query sees the keys before it and itself, at most k of them: pairs = S k - k (k - 1) / 2, which is
-    S (S + 1) / 2 where k is not less than S. Megatron-Core keeps keys and values compressed here (absorbed_mla.py), so all heads
-    share them (Megatron-Bridge at 067f987df0, flop_utils.py, dsa).
+    S (S + 1) / 2 where k is not less than S. Megatron-Core keeps keys and values compressed here, so that all
+    heads share them (absorbed_mla.py; Megatron-Bridge at 067f987df0, flop_utils.py, dsa).
     """
-    chosen = num_chosen_keys
-    twice_pairs = (
-        seq_len * (seq_len + 1) if seq_len <= chosen else 2 * seq_len * chosen - chosen * (chosen - 1)
-    )
+    chosen = min(num_chosen_keys, seq_len)
+    twice_pairs = 2 * seq_len * chosen - chosen * (chosen - 1)
     return num_seqs * num_heads * (2 * kv_rank + rope_dim) * twice_pairs
 
 
