@@ -7,7 +7,7 @@ of at most two earlier ones plus a duration, and the step is the longest path.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -15,14 +15,16 @@ from moe_bench.projection.schedule_megatron import TransferRule, rank_order, ran
 from moe_bench.projection.schedule_program import (
     Compute,
     Instruction,
+    Links,
     Post,
     Tensor,
     Wait,
     Work,
     eager_program,
-    tensor_read,
+    existing,
+    links_of,
 )
-from moe_bench.projection.schedule_shape import PassKind, ScheduleKind, ScheduleShape
+from moe_bench.projection.schedule_shape import Pass, PassKind, ScheduleKind, ScheduleShape
 from moe_bench.projection.schedule_whatif import what_if_order
 
 NOTHING, TRANSFER = 0, 1
@@ -74,13 +76,14 @@ def programs(shape: ScheduleShape, rule: TransferRule) -> tuple[tuple[Instructio
     """What every rank computes, posts and waits for, in order."""
     if shape.kind in _MEGATRON:
         return tuple(rank_program(shape, rank, rule) for rank in range(shape.num_ranks))
-    return tuple(eager_program(shape, order) for order in orders(shape))
+    links = links_of(shape)
+    return tuple(eager_program(links, order) for order in orders(shape))
 
 
 @lru_cache(maxsize=128)
 def schedule_graph(shape: ScheduleShape, rule: TransferRule) -> ScheduleGraph:
     """The graph of `shape`. Kept, for a search asks for few shapes with many chunk times."""
-    building = _Building(shape=shape, ranks=[_Rank() for _ in range(shape.num_ranks)])
+    building = _Building(shape=shape, links=links_of(shape), ranks=[_Rank() for _ in range(shape.num_ranks)])
     all_programs = programs(shape, rule)
     reached = [0] * shape.num_ranks
     moving = True
@@ -145,11 +148,12 @@ class _Building:
     """A graph that grows; node 0 is the start of the step and stands in none of the lists."""
 
     shape: ScheduleShape
+    links: Links
     ranks: list[_Rank]
     before: list[int] = field(default_factory=list)
     other: list[int] = field(default_factory=list)
     duration: list[int] = field(default_factory=list)
-    durations: dict[Work, int] = field(default_factory=dict)
+    durations: dict[tuple[tuple[PassKind, int], ...], int] = field(default_factory=dict)
     ends_posted: dict[Tensor, int] = field(default_factory=dict)
     """Node behind which the first of a transfer's two ends is posted."""
     transfers: dict[Tensor, int] = field(default_factory=dict)
@@ -180,7 +184,7 @@ class _Building:
             before=tuple(self.before),
             other=tuple(self.other),
             duration=tuple(self.duration),
-            work=tuple(self.durations),
+            work=tuple(tuple(Pass(kind, chunk, 0) for kind, chunk in key) for key in self.durations),
             slots=tuple(tuple(rank.slots) for rank in self.ranks),
             first_forward=tuple(first_forward),
             last_gradient=tuple(last_gradient),
@@ -195,29 +199,39 @@ class _Building:
         else:
             self.transfers[tensor] = self._add(node, other_end, TRANSFER)
 
-    def _wait(self, rank: _Rank, tensors: Sequence[Tensor]) -> bool:
-        missing = [tensor for tensor in tensors if tensor not in rank.awaited]
-        if any(tensor not in self.transfers for tensor in missing):
+    def _wait(self, rank: _Rank, tensors: Iterable[Tensor]) -> bool:
+        nodes = self._nodes_to_wait_for(rank, tensors)
+        if nodes is None:
             return False
-        for tensor in missing:
-            rank.last = self._add(rank.last, self.transfers[tensor], NOTHING)
-        rank.awaited.update(missing)
+        for node in nodes:
+            rank.last = self._add(rank.last, node, NOTHING)
+        rank.awaited.update(tensors)
         return True
 
     def _compute(self, rank: _Rank, work: Work) -> bool:
-        reads = [tensor for one in work if (tensor := tensor_read(self.shape, one)) is not None]
-        missing = [tensor for tensor in reads if tensor not in rank.awaited]
-        if any(tensor not in self.transfers for tensor in missing):
+        reads = existing([self.links.tensor_read(one) for one in work])
+        nodes = self._nodes_to_wait_for(rank, reads)
+        if nodes is None:
             return False
-        if len(missing) > 1:
-            self._wait(rank, missing[1:])
-        other = self.transfers[missing[0]] if missing else rank.last
-        rank.awaited.update(missing)
-        key = tuple(one._replace(micro_batch=0) for one in work)
+        rank.awaited.update(reads)
+        for node in nodes[1:]:
+            rank.last = self._add(rank.last, node, NOTHING)
+        key = tuple([(one.kind, one.chunk) for one in work])
         index = self.durations.setdefault(key, TRANSFER + 1 + len(self.durations))
-        rank.last = self._add(rank.last, other, index)
+        rank.last = self._add(rank.last, nodes[0] if nodes else rank.last, index)
         rank.slots.append((rank.last, work))
         return True
+
+    def _nodes_to_wait_for(self, rank: _Rank, tensors: Iterable[Tensor]) -> list[int] | None:
+        """The transfers that `rank` has not waited for yet; None if one of them is not posted by now."""
+        nodes = []
+        for tensor in tensors:
+            if tensor not in rank.awaited:
+                node = self.transfers.get(tensor)
+                if node is None:
+                    return None
+                nodes.append(node)
+        return nodes
 
     def _add(self, before: int, other: int, duration: int) -> int:
         self.before.append(before)

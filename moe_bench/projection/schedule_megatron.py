@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from moe_bench.projection.schedule_program import (
     Compute,
     Instruction,
+    Links,
     Post,
     Tensor,
     Wait,
     Work,
     exchange,
     existing,
-    tensor_made,
-    tensor_read,
+    links_of,
 )
 from moe_bench.projection.schedule_shape import Pass, PassKind, ScheduleKind, ScheduleShape
 
@@ -68,11 +68,12 @@ def rank_order(shape: ScheduleShape, rank: int) -> tuple[Work, ...]:
 
 def rank_program(shape: ScheduleShape, rank: int, rule: TransferRule) -> tuple[Instruction, ...]:
     """The passes of `rank` with its transfers where Megatron-Core posts them and waits for them."""
+    links = links_of(shape)
     if shape.num_ranks == 1:
         return tuple(Compute(work) for work in rank_order(shape, rank))
     if shape.num_virtual == 1:
-        return tuple(_plain_program(shape, rank))
-    return tuple(_interleaved(shape, rank, rule).program())
+        return tuple(_plain_program(shape, rank, links))
+    return tuple(_interleaved(shape, rank, rule, links).program())
 
 
 def _passes(shape: ScheduleShape, rank: int) -> tuple[list[Pass], list[Pass]]:
@@ -86,28 +87,28 @@ def _passes(shape: ScheduleShape, rank: int) -> tuple[list[Pass], list[Pass]]:
     return forward, backward
 
 
-def _plain_program(shape: ScheduleShape, rank: int) -> list[Instruction]:
+def _plain_program(shape: ScheduleShape, rank: int, links: Links) -> list[Instruction]:
     """forward_backward_pipelining_without_interleaving: every transfer is waited for at once."""
     forward, backward = _passes(shape, rank)
     num_warm_up = num_warm_up_passes(shape, rank)
     num_steady = len(forward) - num_warm_up
     program: list[Instruction] = []
     for one in forward[:num_warm_up]:
-        program += exchange([], [tensor_read(shape, one)])
-        program += [Compute((one,)), *exchange([tensor_made(shape, one)], [])]
+        program += exchange([], [links.tensor_read(one)])
+        program += [Compute((one,)), *exchange([links.tensor_made(one)], [])]
     if num_steady:
-        program += exchange([], [tensor_read(shape, forward[num_warm_up])])
+        program += exchange([], [links.tensor_read(forward[num_warm_up])])
     for index in range(num_steady):
         ahead, back = forward[num_warm_up + index], backward[index]
-        program += [Compute((ahead,)), *exchange([tensor_made(shape, ahead)], [tensor_read(shape, back)])]
+        program += [Compute((ahead,)), *exchange([links.tensor_made(ahead)], [links.tensor_read(back)])]
         following = forward[num_warm_up + index + 1 :][:1]
         program += [
             Compute((back,)),
-            *exchange([tensor_made(shape, back)], [tensor_read(shape, one) for one in following]),
+            *exchange([links.tensor_made(back)], [links.tensor_read(one) for one in following]),
         ]
     for one in backward[num_steady:]:
-        program += exchange([], [tensor_read(shape, one)])
-        program += [Compute((one,)), *exchange([tensor_made(shape, one)], [])]
+        program += exchange([], [links.tensor_read(one)])
+        program += [Compute((one,)), *exchange([links.tensor_made(one)], [])]
     return program
 
 
@@ -117,6 +118,7 @@ class _InterleavedRank:
 
     shape: ScheduleShape
     rule: TransferRule
+    links: Links
     forward: Sequence[Pass]
     backward: Sequence[Pass]
     activations: Sequence[Tensor | None]
@@ -126,9 +128,9 @@ class _InterleavedRank:
     num_warm_up: int
 
     def program(self) -> list[Instruction]:
-        shape, num_steady = self.shape, len(self.forward) - self.num_warm_up
-        first_gradient = tensor_read(shape, self.backward[0])
-        program = exchange([], [tensor_read(shape, self.forward[0])])
+        links, num_steady = self.links, len(self.forward) - self.num_warm_up
+        first_gradient = links.tensor_read(self.backward[0])
+        program = exchange([], [links.tensor_read(self.forward[0])])
         for index in range(self.num_warm_up):
             is_last = index == self.num_warm_up - 1 and num_steady > 0
             program += self._warm_up(index, first_gradient if is_last else None)
@@ -138,12 +140,12 @@ class _InterleavedRank:
             program += exchange([], [first_gradient])
         for index in range(num_steady, len(self.backward)):
             one = self.backward[index]
-            program += [Compute((one,)), *exchange([tensor_made(shape, one)], [self.gradients[index]])]
+            program += [Compute((one,)), *exchange([links.tensor_made(one)], [self.gradients[index]])]
         return program
 
     def _warm_up(self, index: int, first_gradient: Tensor | None) -> list[Instruction]:
-        one = self.forward[index]
-        sends, receives = [tensor_made(self.shape, one)], [self.activations[index]]
+        links, one = self.links, self.forward[index]
+        sends, receives = [links.tensor_made(one)], [self.activations[index]]
         if self.rule.overlaps:
             posted = [Post((), (first_gradient,))] if first_gradient is not None else []
             return [Compute((one,)), *exchange(sends, receives), *posted]
@@ -151,22 +153,23 @@ class _InterleavedRank:
 
     def _blocking_pair(self, index: int) -> list[Instruction]:
         ahead, back = self.forward[self.num_warm_up + index], self.backward[index]
-        sends = [tensor_made(self.shape, ahead), tensor_made(self.shape, back)]
+        links = self.links
+        sends = [links.tensor_made(ahead), links.tensor_made(back)]
         receives = [self.activations[self.num_warm_up + index], self.gradients[index]]
         return [*self._computed(ahead, back), *exchange(sends, receives)]
 
     def _overlapped_pair(self, index: int) -> list[Instruction]:
         """Post each transfer behind its pass; before the next one of its kind, the send must be complete."""
-        shape, ahead_index = self.shape, self.num_warm_up + index
+        links, ahead_index = self.links, self.num_warm_up + index
         ahead, back = self.forward[ahead_index], self.backward[index]
         awaited = ahead if self.rule.waits_for_sends else self.forward[ahead_index - 1]
         behind_forward = [
-            Post(existing([tensor_made(shape, ahead)]), existing([self.activations[ahead_index]])),
-            Wait(existing([tensor_made(shape, awaited)])),
+            Post(existing([links.tensor_made(ahead)]), existing([self.activations[ahead_index]])),
+            Wait(existing([links.tensor_made(awaited)])),
         ]
         behind_backward = [
-            Post(existing([tensor_made(shape, back)]), existing([self.gradients[index]])),
-            Wait(existing(tensor_made(shape, one) for one in self.backward[:index][-1:])),
+            Post(existing([links.tensor_made(back)]), existing([self.gradients[index]])),
+            Wait(existing(links.tensor_made(one) for one in self.backward[:index][-1:])),
         ]
         first, *second = self._computed(ahead, back)
         return [first, *behind_forward, *second, *behind_backward]
@@ -177,22 +180,27 @@ class _InterleavedRank:
         return [Compute((ahead,)), Compute((back,))]
 
 
-def _interleaved(shape: ScheduleShape, rank: int, rule: TransferRule) -> _InterleavedRank:
+def _interleaved(shape: ScheduleShape, rank: int, rule: TransferRule, links: Links) -> _InterleavedRank:
     last_rank = shape.num_ranks - 1
     forward, backward = _passes(shape, rank)
     return _InterleavedRank(
         shape=shape,
         rule=rule,
+        links=links,
         forward=forward,
         backward=backward,
-        activations=_arrivals(shape, forward, behind=_passes(shape, last_rank)[0] if rank == 0 else None),
-        gradients=_arrivals(shape, backward, behind=_passes(shape, 0)[1] if rank == last_rank else None),
+        activations=_arrivals(
+            shape, links, forward, behind=_passes(shape, last_rank)[0] if rank == 0 else None
+        ),
+        gradients=_arrivals(
+            shape, links, backward, behind=_passes(shape, 0)[1] if rank == last_rank else None
+        ),
         num_warm_up=num_warm_up_passes(shape, rank),
     )
 
 
 def _arrivals(
-    shape: ScheduleShape, passes: Sequence[Pass], *, behind: Sequence[Pass] | None
+    shape: ScheduleShape, links: Links, passes: Sequence[Pass], *, behind: Sequence[Pass] | None
 ) -> list[Tensor | None]:
     """What is received while the output of each of `passes` is sent (recv_tensor_from_previous_stage).
 
@@ -201,7 +209,7 @@ def _arrivals(
     receives what that rank has just made.
     """
     if behind is None:
-        return [*(tensor_read(shape, one) for one in passes[1:]), None]
+        return [*(links.tensor_read(one) for one in passes[1:]), None]
     ahead = shape.num_ranks - 1
-    made = [tensor_made(shape, one) for one in behind[: len(passes) - ahead]]
+    made = [links.tensor_made(one) for one in behind[: len(passes) - ahead]]
     return [*([None] * ahead), *made]

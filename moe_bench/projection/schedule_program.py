@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from moe_bench.projection.schedule_shape import Pass, PassKind, ScheduleShape
@@ -42,23 +43,35 @@ class Wait(NamedTuple):
 Instruction = Compute | Post | Wait
 
 
-def tensor_read(shape: ScheduleShape, one: Pass) -> Tensor | None:
-    """What `one` reads from another rank, if anything."""
-    if one.kind is PassKind.WGRAD:
-        return None
-    is_forward = one.kind is PassKind.FORWARD
-    return _travelling(shape, is_forward, one.chunk - 1 if is_forward else one.chunk + 1, one)
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Which passes of a schedule read from another rank, and which make what another rank reads."""
+
+    read: Mapping[tuple[PassKind, int], tuple[bool, int]]
+    """By kind and chunk of a pass: whether it reads an activation, and of which chunk."""
+    made: Mapping[tuple[PassKind, int], tuple[bool, int]]
+    """By kind and chunk of a pass: whether what it makes is an activation, and the chunk itself."""
+
+    def tensor_read(self, one: Pass) -> Tensor | None:
+        """What `one` reads from another rank, if anything."""
+        found = self.read.get((one.kind, one.chunk))
+        return None if found is None else Tensor(*found, one.micro_batch)
+
+    def tensor_made(self, one: Pass) -> Tensor | None:
+        """What another rank reads of `one`, if anything."""
+        found = self.made.get((one.kind, one.chunk))
+        return None if found is None else Tensor(*found, one.micro_batch)
 
 
-def tensor_made(shape: ScheduleShape, one: Pass) -> Tensor | None:
-    """What another rank reads of `one`, if anything."""
-    if one.kind is PassKind.WGRAD:
-        return None
-    is_forward = one.kind is PassKind.FORWARD
-    reader = one.chunk + 1 if is_forward else one.chunk - 1
-    if not 0 <= reader < shape.num_chunks or shape.rank_of(reader) == shape.rank_of(one.chunk):
-        return None
-    return Tensor(is_forward, one.chunk, one.micro_batch)
+def links_of(shape: ScheduleShape) -> Links:
+    """Between neighbouring chunks on different ranks: activations forward, gradients of inputs backward."""
+    read, made = {}, {}
+    for chunk in range(shape.num_chunks - 1):
+        if shape.rank_of(chunk) != shape.rank_of(chunk + 1):
+            made[PassKind.FORWARD, chunk] = read[PassKind.FORWARD, chunk + 1] = (True, chunk)
+            for kind in (PassKind.BACKWARD, PassKind.DGRAD):
+                made[kind, chunk + 1] = read[kind, chunk] = (False, chunk + 1)
+    return Links(read, made)
 
 
 def exchange(sends: Iterable[Tensor | None], receives: Iterable[Tensor | None]) -> list[Instruction]:
@@ -67,14 +80,14 @@ def exchange(sends: Iterable[Tensor | None], receives: Iterable[Tensor | None]) 
     return [Post(sent, received), Wait(sent + received)] if sent + received else []
 
 
-def eager_program(shape: ScheduleShape, order: Sequence[Work]) -> tuple[Instruction, ...]:
+def eager_program(links: Links, order: Sequence[Work]) -> tuple[Instruction, ...]:
     """Transfers beside compute: every receive is posted from the start, a send as soon as there is one."""
     program: list[Instruction] = [
-        Post((), existing(tensor_read(shape, one) for work in order for one in work))
+        Post((), existing(links.tensor_read(one) for work in order for one in work))
     ]
     for work in order:
         program.append(Compute(work))
-        sends = existing(tensor_made(shape, one) for one in work)
+        sends = existing(links.tensor_made(one) for one in work)
         if sends:
             program.append(Post(sends, ()))
     return tuple(program)
@@ -82,10 +95,4 @@ def eager_program(shape: ScheduleShape, order: Sequence[Work]) -> tuple[Instruct
 
 def existing(tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
     """Those that are not None."""
-    return tuple(tensor for tensor in tensors if tensor is not None)
-
-
-def _travelling(shape: ScheduleShape, is_activation: bool, maker: int, reader: Pass) -> Tensor | None:
-    if not 0 <= maker < shape.num_chunks or shape.rank_of(maker) == shape.rank_of(reader.chunk):
-        return None
-    return Tensor(is_activation, maker, reader.micro_batch)
+    return tuple([tensor for tensor in tensors if tensor is not None])

@@ -18,7 +18,7 @@ from moe_bench.projection.schedule import (
     simulate,
     simulate_shape,
 )
-from moe_bench.projection.schedule_program import tensor_read
+from moe_bench.projection.schedule_program import links_of
 from moe_bench.projection.schedule_shape import Pass, PassKind
 
 
@@ -152,7 +152,7 @@ def causes(
     gradient = PassKind.BACKWARD if Pass(PassKind.BACKWARD, chunk, batch) in ends_s else PassKind.DGRAD
     if kind is PassKind.WGRAD:
         return [(Pass(PassKind.DGRAD, chunk, batch), 0.0)]
-    lag_s = transfer_s if tensor_read(shape, one) is not None else 0.0
+    lag_s = transfer_s if links_of(shape).tensor_read(one) is not None else 0.0
     if kind is PassKind.FORWARD:
         return [(Pass(PassKind.FORWARD, chunk - 1, batch), lag_s)] if chunk else []
     own = (Pass(PassKind.FORWARD, chunk, batch), 0.0)

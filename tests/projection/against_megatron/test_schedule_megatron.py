@@ -15,7 +15,7 @@ from moe_bench.projection.schedule_megatron import (
     rank_program,
     schedule_table,
 )
-from moe_bench.projection.schedule_program import Compute, Post, Tensor, Wait, tensor_read
+from moe_bench.projection.schedule_program import Compute, Post, Tensor, Wait, links_of
 from moe_bench.projection.schedule_shape import Pass, PassKind
 from tests.projection.against_megatron.recorded import recorded
 
@@ -129,7 +129,8 @@ def events_of(shape: ScheduleShape, rule: TransferRule, rank: int) -> list[tuple
                 write((), sends, receives)
             case Compute(work=work):
                 newly.update(
-                    {tensor for one in work if (tensor := tensor_read(shape, one)) is not None} - ever
+                    {tensor for one in work if (tensor := links_of(shape).tensor_read(one)) is not None}
+                    - ever
                 )
                 write(tuple((str(one.kind), one.chunk, one.micro_batch) for one in work), (), ())
     return events
@@ -141,4 +142,4 @@ def named(tensor: Tensor) -> tuple[str, int, int]:
 
 def read_by(shape: ScheduleShape, name: tuple[str, int, int]) -> Tensor | None:
     kind, chunk, micro_batch = name
-    return tensor_read(shape, Pass(PassKind(kind), chunk, micro_batch))
+    return links_of(shape).tensor_read(Pass(PassKind(kind), chunk, micro_batch))
