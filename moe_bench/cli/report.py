@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import RenderableType
 
+    from moe_bench.launch.jobs import JobReport
+    from moe_bench.report.scaling import MissingPoint
     from moe_bench.results.summary import RunSummary
 
 
@@ -58,7 +60,7 @@ def report(
     if html is not None:
         _write_page(html, places, recipes)
     elif scaling:
-        _print_scaling(_runs(places), model, plot, table_format, as_json)
+        _print_scaling(places, model, plot, table_format, as_json)
     else:
         from moe_bench.report.frame import frame_view, records_frame
 
@@ -74,6 +76,28 @@ def _runs(places: tuple[Path, ...]) -> tuple[RunSummary, ...]:
         return tuple(read_summaries(places, listener))
 
 
+def _missing(places: tuple[Path, ...]) -> tuple[MissingPoint, ...]:
+    """What was submitted or run for these folders and left no record there."""
+    from moe_bench.launch.jobs import all_jobs
+    from moe_bench.launch.runner import run_captured
+    from moe_bench.report.scaling import missing_points
+    from moe_bench.results.reading import Listener, read_entries
+
+    # whoever has read the records before has said what there is to say of their files
+    silent = Listener(on_skipped=_ignore, on_note=_ignore, on_progress=_ignore)
+    jobs: list[JobReport] = []
+    for place in filter(Path.is_dir, places):
+        found = all_jobs(place, read_entries((place,), silent), run=run_captured)
+        jobs += found.reports
+        for problem in found.problems:
+            typer.echo(f"{problem}; what became of some jobs is not known here", err=True)
+    return missing_points(sorted(jobs, key=lambda job: job.started_at, reverse=True))
+
+
+def _ignore(*_: object) -> None:
+    return
+
+
 def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -> None:
     from moe_bench.cli.listening import listening
     from moe_bench.report.html.page import ReportData, render_page
@@ -87,6 +111,7 @@ def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -
         ReportData(
             records=newest,
             older=older,
+            missing=_missing(places),
             recipes=page_recipes(make_loader(), names or (), (*newest, *older)),
             rows=load_rows(data_root() / "results" / "published"),
             version=__version__,
@@ -98,7 +123,7 @@ def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -
 
 
 def _print_scaling(
-    runs: tuple[RunSummary, ...],
+    places: tuple[Path, ...],
     model: str | None,
     plot: Path | None,
     table_format: TableFormat,
@@ -111,7 +136,13 @@ def _print_scaling(
 
     loader = make_loader()
     models = {path.parent.name: loader.model(path.parent.name) for path in loader.root.glob("*/model.yaml")}
-    found = scaling_of(runs, load_rows(data_root() / "results" / "published"), models, model=model)
+    found = scaling_of(
+        _runs(places),
+        load_rows(data_root() / "results" / "published"),
+        models,
+        missing=_missing(places),
+        model=model,
+    )
     if plot is not None:
         write_scaling_plot(found.curves, plot)
     _print_frame(scaling_frame(found), scaling_view(found), table_format, as_json)

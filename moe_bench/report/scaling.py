@@ -9,6 +9,7 @@ from enum import StrEnum
 from fractions import Fraction
 from itertools import groupby
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from moe_bench.analysis.equivalence import ratio_between
 from moe_bench.report.published import row_sizes
@@ -23,6 +24,9 @@ from moe_bench.spec.load import UnknownNameError
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import Plan
+
+if TYPE_CHECKING:
+    from moe_bench.launch.jobs import JobReport
 
 EFFICIENCY = "efficiency = tokens/s/GPU over that of the smallest size of the same curve"
 """One definition serves both: with equal tokens per GPU it is T_0 / T, with equal tokens N_0 T_0 / (N T)."""
@@ -145,7 +149,7 @@ class Scaling:
     unscaled: tuple[str, ...]
     """Families of several sizes whose batch neither stays nor grows with the GPUs."""
     missing: tuple[MissingPoint, ...] = ()
-    """Runs without a number beside no curve: their size has one, or nothing of their family was measured."""
+    """Sizes without a number whose family has no curve: nothing of it was measured."""
 
 
 def scaling_of(
@@ -170,12 +174,10 @@ def scaling_of(
             raise UnknownNameError("model with results", model, known)
         points = [point for point in points if point.subject.model == model_key(model)]
         without = [point for point in without if point.subject.model == model_key(model)]
-    found = curves(points, without)
-    shown = {id(point) for curve in found for point in curve.missing}
     return Scaling(
-        curves=found,
+        curves=curves(points, without),
         unscaled=unscaled_families(points),
-        missing=tuple(point for point in without if id(point) not in shown),
+        missing=_families_without_number(points, without),
     )
 
 
@@ -201,6 +203,20 @@ def _run_set_point(one: RunSet) -> ScalingPoint:
         runs_s=runs_s,
         recipe_family=_recipe_family(plan),
     )
+
+
+def missing_points(jobs: Iterable[JobReport]) -> tuple[MissingPoint, ...]:
+    """One point per recipe and size among `jobs`, newest first, that left no record, with the newest reason.
+
+    A slice is one rank, and scales nothing.
+    """
+    found: dict[tuple[str, int, int], MissingPoint] = {}
+    for job in jobs:
+        if job.record is None and job.plan is not None and not job.plan.is_slice:
+            reason = f"{job.state}: {job.reason}" if job.reason else str(job.state)
+            point = missing_point(job.plan, reason)
+            found.setdefault((point.recipe_family, point.num_gpus, point.global_batch_size), point)
+    return tuple(found.values())
 
 
 def missing_point(plan: Plan, reason: str) -> MissingPoint:
@@ -283,6 +299,18 @@ def curves(points: Iterable[ScalingPoint], missing: Iterable[MissingPoint] = ())
                 if len(curve.sizes) > 1:
                     found.append(curve)
     return tuple(sorted(found, key=lambda curve: (curve.subject, curve.mode, curve.kind, curve.name)))
+
+
+def _families_without_number(
+    points: Iterable[ScalingPoint], missing: Iterable[MissingPoint]
+) -> tuple[MissingPoint, ...]:
+    """Those of `missing` of whose family no run left a number, where several sizes of it were asked for."""
+    measured = {point.recipe_family for point in points}
+    open_points = [point for point in missing if point.recipe_family not in measured]
+    sizes: dict[str, set[int]] = {}
+    for point in open_points:
+        sizes.setdefault(point.recipe_family, set()).add(point.num_gpus)
+    return tuple(point for point in open_points if len(sizes[point.recipe_family]) > 1)
 
 
 def _without_number(

@@ -109,7 +109,7 @@ def _missing_lines(points: Sequence[MissingPoint]) -> list[RenderableType]:
         f"  {point.num_gpus} GPUs, {point.label}: {point.reason}"
         for point in sorted(points, key=lambda point: (point.subject, point.num_gpus, point.label))
     ]
-    return [Text("\n".join(["\nsubmitted, no number, and in no curve:", *lines]))]
+    return [Text("\n".join(["\nno run of these families left a number:", *lines]))]
 
 
 def _curve_table(curve: Curve) -> RenderableType:
