@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from moe_bench.analysis.flops import FlopsCounting, gflops_per_token
 from moe_bench.analysis.size import Counting, counted_size
-from moe_bench.spec.catalogue import recipes_root, reference_model_keys
-from moe_bench.spec.load import Loader
+from moe_bench.results.published import load_rows
+from moe_bench.spec.catalogue import data_root, model_of_row, recipes_root, reference_model_keys
+from moe_bench.spec.load import Loader, UnknownNameError
 from moe_bench.spec.model import ModelSpec
 
 LOADER = Loader(root=recipes_root())
 MODELS = {key: LOADER.model(key) for key in reference_model_keys(LOADER.root)}
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+WITHOUT_FACTS = {"DeepSeek-V4", "Llama-4-Behemoth (2T-A288B)", "OLMo-1.3B-dense (OLMoE paper)"}
+"""Models of rows whose shape is not public; docs/models.md says why."""
+LAYERS_ALONE = ("layer_microbench", "comm_microbench", "kernel_microbench")
 
 CHECKPOINT_PARAMS = {
     "llama3_8b": 8_030_261_248,
@@ -93,3 +100,30 @@ def test_operations_per_token_are_those_that_publishers_imply(
 ) -> None:
     counted = gflops_per_token(MODELS[key], seq_len=seq_len, num_mtp_layers=num_mtp_layers, counting=counting)
     assert counted == pytest.approx(gflops, rel=0.01)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_the_documentation_prints_the_counted_size(model: ModelSpec) -> None:
+    size = counted_size(model)
+    gflops = gflops_per_token(
+        model, seq_len=4096, num_mtp_layers=model.num_mtp_layers, counting=FlopsCounting.MCORE
+    )
+    cells = (
+        f"`{model.key}`",
+        f"{size.published_total / 1e9:,.5g} / {size.published_active / 1e9:.4g}",
+        f"{size.total[Counting.WITHOUT_MTP] / 1e9:,.2f}",
+        f"{size.active[size.nearest_active] / 1e9:,.2f}",
+        f"{gflops:,.2f}",
+    )
+    assert f"| {' | '.join(cells)} |" in DOCS
+
+
+def test_every_row_that_trains_a_model_finds_it_unless_its_shape_is_not_public() -> None:
+    unknown = set()
+    for row in load_rows(data_root() / "results" / "published"):
+        try:
+            model_of_row(row.model, LOADER, num_layers=row.num_layers)
+        except UnknownNameError:
+            unknown |= set() if row.kind in LAYERS_ALONE else {row.model}
+    assert unknown == WITHOUT_FACTS
+    assert all(name.partition(" (")[0].partition(" ")[0] in DOCS for name in unknown)
