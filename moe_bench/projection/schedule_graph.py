@@ -124,7 +124,7 @@ def duration_counts(
 
 def _most_in_flight(slots: Sequence[tuple[int, Work]]) -> int:
     """A split backward pass holds its chunk until both halves are done. Merged passes run layer by layer
-    beside one another, so what one adds the other frees (analysis/activations.py, peak_in_flight_bytes).
+    beside one another, so what one adds the other frees (analysis/overlap_memory.py).
     """
     live = most = 0
     for _, work in slots:
@@ -164,6 +164,8 @@ class _Building:
             case Post(sends=sends, receives=receives):
                 for tensor in sends + receives:
                     self._post(tensor, self.ranks[rank].last)
+                return True
+            case Wait(is_beside=True):
                 return True
             case Wait(tensors=tensors):
                 return self._wait(self.ranks[rank], tensors)

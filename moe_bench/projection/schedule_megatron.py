@@ -101,7 +101,7 @@ def _plain_program(shape: ScheduleShape, rank: int, links: Links) -> list[Instru
     for index in range(num_steady):
         ahead, back = forward[num_warm_up + index], backward[index]
         program += [Compute((ahead,)), *exchange([links.tensor_made(ahead)], [links.tensor_read(back)])]
-        following = forward[num_warm_up + index + 1 :][:1]
+        following = forward[num_warm_up + index + 1 : num_warm_up + index + 2]
         program += [
             Compute((back,)),
             *exchange([links.tensor_made(back)], [links.tensor_read(one) for one in following]),
@@ -159,23 +159,31 @@ class _InterleavedRank:
         return [*self._computed(ahead, back), *exchange(sends, receives)]
 
     def _overlapped_pair(self, index: int) -> list[Instruction]:
-        """Post each transfer behind its pass; before the next one of its kind, the send must be complete."""
+        """Post each transfer behind its pass; before the next one of its kind, the send must be complete.
+
+        A merged slot posts and waits for its activation on the stream of dispatch and combine
+        (TransformerModelChunkSchedulePlan.run), a little before its last weight gradient; here, at its end.
+        """
         links, ahead_index = self.links, self.num_warm_up + index
         ahead, back = self.forward[ahead_index], self.backward[index]
         awaited = ahead if self.rule.waits_for_sends else self.forward[ahead_index - 1]
         behind_forward = [
             Post(existing([links.tensor_made(ahead)]), existing([self.activations[ahead_index]])),
-            Wait(existing([links.tensor_made(awaited)])),
+            Wait(existing([links.tensor_made(awaited)]), is_beside=self._merges),
         ]
         behind_backward = [
             Post(existing([links.tensor_made(back)]), existing([self.gradients[index]])),
-            Wait(existing(links.tensor_made(one) for one in self.backward[:index][-1:])),
+            Wait(existing(links.tensor_made(one) for one in self.backward[max(0, index - 1) : index])),
         ]
         first, *second = self._computed(ahead, back)
         return [first, *behind_forward, *second, *behind_backward]
 
+    @property
+    def _merges(self) -> bool:
+        return self.shape.kind is ScheduleKind.INTERLEAVED_EP_OVERLAP
+
     def _computed(self, ahead: Pass, back: Pass) -> list[Compute]:
-        if self.shape.kind is ScheduleKind.INTERLEAVED_EP_OVERLAP:
+        if self._merges:
             return [Compute((ahead, back))]
         return [Compute((ahead,)), Compute((back,))]
 

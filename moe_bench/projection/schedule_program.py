@@ -38,6 +38,8 @@ class Wait(NamedTuple):
     """Go on when these transfers are complete."""
 
     tensors: tuple[Tensor, ...]
+    is_beside: bool = False
+    """The stream of dispatch and combine waits, compute goes on."""
 
 
 Instruction = Compute | Post | Wait

@@ -1,6 +1,7 @@
 """The what-if orders against torch.distributed.pipelining and the bubbles that their papers state."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble, _Action
@@ -93,3 +94,25 @@ def test_too_few_micro_batches_are_refused() -> None:
         shape_of(ScheduleKind.DUAL_PIPE_V, 4, 7)
     with pytest.raises(ScheduleError, match="at least 7 micro batches"):
         shape_of(ScheduleKind.ZERO_BUBBLE_V, 4, 6)
+
+
+def documented_bubbles() -> list[tuple[ScheduleKind, int, str, float]]:
+    """Rows of the first table of docs/projection.md, section "Pipeline schedules"."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "projection.md").read_text()
+    section = page.split("## Pipeline schedules")[1].split("###")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line[:1] == "|"
+    ]
+    kinds = {kind.label: kind for kind in ScheduleKind}
+    return [(kinds[label], int(chunks), idle, float(most)) for label, chunks, idle, most in rows[2:]]
+
+
+@pytest.mark.parametrize(("kind", "num_virtual", "idle", "most_in_flight"), documented_bubbles())
+def test_the_documented_bubbles_are_the_simulated_ones(
+    kind: ScheduleKind, num_virtual: int, idle: str, most_in_flight: float
+) -> None:
+    timeline = equal_chunks(kind, 8, num_virtual, 32, times_s=(1.0, 1.0, 1.0))
+    assert f"{timeline.bubble_fraction:.1%}" == idle
+    assert max(timeline.max_in_flight) / num_virtual == most_in_flight
