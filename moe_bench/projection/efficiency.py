@@ -12,7 +12,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.projection.calibrated_shapes import CalibratedShapes, Kernel, kind_of
 from moe_bench.projection.evidence import Grade
 from moe_bench.projection.nearest_shapes import Miss
-from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Pass
+from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.projection.rates import (
     GEMM_HBM_FRACTION,
     KERNEL_START_S,
@@ -38,6 +38,9 @@ class Scale(StrEnum):
     STREAM = "stream"
     """Large plain streaming kernels: optimizer, copies."""
 
+
+_ADDED_BYTES = 6
+"""Per element of an FP32 gradient, read and written, beyond the two of a BF16 product."""
 
 _HBM_FRACTION: Mapping[Scale, float] = MappingProxyType(
     {
@@ -166,7 +169,11 @@ class Efficiency:
         return self._memory_law(operation).burst_s
 
     def _gemm_law(self, operation: Gemm) -> Cost:
-        """hypot(F / limit, B / (fraction x HBM bandwidth)) + start, and a start of each group of several."""
+        """hypot(F / limit, B / (fraction x HBM bandwidth)) + start, and a start of each group of several.
+
+        The fraction of a low-precision kernel is that of the bytes in the tables; what an FP32 gradient adds
+        to them is a stream, as in BF16.
+        """
         rates = self._rates
         rate = gemm_rate(rates, operation.number, device_name=self._gpu.device_name)
         overhead_s = KERNEL_START_S
@@ -174,10 +181,12 @@ class Efficiency:
             grouped = group_rate(operation.in_pass)
             rate = rate.times(grouped.limit_factor)
             overhead_s += operation.num_groups * grouped.start_s
-        least_memory_s = operation.num_bytes / self._gpu.hbm_bytes_per_s
+        added_bytes = _ADDED_BYTES * operation.num_rows * operation.num_columns * operation.num_groups
+        added_bytes *= operation.accumulates
+        fitted_bytes = (operation.num_bytes - added_bytes) * GEMM_HBM_FRACTION / rate.hbm_fraction
         return Cost(
             compute_s=operation.num_flops / rate.limit_flops_per_s,
-            memory_s=least_memory_s * GEMM_HBM_FRACTION / rate.hbm_fraction,
+            memory_s=(fitted_bytes + added_bytes) / self._gpu.hbm_bytes_per_s,
             overhead_s=overhead_s,
             scale=Scale.GEMM if operation.number is Number.BF16 else Scale.LOW_PRECISION_GEMM,
             grade=rates.grade,
@@ -203,7 +212,16 @@ class Efficiency:
         )
 
     def _memory_law(self, operation: MemoryBound) -> Cost:
-        return self._bytes(operation.num_bytes, Scale.MEMORY)
+        """Bytes over the datasheet's bandwidth; quantization relative to its own share of it."""
+        cost = self._bytes(operation.num_bytes, Scale.MEMORY)
+        if operation.part is not Part.QUANTIZATION:
+            return cost
+        return replace(
+            cost,
+            memory_s=cost.memory_s * MEMORY_HBM_FRACTION / self._rates.quantization_hbm_fraction,
+            grade=self._rates.grade,
+            source=self._rates.gemm_source,
+        )
 
     def _bytes(self, num_bytes: float, scale: Scale) -> Cost:
         """Bytes over the datasheet's bandwidth, plus start."""

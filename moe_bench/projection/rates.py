@@ -76,6 +76,7 @@ class GpuRates:
     architecture: Architecture
     attention_start_s: float
     """Of a forward call; backward none was seen."""
+    quantization_hbm_fraction: float
     grade: Grade
     gemm_source: str
     attention_source: str
@@ -112,6 +113,13 @@ for head dimensions 64 and 128."""
 _ATTENTION_START_S: Mapping[Architecture, float] = MappingProxyType({"hopper": 25e-6, "blackwell": 50e-6})
 """H100 tables of vLLM with head dimension 128; cuDNN with 32 to 128 heads on a B200 (SimuMax 4dcaae5)."""
 
+_QUANTIZATION_HBM_FRACTION: Mapping[Architecture, float] = MappingProxyType(
+    {"hopper": 0.58, "blackwell": 0.75}
+)
+"""Share of the bandwidth that quantization reaches, counting every read: 0.50 (blocks) and 0.66 (per tensor)
+on an H100; 0.54 to 0.57 (per tensor), 0.80 to 0.84 (blocks) and 0.70 to 0.89 (NVFP4) on Blackwell, fitted
+beside the products (benchmarks/fit_rates.py)."""
+
 _H100, _H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 _B200, _GB200, _GB300 = "NVIDIA B200", "NVIDIA GB200", "NVIDIA GB300"
 
@@ -129,21 +137,21 @@ _GEMM: Mapping[str, Mapping[Number, GemmRate]] = MappingProxyType(
         },
         _B200: {
             Number.BF16: GemmRate(1588e12),
-            Number.FP8_TENSORWISE: GemmRate(3085e12, 0.70),
+            Number.FP8_TENSORWISE: GemmRate(3149e12, 0.54),
             Number.FP8_BLOCKWISE: GemmRate(3149e12, 0.54),
             Number.MXFP8: GemmRate(3149e12, 0.54),
             Number.NVFP4: GemmRate(4522e12, 0.56),
         },
         _GB200: {
             Number.BF16: GemmRate(1717e12),
-            Number.FP8_TENSORWISE: GemmRate(3034e12, 0.67),
+            Number.FP8_TENSORWISE: GemmRate(3357e12, 0.51),
             Number.FP8_BLOCKWISE: GemmRate(3357e12, 0.51),
             Number.MXFP8: GemmRate(3357e12, 0.51),
             Number.NVFP4: GemmRate(4754e12, 0.56),
         },
         _GB300: {
             Number.BF16: GemmRate(1966e12),
-            Number.FP8_TENSORWISE: GemmRate(3691e12, 0.70),
+            Number.FP8_TENSORWISE: GemmRate(3954e12, 0.53),
             Number.FP8_BLOCKWISE: GemmRate(3954e12, 0.53),
             Number.MXFP8: GemmRate(3954e12, 0.53),
             Number.NVFP4: GemmRate(6845e12, 0.30),
@@ -151,7 +159,9 @@ _GEMM: Mapping[str, Mapping[Number, GemmRate]] = MappingProxyType(
     }
 )
 """TensorRT-LLM 1.3.0rc20's linear layers, net of the quantization that the tables of low precision include.
-Blackwell's block-scaled FP8 is the tables' `fp8_block`: scales of 128 elements, where MXFP8 has 32."""
+All FP8 of Blackwell has the limit of the tables' `fp8_block`: MXFP8, whose scales cover 32 elements instead
+of 128, and FP8 scaled per tensor, which its tensor cores run no slower, whatever the tables' own kernel
+reaches (3,085, 3,034 and 3,691 TFLOP/s)."""
 
 _CUDNN: Mapping[Architecture, tuple[AttentionRate, AttentionRate]] = MappingProxyType(
     {
@@ -235,6 +245,7 @@ def gpu_rates(gpu: GpuSpec) -> GpuRates:
         },
         architecture=gpu.architecture,
         attention_start_s=_ATTENTION_START_S[gpu.architecture],
+        quantization_hbm_fraction=_QUANTIZATION_HBM_FRACTION[gpu.architecture],
         grade=grade,
         gemm_source=f"law of aiconfigurator-core 0.12.0's products on {where}",
         attention_source=f"laws of arXiv:2603.07685 and aiconfigurator-core 0.12.0 on {where}",

@@ -85,6 +85,22 @@ def test_a_format_that_reaches_less_bandwidth_counts_its_bytes_longer() -> None:
     assert cost.memory_s == pytest.approx(operation.num_bytes / 3.35e12 * 0.75 / 0.41)
 
 
+def test_adding_to_an_fp32_gradient_streams_six_more_bytes_per_element() -> None:
+    low, added = (
+        H100.gemm(gemm(4096, 7168, 2048, number=Number.FP8_BLOCKWISE, accumulates=accumulates))
+        for accumulates in (False, True)
+    )
+    assert added.memory_s - low.memory_s == pytest.approx(6 * 4096 * 2048 / 3.35e12)
+    assert added.compute_s == low.compute_s
+
+
+def test_quantization_reaches_more_of_the_bandwidth_than_other_operations_bound_by_memory() -> None:
+    quantization = MemoryBound(part=Part.QUANTIZATION, in_pass=Pass.FORWARD, num_bytes=3.35e9)
+    cost = H100.memory(quantization)
+    assert cost.burst_s == pytest.approx(1e-3 / 0.58 + 3e-6)
+    assert cost.grade is Grade.PUBLISHED
+
+
 def test_a_grouped_product_starts_each_of_its_groups() -> None:
     cost = H100.gemm(gemm(512, 7168, 4096, groups=8, in_pass=Pass.DGRAD))
     assert cost.overhead_s == pytest.approx(3e-6 + 8 * 5.7e-6)
