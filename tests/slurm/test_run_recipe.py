@@ -62,6 +62,9 @@ def test_the_literal_command_runs_the_recipe_over_two_nodes(slurm: Slurm, checko
     record = json.loads(records(checkout)[str(job_id)].read_text())
     assert len(record["samples"]["step_times_s"]) == 4
     assert len(records(checkout)) == 1
+    told = slurm.run(sys.executable, "-m", "moe_bench", "jobs", "show", str(job_id), PYTHONPATH=str(checkout))
+    assert "done" in told.stdout
+    assert records(checkout)[str(job_id)].name in told.stdout.replace("\n", "").replace(" ", "")
 
 
 def test_torchrun_meets_across_nodes_too(slurm: Slurm, checkout: Path, home: Path) -> None:
