@@ -16,6 +16,7 @@ from moe_bench.spec.catalogue import (
     recipes_root,
     reference_model_keys,
 )
+from moe_bench.spec.legality.structure import built_structure
 from moe_bench.spec.load import Loader, UnknownNameError
 
 LOADER = Loader(root=recipes_root())
@@ -99,3 +100,18 @@ def test_a_row_of_a_model_with_recipes_means_the_model_of_its_registry_file() ->
     assert {(row.model, model_of_row(row.model, LOADER).key) for row in rows} == {
         (row.model, model_key(row.model)) for row in rows
     }
+
+
+def test_a_recipe_may_name_a_reference_model_that_the_harness_builds(root: Path) -> None:
+    for key in ("llama3_8b", "nemotron_3_nano_30b_a3b"):
+        (root / "reference_models").mkdir(exist_ok=True)
+        source = LOADER.root / "reference_models" / f"{key}.yaml"
+        (root / "reference_models" / f"{key}.yaml").write_text(source.read_text())
+    path = root / "tiny" / "cpu_host_8g_bf16.yaml"
+    for key, problems in (
+        ("llama3_8b", []),
+        ("nemotron_3_nano_30b_a3b", ["half layers, squared_relu activation, no rotary embedding"]),
+    ):
+        recipe = Loader(root=root, rules=()).recipe(path, changes=[f"model={key}", "parallel.expert=1"])
+        found = [problem.problem.partition(":")[0] for problem in built_structure.problems(recipe)]
+        assert found == problems

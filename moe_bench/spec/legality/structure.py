@@ -8,63 +8,63 @@ from moe_bench.errors import BadInputError
 from moe_bench.spec.legality.rule import Found, rule
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.recipe import Recipe
-from moe_bench.spec.yaml_tree import dotted
 
 
-@rule("this structure is for accounting and projection only", "moe_bench/harness/mcore_config.py")
+@rule("such a structure is for accounting and projection only", "moe_bench/harness/mcore_config.py")
 def built_structure(recipe: Recipe) -> Iterator[Found]:
-    yield from _layers(recipe.model)
-    yield from _attention(recipe.model)
-    yield from _experts(recipe.model)
+    unbuilt = (*_layers(recipe.model), *_attention(recipe.model), *_experts(recipe.model))
+    if unbuilt:
+        yield "model", ", ".join(unbuilt), "choose a model with recipes"
 
 
 def built_model(recipe: Recipe) -> ModelSpec:
     """The model of a recipe, which the harness can build; BadInputError for one that it cannot."""
     for problem in built_structure.problems(recipe):
-        raise BadInputError(f"{dotted(problem.path)}: {problem.problem}; {problem.fix}")
+        raise BadInputError(f"{recipe.model.key}: {problem.problem}; {problem.fix}")
     return recipe.model
 
 
-def _layers(model: ModelSpec) -> Iterator[Found]:
+def _layers(model: ModelSpec) -> Iterator[str]:
     if model.hybrid_pattern is not None:
-        yield "model.hybrid_pattern", "half layers", "choose a model of whole layers"
+        yield "half layers"
     if model.gated_delta_net is not None:
-        yield "model.gated_delta_net", "linear attention", "choose a model without"
+        yield "gated delta nets"
     if model.compressed_attention is not None:
-        yield "model.compressed_attention", "compressed attention", "choose a model without"
+        yield "compressed attention"
     if model.num_residual_streams > 1:
-        yield "model.num_residual_streams", str(model.num_residual_streams), "write 1"
+        yield f"{model.num_residual_streams} residual streams"
     if model.activation.kind not in ("swiglu", "clamped_swiglu"):
-        yield "model.activation.kind", model.activation.kind, "write swiglu"
+        yield f"{model.activation.kind} activation"
     if model.mtp_is_shared:
-        yield "model.mtp_is_shared", "one module for every depth", "write false"
+        yield "a shared prediction module"
 
 
-def _attention(model: ModelSpec) -> Iterator[Found]:
+def _attention(model: ModelSpec) -> Iterator[str]:
+    attention = model.attention
     if model.rope.rotary_fraction == 0:
-        yield "model.rope.rotary_fraction", "no rotary embedding", "write 1.0"
-    if model.attention.kind == "mla":
-        if model.attention.sparse is not None:
-            yield "model.attention.sparse", "attention to chosen keys", "write null"
+        yield "no rotary embedding"
+    if attention.kind == "mla":
+        if attention.sparse is not None:
+            yield "attention to chosen keys"
         return
-    if model.attention.output_gate:
-        yield "model.attention.output_gate", "true", "write false"
-    if model.attention.chunked is not None:
-        yield "model.attention.chunked", "attention in chunks", "write null"
-    if model.attention.qk_norm == "without_gain":
-        yield "model.attention.qk_norm", "a norm without gain", "write per_head"
+    if attention.output_gate:
+        yield "an output gate of attention"
+    if attention.chunked is not None:
+        yield "attention in chunks"
+    if attention.qk_norm == "without_gain":
+        yield "a q/k norm without gain"
 
 
-def _experts(model: ModelSpec) -> Iterator[Found]:
+def _experts(model: ModelSpec) -> Iterator[str]:
     moe = model.moe
     if moe is None:
         return
     if moe.every_n_layers > 1:
-        yield "model.moe.every_n_layers", str(moe.every_n_layers), "write 1"
+        yield f"experts in one of {moe.every_n_layers} layers"
     if moe.latent_size is not None:
-        yield "model.moe.latent_size", str(moe.latent_size), "write null"
+        yield "experts in a latent width"
     if moe.router.score_function == "sqrt_softplus":
-        yield "model.moe.router.score_function", moe.router.score_function, "write sigmoid"
+        yield "sqrt_softplus scores"
 
 
 RULES = (built_structure,)
