@@ -116,17 +116,16 @@ def _draw_missing(place: Axes, point: MissingPoint, letter: str) -> None:
 
 
 def _write_letters(place: Axes, curves: Sequence[Curve]) -> None:
-    """A letter at the right of every curve's last point, moved up where two would lie on each other."""
+    """A letter behind every curve's last point, moved up where two would lie on each other."""
     low, high = place.get_ylim()
-    right = max(size for curve in curves for size in curve.sizes) * 1.08
     ends = sorted(
-        (curve.efficiencies[-1].efficiency_ratio * 100, letter)
+        (curve.efficiencies[-1].efficiency_ratio * 100, letter, curve.efficiencies[-1].point.num_gpus)
         for letter, curve in zip(string.ascii_lowercase, curves, strict=False)
     )
     lowest = low
-    for percent, letter in ends:
+    for percent, letter, num_gpus in ends:
         lowest = max(percent, lowest)
-        place.text(right, lowest, letter, fontsize=8, va="center")
+        place.text(num_gpus * 1.08, lowest, letter, fontsize=8, va="center")
         lowest += (high - low) * 0.05
 
 

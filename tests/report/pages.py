@@ -9,10 +9,11 @@ from moe_bench.projection.schedule import ChunkTime, ScheduleKind, simulate
 from moe_bench.report.html.memory_chart import memory_parts
 from moe_bench.report.html.page import ReportData
 from moe_bench.report.html.pipeline_picture import pipeline_picture
-from moe_bench.report.scaling import Kind, ScalingPoint, recipe_subject
+from moe_bench.report.scaling import Kind, ScalingPoint, missing_point, recipe_subject
 from moe_bench.results.published import load_rows
 from moe_bench.results.record import Record
 from moe_bench.spec.catalogue import data_root, find_recipe
+from moe_bench.spec.family import scaled_recipe
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import full_plan, smoke_plan
 from tests.results.records import LOADER, record
@@ -76,6 +77,12 @@ def full_page() -> ReportData:
         recipes=(qwen, recipe(DEEPSEEK), recipe("mixtral_8x22b")),
         rows=load_rows(data_root() / "results" / "published"),
         version="0.0.0-test",
+        missing=(
+            missing_point(
+                full_plan(scaled_recipe(qwen, 64, strong=False), modified=()),
+                "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB on rank 3",
+            ),
+        ),
         projected=(
             ScalingPoint(
                 kind=Kind.PROJECTED,

@@ -153,7 +153,9 @@ def test_the_page_logs_nothing_and_asks_for_nothing_but_itself(browser: Browser,
     browser.open(page, width=DESKTOP_PX)
     browser.ask("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert browser.console() == []
-    assert {address for address in browser.requests() if not address.startswith("data:")} == {page.as_uri()}
+    # the browser's own start page may still be loading
+    asked = {address for address in browser.requests() if not address.startswith(("data:", "chrome://"))}
+    assert asked == {page.as_uri()}
 
 
 def test_values_can_be_read_out_of_the_page(browser: Browser, page: Path) -> None:

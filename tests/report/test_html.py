@@ -155,7 +155,18 @@ def test_throughput_shows_the_row_its_neighbours_the_runs_and_the_projection(htm
 def test_measured_and_published_points_are_never_joined(html: str) -> None:
     for chart in re.findall(r'id="scaling-\d+".*?</figure>', html, flags=re.DOTALL):
         joins = len(re.findall(r'class="stroke join \w+"', chart))
-        assert joins == len(re.findall(r"<li>", chart))
+        assert joins == chart.count("<li>") - chart.count('class="missing"')
+
+
+def test_a_size_that_failed_is_a_cross_with_its_reason(html: str) -> None:
+    (chart,) = [
+        chart
+        for chart in re.findall(r'id="scaling-\d+".*?</figure>', html, flags=re.DOTALL)
+        if "no number" in chart
+    ]
+    assert chart.count('class="mark missing"') == chart.count('class="mark measured"') == 1
+    assert "64 GPUs, no number: out of memory: CUDA out of memory." in chart
+    assert ">64</text>" in chart
 
 
 def test_what_is_not_there_is_named(page: Page) -> None:

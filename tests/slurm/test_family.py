@@ -28,7 +28,7 @@ def toy_recipe(folder: Path) -> Path:
 
 
 def python_that_fails_on(folder: Path, words: str) -> str:
-    """An interpreter whose ranks of recipes with `words` in their names end as PyTorch does without memory."""
+    """An interpreter whose ranks of recipes named with `words` end as PyTorch does without memory."""
     path = folder / "python"
     path.write_text(
         f'#!/bin/bash\nif [[ "$1 $2 $3" == "-m moe_bench run" && $4 == *{words}* ]]; then\n'

@@ -50,11 +50,14 @@ class ReportData:
     missing: tuple[MissingPoint, ...] = ()
     """Runs that were asked for and left no number."""
     projected: tuple[ScalingPoint, ...] = ()
-    """Points whose label is the name of a recipe."""
+    """Of kind PROJECTED. One whose label is a recipe's name stands beside it on the throughput chart; those
+    of equal family make scaling curves."""
     pipeline_pictures: Mapping[str, Chart] = field(default_factory=dict)
-    """Which stage computes when, by recipe name."""
+    """Which stage computes when, by `Recipe.name`: a bar per pass, time along x, pipeline ranks along y
+    (report/html/pipeline_picture.py). Drawn on the recipe's card."""
     waterfalls: Mapping[str, Chart] = field(default_factory=dict)
-    """Where the step time goes, by recipe name."""
+    """Where the step time goes, by `Recipe.name`: a bar per term, time along x, terms along y, each bar
+    beginning where the one before ends. Drawn on the recipe's card, behind the picture."""
 
     @property
     def runs(self) -> tuple[RunSummary, ...]:

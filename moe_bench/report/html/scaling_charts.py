@@ -67,7 +67,7 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
             Stroke(role="ideal", points_px=((LEFT_PX, y(100)), (RIGHT_PX, y(100)))),
             *(stroke for curve in curves for stroke in _strokes(curve, x, y)),
         ),
-        notes=tuple(_letters(curves, letters, y, x_px=right + 4)),
+        notes=tuple(_letters(curves, letters, x, y)),
         legend=tuple(entry for index, curve in enumerate(curves) for entry in _legend(letters[index], curve)),
         data=Data(
             headings=(
@@ -125,15 +125,16 @@ def _strokes(curve: Curve, x: Place, y: Place) -> Iterable[Stroke]:
             yield Stroke(role=f"interval {curve.kind}", points_px=ends)
 
 
-def _letters(curves: Sequence[Curve], letters: dict[int, str], y: Place, *, x_px: float) -> Iterable[Note]:
-    """A letter at the end of every curve, pushed down where two would lie on each other."""
+def _letters(curves: Sequence[Curve], letters: dict[int, str], x: Place, y: Place) -> Iterable[Note]:
+    """A letter behind the last point of every curve, pushed down where two would lie on each other."""
     ends = sorted(
         (y(curve.efficiencies[-1].efficiency_ratio * 100), index) for index, curve in enumerate(curves)
     )
     lowest_px = float("-inf")
     for end_px, index in ends:
         lowest_px = max(end_px, lowest_px + _LETTER_PX)
-        yield Note(text=letters[index], x_px=x_px, y_px=lowest_px + 4, role="letter")
+        last_px = x(curves[index].efficiencies[-1].point.num_gpus)
+        yield Note(text=letters[index], x_px=last_px + 10, y_px=lowest_px + 4, role="letter")
 
 
 def _size_ticks(sizes: Sequence[int], place: Place) -> tuple[Tick, ...]:
