@@ -55,7 +55,7 @@ SHARED_STORAGE = "host_share_storage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Watch:
+class Watch:
     """What observes a run."""
 
     places: Places
@@ -85,22 +85,22 @@ def dry_run_rank(
     MissingRequirementError where the installed one cannot build it.
     """
     places = Places()
-    watch = _Watch(
+    watch = Watch(
         places=places,
         account=Account(places),
         ledger=Ledger(places.where),
         findings=Findings(places, frees_weights=recipe.parallel.data_sharding == "megatron_fsdp"),
     )
     num_run = num_micro_batches or num_micro_batches_to_run(recipe)
-    with _stage(recipe, rank, watch, counts) as used:
-        built = _built(recipe, watch)
+    with stage(recipe, rank, watch, counts) as used:
+        built = built_without_data(recipe, watch)
         _make_optimizer_states(recipe, built, watch)
         return _stepped(recipe, rank, built, watch, used, num_run=num_run)
 
 
 @contextlib.contextmanager
-def _stage(
-    recipe: Recipe, rank: int, watch: _Watch, counts: SenderCounts | None
+def stage(
+    recipe: Recipe, rank: int, watch: Watch, counts: SenderCounts | None
 ) -> Iterator[tuple[StandIn, ...]]:
     """Everything that the code of a rank meets: device, kernels, token counts, groups, and who watches."""
     arguments = megatron_arguments(recipe)
@@ -140,7 +140,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _built(recipe: Recipe, watch: _Watch) -> Training:
+def built_without_data(recipe: Recipe, watch: Watch) -> Training:
     """Model, gradient buffers and optimizer of the rank, each in its category."""
     arguments, account = megatron_arguments(recipe), watch.account
     settings = settings_of(arguments)
@@ -199,14 +199,14 @@ def _sharded_buffers(chunk: FullyShardedDataParallel) -> Iterator[tuple[torch.Te
                 yield buffer.data, category
 
 
-def _make_optimizer_states(recipe: Recipe, built: Training, watch: _Watch) -> None:
+def _make_optimizer_states(recipe: Recipe, built: Training, watch: Watch) -> None:
     """Let the optimizer take a step first, as the moments are made in the first one.
 
     Megatron-FSDP hands over gradients only after a backward pass; it gets one micro batch.
     """
     with watch.places.during(Phase.FORWARD):
         if recipe.parallel.data_sharding == "megatron_fsdp":
-            train_step(built, _micro_batches(recipe)[:1])
+            train_step(built, micro_batches_without_data(recipe)[:1])
         else:
             for chunk in built.chunks:
                 chunk.zero_grad_buffer()
@@ -228,7 +228,7 @@ def _optimizer_states(built: Training) -> Iterator[torch.Tensor]:
 
 
 def _stepped(
-    recipe: Recipe, rank: int, built: Training, watch: _Watch, used: tuple[StandIn, ...], *, num_run: int
+    recipe: Recipe, rank: int, built: Training, watch: Watch, used: tuple[StandIn, ...], *, num_run: int
 ) -> RankDryRun:
     places, account = watch.places, watch.account
     watch.ledger.lines.clear()
@@ -238,7 +238,7 @@ def _stepped(
     shapes = known_shapes(recipe, pipeline_rank=pipeline_rank, num_micro_batches=num_run)
     with account.holding(Category.INPUTS):
         # a step holds the tokens of all its micro batches
-        all_batches = _micro_batches(recipe)
+        all_batches = micro_batches_without_data(recipe)
     micro_batches = WatchedBatches(all_batches[:num_run], watch.ledger)
     with shapes, phases(places, built), places.during(Phase.FORWARD):
         account.start_peak()
@@ -275,7 +275,7 @@ def _stepped(
     )
 
 
-def _micro_batches(recipe: Recipe) -> list[MicroBatch]:
+def micro_batches_without_data(recipe: Recipe) -> list[MicroBatch]:
     """A step's batches without values, each as long as the part of a sequence that a context rank holds."""
     shape = (recipe.micro_batch_size, recipe.seq_len // recipe.parallel.context)
     return [
@@ -299,7 +299,7 @@ def _num_params(built: Training) -> tuple[int, int]:
     return num[False], num[True]
 
 
-def _totals(recipe: Recipe, watch: _Watch, batches: WatchedBatches) -> dict[str, Any]:
+def _totals(recipe: Recipe, watch: Watch, batches: WatchedBatches) -> dict[str, Any]:
     """Operations, traffic and calls over the whole step."""
     num_run, num_wanted = len(batches), recipe.num_micro_batches
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -22,18 +23,32 @@ ENTRIES = [entry for family in STAND_INS.values() for entry in family]
 BATCH, HEADS, GROUPS, TOKENS, CHANNELS = 2, 8, 2, 64, 32
 
 
-def kept_bytes(compute: Callable[[], Any]) -> int:
-    """Bytes of the different storages that autograd keeps, each counted once."""
-    storages: dict[int, int] = {}
+class Kept:
+    """A tensor as autograd keeps it, for as long as it does."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+
+def kept_bytes(compute: Callable[[], Any], *, besides: Iterable[Tensor] = ()) -> int:
+    """Bytes of the different storages that autograd keeps, each counted once, without those of `besides`."""
+    kept: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        held = Kept(tensor)
+        kept.append(weakref.ref(held))
+        return held
+
+    with saved_tensors_hooks(pack, lambda held: held.tensor):
         output = compute()
     assert output is not None
-    return sum(storages.values())
+    storages = {
+        held.tensor.untyped_storage()._cdata: held.tensor.untyped_storage().nbytes()
+        for reference in kept
+        if (held := reference()) is not None
+    }
+    left_out = {tensor.untyped_storage()._cdata for tensor in besides}
+    return sum(size for storage, size in storages.items() if storage not in left_out)
 
 
 def make(*shape: int, device: str, requires_grad: bool = True) -> Tensor:
