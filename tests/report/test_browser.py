@@ -232,6 +232,11 @@ def test_paper_is_white_whatever_the_screen_and_nothing_is_cut(
     for name in (".theme", "nav", "summary"):
         shown = browser.ask("return document.querySelector(arguments[0]).getClientRects().length", name)
         assert shown == 0
+    narrowest = browser.ask(
+        "return Math.min(...[...document.querySelectorAll('figure.chart svg[role=img]')]"
+        ".map(svg => svg.getBoundingClientRect().width))"
+    )
+    assert float(str(narrowest)) > PAPER_PX / 3
     printed = browser.command("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
     (artefacts / "report.pdf").write_bytes(base64.b64decode(str(printed["data"])))
 
