@@ -49,7 +49,7 @@ class AttentionRate:
     """rate(n) = limit / (1 + half / n) over n tokens of causal sequence: half of the limit at n = half."""
 
     limit_flops_per_s: float
-    num_half_tokens: float
+    num_half_tokens: int
 
     def flops_per_s(self, num_tokens: float) -> float:
         """At sequences of `num_tokens`, over which a query sees half as many keys on average."""
