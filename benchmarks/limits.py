@@ -48,6 +48,13 @@ LIMITS = (
     Limit(name="check one", arguments=("check", "deepseek_v3"), limit_s=1.0),
     Limit(name="report of 57 records", arguments=("report", "{records}"), limit_s=2.0),
     Limit(
+        name="dryrun of the fewest micro batches",
+        arguments=("dryrun", "deepseek_v3", "--micro-batches", "4"),
+        limit_s=18.0,
+        limit_bytes=3 * GIB,
+        num_runs=3,
+    ),
+    Limit(
         name="dryrun of one rank",
         arguments=("dryrun", "deepseek_v3"),
         limit_s=30.0,
