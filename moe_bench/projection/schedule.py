@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_bench.projection.schedule_graph import ScheduleGraph, evaluate, schedule_graph
+from moe_bench.projection.schedule_graph import Part, ScheduleGraph, evaluate, schedule_graph
 from moe_bench.projection.schedule_megatron import TransferRule
 from moe_bench.projection.schedule_program import Work
 from moe_bench.projection.schedule_repeat import (
@@ -40,6 +40,9 @@ class ChunkTime:
     """Gradient of the weights."""
     joint_s: float | None = None
     """One forward and one backward pass of this chunk merged into one slot."""
+    joint_tail_s: float = 0.0
+    """Of a merged slot with this chunk's backward pass, what is computed when both outputs are already sent:
+    with `overlap_p2p_comm`, the weight gradient of the attention of its first layer."""
 
     @property
     def backward_s(self) -> float:
@@ -141,11 +144,16 @@ def pass_s(time: ChunkTime, kind: PassKind) -> float:
 
 def _durations_s(graph: ScheduleGraph, chunks: Sequence[ChunkTime], transfer_s: float) -> list[float]:
     """By the place that the nodes name."""
-    computed_s = [
-        merged_s(chunks, work) if len(work) > 1 else pass_s(chunks[work[0].chunk], work[0].kind)
-        for work in graph.work
-    ]
-    return [0.0, transfer_s, *computed_s]
+    return [0.0, transfer_s, *(_part_s(part, chunks) for part in graph.parts)]
+
+
+def _part_s(part: Part, chunks: Sequence[ChunkTime]) -> float:
+    work = part.work
+    if len(work) == 1:
+        return pass_s(chunks[work[0].chunk], work[0].kind)
+    whole_s = merged_s(chunks, work)
+    tail_s = min(whole_s, chunks[work[1].chunk].joint_tail_s)
+    return tail_s if part.is_behind_sends else whole_s - tail_s
 
 
 def _timeline(
@@ -172,11 +180,11 @@ def _timeline(
             ChunkInstants(
                 chunk=chunk,
                 rank=shape.rank_of(chunk),
-                first_forward_s=starts_s[first],
-                last_backward_s=starts_s[last] + left_out_s,
-                gradients_s=ends_s[last] + left_out_s,
+                first_forward_s=starts_s[first.first],
+                last_backward_s=starts_s[last.first] + left_out_s,
+                gradients_s=ends_s[last.last] + left_out_s,
             )
-            for chunk, (first, last) in enumerate(zip(graph.first_forward, graph.last_gradient, strict=True))
+            for chunk, (first, last) in enumerate(graph.chunk_ends())
         ),
         max_in_flight=graph.max_in_flight,
         graph=graph,

@@ -7,9 +7,10 @@ of at most two earlier ones plus a duration, and the step is the longest path.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from moe_bench.projection.schedule_megatron import TransferRule, rank_order, rank_program
 from moe_bench.projection.schedule_program import (
@@ -41,6 +42,22 @@ _START = 0
 """The node at which the step begins."""
 
 
+class Part(NamedTuple):
+    """What a duration is of: a slot, or of a merged one what it computes before or behind its sends."""
+
+    work: Work
+    """With micro batch 0."""
+    is_behind_sends: bool
+
+
+class Node(NamedTuple):
+    """A slot in the graph; a merged one is two nodes, up to its sends and behind them."""
+
+    first: int
+    last: int
+    work: Work
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleGraph:
     """Nodes in an order in which every node stands behind what it waits for."""
@@ -52,18 +69,24 @@ class ScheduleGraph:
     """Another node that it waits for, or the same once more."""
     duration: tuple[int, ...]
     """Place in the list of durations."""
-    work: tuple[Work, ...]
-    """What the durations from TRANSFER + 1 on are of: chunks and kinds, with micro batch 0."""
-    slots: tuple[tuple[tuple[int, Work], ...], ...]
-    """Of every rank, in order: the node and what it computes."""
+    parts: tuple[Part, ...]
+    """What the durations from TRANSFER + 1 on are of."""
+    slots: tuple[tuple[Node, ...], ...]
+    """Of every rank, in order."""
     first_forward: tuple[int, ...]
-    """Node of the first forward pass of every chunk."""
+    """Place, among the slots of its rank, of the first forward pass of every chunk."""
     last_gradient: tuple[int, ...]
-    """Node of the last slot of every chunk that adds to its weight gradients."""
+    """Place of the last slot of every chunk that adds to its weight gradients."""
     counts: tuple[tuple[tuple[int, int], ...], ...]
     """Of every rank: how many of its slots have which duration."""
     max_in_flight: tuple[int, ...]
     """Most chunks of every rank whose forward pass is done and whose backward pass is not."""
+
+    def chunk_ends(self) -> Iterator[tuple[Node, Node]]:
+        """Of every chunk: its first forward pass, and the last slot that adds to its weight gradients."""
+        for chunk, places in enumerate(zip(self.first_forward, self.last_gradient, strict=True)):
+            first, last = (self.slots[self.shape.rank_of(chunk)][place] for place in places)
+            yield first, last
 
 
 def orders(shape: ScheduleShape) -> tuple[tuple[Work, ...], ...]:
@@ -115,20 +138,19 @@ def evaluate(graph: ScheduleGraph, durations_s: Sequence[float]) -> tuple[list[f
     return starts_s, ends_s
 
 
-def duration_counts(
-    slots: Sequence[tuple[int, Work]], duration: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
+def duration_counts(slots: Sequence[Node], duration: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Which durations the nodes of `slots` have, and how often."""
-    return tuple(Counter(duration[node - 1] for node, _ in slots).items())
+    nodes = (node for slot in slots for node in range(slot.first, slot.last + 1))
+    return tuple(Counter(duration[node - 1] for node in nodes).items())
 
 
-def _most_in_flight(slots: Sequence[tuple[int, Work]]) -> int:
+def _most_in_flight(slots: Sequence[Node]) -> int:
     """A split backward pass holds its chunk until both halves are done. Merged passes run layer by layer
     beside one another, so what one adds the other frees (analysis/overlap_memory.py).
     """
     live = most = 0
-    for _, work in slots:
-        live += sum(_HELD[one.kind] for one in work)
+    for slot in slots:
+        live += sum(_HELD[one.kind] for one in slot.work)
         most = max(most, live)
     return most
 
@@ -138,9 +160,11 @@ class _Rank:
     """How far one rank has come."""
 
     last: int = _START
+    sent_behind: int = _START
+    """Where the last slot has made what it sends."""
     awaited: set[Tensor] = field(default_factory=set)
     """Transfers that it has waited for."""
-    slots: list[tuple[int, Work]] = field(default_factory=list)
+    slots: list[Node] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,7 +177,7 @@ class _Building:
     before: list[int] = field(default_factory=list)
     other: list[int] = field(default_factory=list)
     duration: list[int] = field(default_factory=list)
-    durations: dict[tuple[tuple[PassKind, int], ...], int] = field(default_factory=dict)
+    durations: dict[tuple[bool, *tuple[tuple[PassKind, int], ...]], int] = field(default_factory=dict)
     ends_posted: dict[Tensor, int] = field(default_factory=dict)
     """Node behind which the first of a transfer's two ends is posted."""
     transfers: dict[Tensor, int] = field(default_factory=dict)
@@ -161,9 +185,10 @@ class _Building:
     def run(self, rank: int, instruction: Instruction) -> bool:
         """Add what `instruction` means; False if it waits for something that is not there yet."""
         match instruction:
-            case Post(sends=sends, receives=receives):
+            case Post(sends=sends, receives=receives, is_early=is_early):
+                at = self.ranks[rank].sent_behind if is_early else self.ranks[rank].last
                 for tensor in sends + receives:
-                    self._post(tensor, self.ranks[rank].last)
+                    self._post(tensor, at)
                 return True
             case Wait(is_beside=True):
                 return True
@@ -175,18 +200,21 @@ class _Building:
     def finished(self) -> ScheduleGraph:
         first_forward, last_gradient = [0] * self.shape.num_chunks, [0] * self.shape.num_chunks
         for rank in self.ranks:
-            for node, work in rank.slots:
-                for one in work:
-                    if one.kind is PassKind.FORWARD:
-                        first_forward[one.chunk] = first_forward[one.chunk] or node
-                    elif one.kind is not PassKind.DGRAD:
-                        last_gradient[one.chunk] = node
+            for place, slot in enumerate(rank.slots):
+                for one in slot.work:
+                    if one.kind is PassKind.FORWARD and one.micro_batch == 0:
+                        first_forward[one.chunk] = place
+                    elif one.kind in (PassKind.BACKWARD, PassKind.WGRAD):
+                        last_gradient[one.chunk] = place
         return ScheduleGraph(
             shape=self.shape,
             before=tuple(self.before),
             other=tuple(self.other),
             duration=tuple(self.duration),
-            work=tuple(tuple(Pass(kind, chunk, 0) for kind, chunk in key) for key in self.durations),
+            parts=tuple(
+                Part(tuple(Pass(kind, chunk, 0) for kind, chunk in work), is_behind_sends)
+                for is_behind_sends, *work in self.durations
+            ),
             slots=tuple(tuple(rank.slots) for rank in self.ranks),
             first_forward=tuple(first_forward),
             last_gradient=tuple(last_gradient),
@@ -218,11 +246,16 @@ class _Building:
         rank.awaited.update(reads)
         for node in nodes[1:]:
             rank.last = self._add(rank.last, node, NOTHING)
-        key = tuple([(one.kind, one.chunk) for one in work])
-        index = self.durations.setdefault(key, TRANSFER + 1 + len(self.durations))
-        rank.last = self._add(rank.last, nodes[0] if nodes else rank.last, index)
-        rank.slots.append((rank.last, work))
+        first = self._add(rank.last, nodes[0] if nodes else rank.last, self._duration(work, False))
+        rank.last = rank.sent_behind = first
+        if len(work) > 1:
+            rank.last = self._add(first, first, self._duration(work, True))
+        rank.slots.append(Node(first, rank.last, work))
         return True
+
+    def _duration(self, work: Work, is_behind_sends: bool) -> int:
+        key = (is_behind_sends, *[(one.kind, one.chunk) for one in work])
+        return self.durations.setdefault(key, TRANSFER + 1 + len(self.durations))
 
     def _nodes_to_wait_for(self, rank: _Rank, tensors: Iterable[Tensor]) -> list[int] | None:
         """The transfers that `rank` has not waited for yet; None if one of them is not posted by now."""

@@ -161,18 +161,20 @@ class _InterleavedRank:
     def _overlapped_pair(self, index: int) -> list[Instruction]:
         """Post each transfer behind its pass; before the next one of its kind, the send must be complete.
 
-        A merged slot posts and waits for its activation on the stream of dispatch and combine
-        (TransformerModelChunkSchedulePlan.run), a little before its last weight gradient; here, at its end.
+        A merged slot posts both ahead of its last weight gradient, and waits for its activation on the stream
+        of dispatch and combine (TransformerModelChunkSchedulePlan.run).
         """
         links, ahead_index = self.links, self.num_warm_up + index
         ahead, back = self.forward[ahead_index], self.backward[index]
         awaited = ahead if self.rule.waits_for_sends else self.forward[ahead_index - 1]
         behind_forward = [
-            Post(existing([links.tensor_made(ahead)]), existing([self.activations[ahead_index]])),
+            Post(
+                existing([links.tensor_made(ahead)]), existing([self.activations[ahead_index]]), self._merges
+            ),
             Wait(existing([links.tensor_made(awaited)]), is_beside=self._merges),
         ]
         behind_backward = [
-            Post(existing([links.tensor_made(back)]), existing([self.gradients[index]])),
+            Post(existing([links.tensor_made(back)]), existing([self.gradients[index]]), self._merges),
             Wait(existing(links.tensor_made(one) for one in self.backward[max(0, index - 1) : index])),
         ]
         first, *second = self._computed(ahead, back)

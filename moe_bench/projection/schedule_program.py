@@ -32,6 +32,8 @@ class Post(NamedTuple):
 
     sends: tuple[Tensor, ...]
     receives: tuple[Tensor, ...]
+    is_early: bool = False
+    """Within the last merged slot, before what it computes behind its sends."""
 
 
 class Wait(NamedTuple):

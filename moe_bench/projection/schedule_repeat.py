@@ -73,7 +73,7 @@ def steady_cut(shape: ScheduleShape, rule: TransferRule) -> Cut | None:
     graph = schedule_graph(shape, rule)
     period = period_micro_batches(shape)
     num_slots = period * _slots_per_micro_batch(shape)
-    runs = [_steady_run([work for _, work in slots], num_slots, period) for slots in graph.slots]
+    runs = [_steady_run([slot.work for slot in slots], num_slots, period) for slots in graph.slots]
     num_before = tuple(end - num_slots - _NUM_EDGE_SLOTS for _, end in runs)
     depth = max(_depth(graph, num_before), _depth(graph, [before - num_slots for before in num_before]))
     for (start, _), before in zip(runs, num_before, strict=True):
@@ -83,7 +83,7 @@ def steady_cut(shape: ScheduleShape, rule: TransferRule) -> Cut | None:
         num_before=num_before,
         num_slots=num_slots,
         nodes=tuple(
-            (slots[place][0], slots[place - num_slots][0])
+            (slots[place].last, slots[place - num_slots].last)
             for slots, before in zip(graph.slots, num_before, strict=True)
             for place in range(before - depth, before)
         ),
@@ -134,9 +134,9 @@ def _steady_run(order: Sequence[Work], num_slots: int, num_micro_batches: int) -
 def _depth(graph: ScheduleGraph, num_before: Sequence[int]) -> int:
     """How many slots before the cut the slots behind it look back, at most, on any rank."""
     ages = {
-        node: before - place
+        slot.first: before - place
         for slots, before in zip(graph.slots, num_before, strict=True)
-        for place, (node, _) in enumerate(slots)
+        for place, slot in enumerate(slots)
     }
     deepest = 0
     read_ages = [0] * (len(graph.before) + 1)

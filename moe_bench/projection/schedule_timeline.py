@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from moe_bench.projection.schedule_graph import ScheduleGraph
+from moe_bench.projection.schedule_graph import Node, ScheduleGraph
 from moe_bench.projection.schedule_program import Work
 from moe_bench.projection.schedule_repeat import Cut, moved, period_micro_batches
 from moe_bench.projection.schedule_shape import ScheduleShape
@@ -98,13 +98,13 @@ class Timeline:
             self._slots(rank, simulated[before:], num_periods),
         )
 
-    def _slots(self, rank: int, slots: Sequence[tuple[int, Work]], num_periods_later: int) -> Iterator[Slot]:
+    def _slots(self, rank: int, slots: Sequence[Node], num_periods_later: int) -> Iterator[Slot]:
         later_s = 0.0 if self.repeat is None else num_periods_later * self.repeat.period_s
         num_later = num_periods_later * period_micro_batches(self.shape)
-        for node, work in slots:
+        for slot in slots:
             yield Slot(
                 rank=rank,
-                start_s=self.starts_s[node] + later_s,
-                end_s=self.ends_s[node] + later_s,
-                work=moved(work, num_later) if num_later else work,
+                start_s=self.starts_s[slot.first] + later_s,
+                end_s=self.ends_s[slot.last] + later_s,
+                work=moved(slot.work, num_later) if num_later else slot.work,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_bench.projection.schedule_program import Work
+from moe_bench.projection.schedule_graph import Node
 from moe_bench.projection.schedule_shape import PassKind
 from moe_bench.projection.schedule_timeline import ChunkInstants, Timeline
 
@@ -43,8 +43,7 @@ def gather_windows(timeline: Timeline) -> tuple[tuple[Window, ...], ...]:
     windows = []
     for one in timeline.chunks:
         slots = timeline.graph.slots[one.rank]
-        place = _place(slots, timeline.graph.first_forward[one.chunk])
-        busy_s = _busy_s(timeline, slots[:place])
+        busy_s = _busy_s(timeline, slots[: timeline.graph.first_forward[one.chunk]])
         windows.append(Window(chunk=one.chunk, busy_s=busy_s, idle_s=one.first_forward_s - busy_s))
     return _by_rank(timeline, windows)
 
@@ -52,31 +51,27 @@ def gather_windows(timeline: Timeline) -> tuple[tuple[Window, ...], ...]:
 def _reduce_window(timeline: Timeline, one: ChunkInstants, *, aligned: bool) -> Window:
     """All of it stands behind the repeated periods, so that the simulated instants need no shift."""
     slots = timeline.graph.slots[one.rank]
-    later = slots[_place(slots, timeline.graph.last_gradient[one.chunk]) + 1 :]
-    start_s = timeline.ends_s[timeline.graph.last_gradient[one.chunk]]
+    place = timeline.graph.last_gradient[one.chunk]
+    later, start_s = slots[place + 1 :], timeline.ends_s[slots[place].last]
     if aligned:
         backward = [
             place
-            for place, (_, work) in enumerate(later)
-            if any(each.kind in (PassKind.BACKWARD, PassKind.DGRAD) for each in work)
+            for place, slot in enumerate(later)
+            if any(each.kind in (PassKind.BACKWARD, PassKind.DGRAD) for each in slot.work)
         ]
         num_skipped = (
             backward[one.rank - 1] + 1 if 0 < one.rank <= len(backward) else len(later) * (one.rank > 0)
         )
         if num_skipped:
-            start_s = timeline.ends_s[later[num_skipped - 1][0]]
+            start_s = timeline.ends_s[later[num_skipped - 1].last]
         later = later[num_skipped:]
     busy_s = _busy_s(timeline, later)
     whole_s = max(timeline.ends_s) - start_s
     return Window(chunk=one.chunk, busy_s=busy_s, idle_s=whole_s - busy_s)
 
 
-def _busy_s(timeline: Timeline, slots: Sequence[tuple[int, Work]]) -> float:
-    return sum(timeline.ends_s[node] - timeline.starts_s[node] for node, _ in slots)
-
-
-def _place(slots: Sequence[tuple[int, Work]], node: int) -> int:
-    return next(place for place, (one, _) in enumerate(slots) if one == node)
+def _busy_s(timeline: Timeline, slots: Sequence[Node]) -> float:
+    return sum(timeline.ends_s[slot.last] - timeline.starts_s[slot.first] for slot in slots)
 
 
 def _by_rank(timeline: Timeline, windows: Sequence[Window]) -> tuple[tuple[Window, ...], ...]:

@@ -39,7 +39,13 @@ def random_chunks(draw: st.DrawFn, num_chunks: int) -> list[ChunkTime]:
     def one() -> ChunkTime:
         forward_s, dgrad_s, wgrad_s = draw(TIMES_S), draw(TIMES_S), draw(TIMES_S)
         joint_s = (forward_s + dgrad_s + wgrad_s) * draw(st.floats(0.6, 1.0))
-        return ChunkTime(forward_s=forward_s, dgrad_s=dgrad_s, wgrad_s=wgrad_s, joint_s=joint_s)
+        return ChunkTime(
+            forward_s=forward_s,
+            dgrad_s=dgrad_s,
+            wgrad_s=wgrad_s,
+            joint_s=joint_s,
+            joint_tail_s=draw(st.sampled_from([0.0, 0.01])),
+        )
 
     return [one() for _ in range(num_chunks)]
 
