@@ -13,7 +13,7 @@ import numpy as np
 from fit_rates import MAX_SIZE, MIN_SIZE, measured_gpus, print_head
 
 from moe_bench.projection.efficiency import Efficiency
-from moe_bench.projection.nearest_shapes import Found, NearestShapes
+from moe_bench.projection.nearest_shapes import Miss, NearestShapes
 from moe_bench.projection.table_shapes import product_ratios
 from moe_bench.projection.tables import Column, read_gemm_tables
 from moe_bench.spec.catalogue import recipes_root
@@ -64,7 +64,7 @@ def errors(sizes: Column, ratios: Column, is_out: Column, tested: Column) -> Col
     asked = np.flatnonzero(is_out & tested)
     asked = np.random.default_rng(SEED).permutation(asked)[: NUM_TESTED // NUM_FOLDS]
     found = [(shapes.lookup(tuple(sizes[index])), ratios[index]) for index in asked]
-    return np.array([answer.ratio / ratio - 1 for answer, ratio in found if isinstance(answer, Found)])
+    return np.array([answer / ratio - 1 for answer, ratio in found if not isinstance(answer, Miss)])
 
 
 def shown(values: Column) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
-from moe_bench.projection.nearest_shapes import Found, Miss, NearestShapes
+from moe_bench.projection.nearest_shapes import Miss, NearestShapes
 from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.projection.rates import attended_tokens
 from moe_bench.results import calibration as measured
@@ -85,7 +85,7 @@ class CalibratedShapes:
             for kind, operations in times_s.items()
         }
 
-    def lookup(self, operation: Kernel) -> Found | Miss:
+    def lookup(self, operation: Kernel) -> float | Miss:
         """Measured time over the law's at this operation."""
         kind = kind_of(operation)
         shapes = self._shapes.get(kind)

@@ -145,16 +145,16 @@ class Efficiency:
 
     def _measured(self, operation: Kernel, cost: Cost) -> Cost:
         for shapes, grade, source in self._sources:
-            found = shapes.lookup(operation)
-            if isinstance(found, Miss):
+            ratio = shapes.lookup(operation)
+            if isinstance(ratio, Miss):
                 kind = ", ".join(kind_of(operation))
-                self._unanswered[Unanswered(kind, grade.label, found.reason)] = None
+                self._unanswered[Unanswered(kind, grade.label, ratio.reason)] = None
                 continue
             return replace(
                 cost,
-                compute_s=cost.compute_s * found.ratio,
-                memory_s=cost.memory_s * found.ratio,
-                overhead_s=cost.overhead_s * found.ratio,
+                compute_s=cost.compute_s * ratio,
+                memory_s=cost.memory_s * ratio,
+                overhead_s=cost.overhead_s * ratio,
                 grade=grade,
                 source=source,
             )

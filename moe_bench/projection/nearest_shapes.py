@@ -19,16 +19,6 @@ _SAME_OCTAVES = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What measurements near a shape say."""
-
-    ratio: float
-    """Measured time over the law's."""
-    num_octaves: float
-    """Distance of the nearest measurement; 0 where the shape itself was measured."""
-
-
-@dataclass(frozen=True, slots=True)
 class Miss:
     """A lookup that no evidence answers, and why; the law answers instead."""
 
@@ -55,8 +45,8 @@ class NearestShapes:
     def __len__(self) -> int:
         return len(self._logarithms)
 
-    def lookup(self, sizes: tuple[float, ...]) -> Found | Miss:
-        """The ratio at `sizes`; a miss where the nearest measurement is further than MAX_OCTAVES."""
+    def lookup(self, sizes: tuple[float, ...]) -> float | Miss:
+        """Measured time over the law's at `sizes`; a miss where the nearest measurement is further than MAX_OCTAVES."""
         point = np.log2(np.array(sizes, dtype=np.float64))
         number = min(NUM_NEIGHBOURS, len(self))
         distances, indices = self._tree.query(point, k=[*range(1, number + 1)])
@@ -64,8 +54,8 @@ class NearestShapes:
             return Miss(f"the nearest measured shape is {distances[0]:.1f} octaves away")
         if distances[0] < _SAME_OCTAVES:
             same = indices[distances < _SAME_OCTAVES]
-            return Found(float(np.exp(np.median(self._logarithms[same]))), 0.0)
-        return Found(float(np.exp(self._plane(point, distances, indices))), float(distances[0]))
+            return float(np.exp(np.median(self._logarithms[same])))
+        return float(np.exp(self._plane(point, distances, indices)))
 
     def _plane(self, point: Floats, distances: Floats, indices: npt.NDArray[np.intp]) -> float:
         """Value at `point` of the plane through neighbours, by weighted least squares with a ridge."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from moe_bench.projection.calibrated_shapes import Kernel
-from moe_bench.projection.nearest_shapes import Found, Miss, NearestShapes
+from moe_bench.projection.nearest_shapes import Miss, NearestShapes
 from moe_bench.projection.operations import AttentionCore, Gemm, Number, Part, Pass
 from moe_bench.projection.rates import KERNEL_START_S, SHORTEST_SEQUENCE, attended_tokens
 from moe_bench.projection.tables import (
@@ -64,7 +64,7 @@ class TableShapes:
         self._products: dict[Number, NearestShapes] | None = None
         self._attention: Mapping[float, NearestShapes] | None = None
 
-    def lookup(self, operation: Kernel) -> Found | Miss:
+    def lookup(self, operation: Kernel) -> float | Miss:
         """Measured time over the law's at this operation."""
         if self._gpu.device_name not in FOLDERS:
             return Miss(f"no table of {self._gpu.device_name}")
@@ -74,7 +74,7 @@ class TableShapes:
             return self._core(operation)
         return Miss("no table of operations bound by memory")
 
-    def _product(self, operation: Gemm) -> Found | Miss:
+    def _product(self, operation: Gemm) -> float | Miss:
         if operation.num_groups > 1:
             return Miss("no table of grouped products alone, without what surrounds them")
         if operation.accumulates:
@@ -90,7 +90,7 @@ class TableShapes:
             return Miss(f"no table of products in {operation.number}")
         return shapes.lookup((operation.num_rows, operation.num_inner, operation.num_columns))
 
-    def _core(self, operation: AttentionCore) -> Found | Miss:
+    def _core(self, operation: AttentionCore) -> float | Miss:
         if operation.in_pass not in (Pass.FORWARD, Pass.RECOMPUTE):
             return Miss("no table of attention's backward pass")
         if operation.seq_len < SHORTEST_SEQUENCE:
