@@ -46,7 +46,7 @@ class NearestShapes:
         return len(self._logarithms)
 
     def lookup(self, sizes: tuple[float, ...]) -> float | Miss:
-        """Measured time over the law's at `sizes`; a miss where the nearest measurement is further than MAX_OCTAVES."""
+        """Measured time over the law's at `sizes`; a miss beyond MAX_OCTAVES from every measurement."""
         point = np.log2(np.array(sizes, dtype=np.float64))
         number = min(NUM_NEIGHBOURS, len(self))
         distances, indices = self._tree.query(point, k=[*range(1, number + 1)])
