@@ -8,7 +8,7 @@ does, whatever the durations are: leaving periods out and adding their time is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moe_bench.projection.schedule_graph import ScheduleGraph, duration_counts, schedule_graph
@@ -52,7 +52,7 @@ def shorter_shapes(shape: ScheduleShape) -> Iterator[ScheduleShape]:
     whole = _FEWEST_GROUPS * period if period > 1 else 8 + 3 * shape.num_ranks
     last_group = shape.num_micro_batches % period
     while 3 * (whole + last_group) <= 2 * shape.num_micro_batches:
-        yield _with_micro_batches(shape, whole + last_group)
+        yield replace(shape, num_micro_batches=whole + last_group)
         whole *= 2
 
 
@@ -97,16 +97,6 @@ def steady_cut(shape: ScheduleShape, rule: TransferRule) -> Cut | None:
 def moved(work: Work, num_micro_batches: int) -> Work:
     """`work` for micro batches that come so much later."""
     return tuple(one._replace(micro_batch=one.micro_batch + num_micro_batches) for one in work)
-
-
-def _with_micro_batches(shape: ScheduleShape, num_micro_batches: int) -> ScheduleShape:
-    return ScheduleShape(
-        kind=shape.kind,
-        num_ranks=shape.num_ranks,
-        num_virtual=shape.num_virtual,
-        num_micro_batches=num_micro_batches,
-        group_size=shape.group_size,
-    )
 
 
 def _slots_per_micro_batch(shape: ScheduleShape) -> int:
