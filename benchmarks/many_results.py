@@ -3,7 +3,7 @@
     python benchmarks/many_results.py FOLDER
     python benchmarks/many_results.py FOLDER --num-records 500
 
-Writes 46 GB of made-up records into FOLDER, which must not exist, and leaves them there. Every line of the
+Writes 45 GB of made-up records into FOLDER, which must not exist, and leaves them there. Every line of the
 table is one command; its memory is the largest sum over it and its processes, looked at fifty times a second.
 """
 

@@ -10,6 +10,7 @@ import typer
 
 from moe_bench.cli.app import READ, app
 from moe_bench.cli.options import JsonOption, print_view, results_root
+from moe_bench.cli.trackers import MlflowOption, TensorboardOption, Trackers, WandbOption
 from moe_bench.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -128,6 +129,33 @@ def check(context: typer.Context, as_json: JsonOption = False) -> None:
         summary = f"{len(entries):,} records, {num or 'no'} problem{'' if num == 1 else 's'}"
         typer.echo("\n".join([*problems, summary]))
     raise typer.Exit(BadInputError.exit_code if problems else 0)
+
+
+@results_app.command()
+def export(
+    context: typer.Context,
+    record_ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID ...]", help="As for show; default: all that are chosen."),
+    ] = None,
+    tensorboard: TensorboardOption = None,
+    mlflow: MlflowOption = None,
+    wandb: WandbOption = None,
+) -> None:
+    """Write records for TensorBoard, MLflow or Weights & Biases: curves by step, settings and outcome."""
+    from moe_bench.results.store import read_record
+
+    trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
+    if not trackers.arguments():
+        raise BadInputError("results export: for what? add --tensorboard DIR, --mlflow NAME or --wandb NAME")
+    trackers.require()
+    if record_ids:
+        entries = tuple(_entry(context.obj, record_id) for record_id in record_ids)
+    else:
+        entries = _entries(context.obj)
+    for entry in entries:
+        for line in trackers.write(read_record(entry.path), entry.path):
+            typer.echo(line)
 
 
 def _entries(asked: Asked) -> tuple[Entry, ...]:

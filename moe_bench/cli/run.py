@@ -25,10 +25,12 @@ from moe_bench.cli.options import (
     results_root,
     run_arguments,
 )
+from moe_bench.cli.trackers import MlflowOption, TensorboardOption, Trackers, WandbOption
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root
 
 if TYPE_CHECKING:
+    from moe_bench.results.record import Record
     from moe_bench.spec.rendezvous import Rendezvous
     from moe_bench.spec.scale import Plan
 
@@ -49,6 +51,9 @@ def run(
         int, typer.Option("--repeats", min=1, help="Run so often, each with its own record.")
     ] = 1,
     repeat: RepeatOption = 0,
+    tensorboard: TensorboardOption = None,
+    mlflow: MlflowOption = None,
+    wandb: WandbOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a few steps through Megatron-Core, write a record and print its table."""
@@ -60,6 +65,8 @@ def run(
     from moe_bench.launch.runner import run_captured, run_live
     from moe_bench.results.store import record_folder
 
+    trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
+    trackers.require()
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
     root = out or results_root()
     place = rendezvous_from(current_environment(), run_captured)
@@ -76,13 +83,16 @@ def run(
         if repeats == 1:
             start_ranks_here(plan, run_args=tuple(sys.argv[2:]))
         args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
-        args += ("--out", str(root), *(["--json"] if as_json else []))
+        args += ("--out", str(root), *(["--json"] if as_json else []), *trackers.arguments())
         code = repeat_ranks_here(plan, run_args=args, num_repeats=repeats, run_live=run_live)
         if code:
             raise typer.Exit(code)
     else:
         for index in range(repeat, repeat + repeats):
-            _measure(plan, place=place, repeat=index, is_first=index == repeat, root=root, as_json=as_json)
+            is_first = index == repeat
+            record = _measure(plan, place=place, repeat=index, is_first=is_first, root=root)
+            if record is not None:  # rank 0 reports for all
+                _report(record, root, trackers, is_first=is_first, as_json=as_json)
     if repeats > 1 and not as_json:
         from moe_bench.report.repeats import repeats_line
         from moe_bench.results.store import read_record
@@ -92,14 +102,12 @@ def run(
 
 
 def _measure(
-    plan: Plan, *, place: Rendezvous | None, repeat: int, is_first: bool, root: Path, as_json: bool
-) -> None:
+    plan: Plan, *, place: Rendezvous | None, repeat: int, is_first: bool, root: Path
+) -> Record | None:
     from moe_bench.harness.start import load_measure
     from moe_bench.launch.environment import current_environment
     from moe_bench.launch.local_runs import noted
     from moe_bench.report.progress import announce, step_progress
-    from moe_bench.report.tables import run_json, run_line, run_view
-    from moe_bench.results.store import write_record
 
     console = make_console(stderr=True)
     is_speaker = place is None or place.rank == 0
@@ -109,7 +117,7 @@ def _measure(
     environment, command = current_environment(), tuple(sys.argv)
     note = noted(root, plan, repeat=repeat, command=command, env=environment) if is_speaker else nullcontext()
     with note, step_progress(plan, console, is_alone=place is None) as on_step:
-        record = measure(
+        return measure(
             plan,
             rendezvous=place,
             environment=environment,
@@ -118,10 +126,17 @@ def _measure(
             on_step=on_step,
             repeat=repeat,
         )
-    if record is not None:  # rank 0 reports for all
-        path = write_record(root, record)
-        view = run_view(record, path) if is_first else run_line(record, path)
-        print_view(view, run_json(record, path), as_json)
+
+
+def _report(record: Record, root: Path, trackers: Trackers, *, is_first: bool, as_json: bool) -> None:
+    from moe_bench.report.tables import run_json, run_line, run_view
+    from moe_bench.results.store import write_record
+
+    path = write_record(root, record)
+    view = run_view(record, path) if is_first else run_line(record, path)
+    print_view(view, run_json(record, path), as_json)
+    for line in trackers.write(record, path):
+        typer.echo(line, err=True)
 
 
 SizesOption = Annotated[

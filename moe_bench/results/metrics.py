@@ -61,8 +61,7 @@ def run_metrics(record: Record) -> RunMetrics:
     steady = steady_state(times_s)
     interval = median_interval(times_s[steady.first_step :])
     tokens_per_s = record.tokens_per_step / interval.median_s
-    rank_flops = step_flops(recipe, counting=COUNTING) / record.num_sharing_ranks
-    flops_per_s_per_gpu = rank_flops / interval.median_s
+    flops_per_s_per_gpu = rank_step_flops(record) / interval.median_s
     gpu = recipe.system.gpu
     peak_memory_bytes = max(samples.peak_memory_bytes)
     slowest_rank = record.slowest_rank()
@@ -87,6 +86,11 @@ def run_metrics(record: Record) -> RunMetrics:
         if samples.energy_j is None
         else sum(samples.energy_j) / (record.tokens_per_step * len(samples.step_times_s[0])),
     )
+
+
+def rank_step_flops(record: Record) -> float:
+    """FLOPs of one optimizer step on one GPU, counted as COUNTING says."""
+    return step_flops(record.plan.recipe, counting=COUNTING) / record.num_sharing_ranks
 
 
 def gpu_s_per_token(record: Record) -> tuple[float, ...]:
