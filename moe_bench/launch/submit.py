@@ -76,11 +76,13 @@ def plan_job(
 def expected_step_s(recipe: Recipe, published: Path) -> float | None:
     """tokens per step / (published tokens per second and GPU x GPUs), of the row that `recipe` reproduces.
 
-    None where it names no row, the row prints no throughput, or there is no GPU.
+    A member of a scaling family is taken to be as fast per GPU as the recipe that it comes from. None where
+    neither names a row, the row prints no throughput, or there is no GPU.
     """
-    if recipe.reproduces is None or recipe.system.gpu is None:
+    row_id = recipe.reproduces or (recipe.origin.row if recipe.origin is not None else None)
+    if row_id is None or recipe.system.gpu is None:
         return None
-    tokens_per_s_per_gpu = row_by_id(published, recipe.reproduces).tokens_per_s_per_gpu
+    tokens_per_s_per_gpu = row_by_id(published, row_id).tokens_per_s_per_gpu
     if tokens_per_s_per_gpu is None:
         return None
     return recipe.tokens_per_step / (tokens_per_s_per_gpu * recipe.parallel.num_gpus)

@@ -127,13 +127,14 @@ def _member(recipe: Recipe, num_gpus: int, *, strong: bool, changes: tuple[str, 
     scaling: Literal["weak", "strong"] = "strong" if strong else "weak"
     parallel = recipe.parallel.model_copy(update={"num_gpus": num_gpus})
     weak_batch = recipe.global_batch_size // recipe.parallel.data * parallel.data
+    row = recipe.reproduces or (recipe.origin.row if recipe.origin is not None else None)
     made_by = (f"{scaling}_of_{recipe.parallel.num_gpus}g", *map(_slug, changes))
     return recipe.model_copy(
         update={
             "variant": "_".join(part for part in (recipe.variant, *made_by) if part),
             "reproduces": None,
             "differences": (),
-            "origin": Origin(recipe=recipe.name, scaling=scaling, changes=changes),
+            "origin": Origin(recipe=recipe.name, scaling=scaling, changes=changes, row=row),
             "parallel": parallel,
             "global_batch_size": recipe.global_batch_size if strong else weak_batch,
         }

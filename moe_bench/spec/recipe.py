@@ -60,6 +60,8 @@ class Origin(Spec):
     scaling: Literal["weak", "strong"]
     changes: tuple[Text, ...] = ()
     """`key=value` changes that were made to that recipe before it was scaled."""
+    row: Text | None = None
+    """Id of the published row that that recipe copies: how long a step takes is first guessed from it."""
 
 
 class LowPrecision(Spec):

@@ -18,9 +18,13 @@ from moe_bench.launch.submit import (
     submit,
     wait_for,
 )
+from moe_bench.spec.catalogue import recipes_root
+from moe_bench.spec.family import scaled_recipe
+from moe_bench.spec.load import Loader
 from tests.launch.conftest import FakeRunner, job_of, recipe_of
 
 REPOSITORY = Path(__file__).parents[2]
+LOADER = Loader(root=recipes_root())
 PUBLISHED = REPOSITORY / "results" / "published"
 INSIDE = {
     "SLURM_JOB_ID": "7",
@@ -216,6 +220,15 @@ def test_the_expected_step_time_comes_from_the_row_that_is_reproduced() -> None:
     assert expected_step_s(recipe, PUBLISHED) == pytest.approx(61.756, rel=1e-3)
     halved = recipe.model_copy(update={"global_batch_size": 8192})
     assert expected_step_s(halved, PUBLISHED) == pytest.approx(61.756 / 2, rel=1e-3)
+
+
+def test_a_member_of_a_family_is_expected_to_be_as_fast_per_gpu() -> None:
+    row = "mbcard-deepseek-v3-h100-1024gpu-bf16-s4096"
+    recipe = LOADER.recipe(LOADER.root / "deepseek_v3" / "h100_sxm_1024g_bf16.yaml")
+    assert recipe.reproduces == row
+    weak, strong = (scaled_recipe(recipe, 2048, strong=strong) for strong in (False, True))
+    assert expected_step_s(weak, PUBLISHED) == expected_step_s(recipe, PUBLISHED)
+    assert expected_step_s(strong, PUBLISHED) == pytest.approx(61.756 / 2, rel=1e-3)
 
 
 def test_without_a_row_or_a_gpu_nothing_is_expected() -> None:

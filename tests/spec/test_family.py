@@ -31,7 +31,7 @@ def test_twice_the_gpus_of_a_shipped_recipe_are_legal_and_change_nothing_but_rep
     assert member.parallel.data == 2 * recipe.parallel.data
     assert member.global_batch_size == 2 * recipe.global_batch_size
     assert member.num_micro_batches == recipe.num_micro_batches
-    assert member.origin == Origin(recipe=recipe.name, scaling="weak")
+    assert member.origin == Origin(recipe=recipe.name, scaling="weak", row=recipe.reproduces)
     assert member.reproduces is None
 
 

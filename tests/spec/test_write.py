@@ -29,7 +29,7 @@ def test_a_member_of_a_family_names_its_origin_and_folds_its_comment(tmp_path: P
     written = write_recipe(member, tmp_path, comment="words " * 60, loader=LOADER)
     assert written == tmp_path / "deepseek_v3/h100_sxm_512g_bf16_weak_of_1024g.yaml"
     text = written.read_text()
-    assert "origin:\n  recipe: deepseek_v3/h100_sxm_1024g_bf16\n  scaling: weak\n" in text
+    assert "origin:\n  recipe: deepseek_v3/h100_sxm_1024g_bf16\n  scaling: weak\n  row: mbcard-" in text
     assert "model: deepseek_v3\nsystem: h100_sxm\n" in text
     comment = [line for line in text.splitlines() if line.startswith("#")]
     assert len(comment) == 4
