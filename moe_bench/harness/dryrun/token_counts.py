@@ -76,18 +76,20 @@ def host_routing_map(counts: Sequence[int], *, num_tokens: int) -> torch.Tensor:
 def _with_host_map(
     preprocess: Callable[..., torch.Tensor], counts: SenderCounts | None
 ) -> Callable[..., torch.Tensor]:
-    maps: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
+    prepared: dict[int, tuple[Tensor, Tensor]] = {}
+    """By number of tokens, as all layers of a job share the rest: this rank's map, and everyone's counts."""
 
     def call(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
         if self.drop_and_pad:
             return preprocess(self, routing_map)
         num_tokens = routing_map.shape[0]
-        senders = _senders(self, counts, num_tokens=num_tokens)
-        own = senders[self.tp_ep_group.rank()]
-        if (own, num_tokens) not in maps:
-            maps[own, num_tokens] = host_routing_map(own, num_tokens=num_tokens)
-        with _on_host(senders):
-            tokens_per_expert = preprocess(self, maps[own, num_tokens])
+        if num_tokens not in prepared:
+            senders = _senders(self, counts, num_tokens=num_tokens)
+            own_map = host_routing_map(senders[self.tp_ep_group.rank()], num_tokens=num_tokens)
+            prepared[num_tokens] = own_map, torch.tensor(senders).flatten()
+        own_map, everyone = prepared[num_tokens]
+        with _on_host(everyone):
+            tokens_per_expert = preprocess(self, own_map)
         for name in ("input_splits", "output_splits"):
             splits = getattr(self, name, None)
             if isinstance(splits, torch.Tensor):
@@ -183,13 +185,13 @@ def _require_counts(
 
 
 @contextlib.contextmanager
-def _on_host(senders: tuple[tuple[int, ...], ...]) -> Iterator[None]:
-    """Let the dispatcher work on the host, and find the other senders' counts where it gathers them."""
+def _on_host(everyone: Tensor) -> Iterator[None]:
+    """Let the dispatcher work on the host, and find all senders' counts where it gathers them."""
     gather = token_dispatcher.gather_from_sequence_parallel_region
 
     def gather_counts(*args: Any, **kwargs: Any) -> torch.Tensor:
         gathered: torch.Tensor = gather(*args, **kwargs)
-        return gathered.copy_(torch.tensor(senders).flatten())
+        return gathered.copy_(everyone)
 
     with (
         substituted(Substitution(torch.cuda, "current_device", lambda: "cpu")),
