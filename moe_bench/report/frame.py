@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from rich.text import Text
 
 from moe_bench.report.columns import Columns
 from moe_bench.report.recipe_list import layout_label
@@ -96,8 +97,10 @@ def as_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def frame_view(frame: pd.DataFrame) -> Columns:
-    """The table for a terminal: fewer columns, shorter headings."""
+def frame_view(frame: pd.DataFrame) -> Columns | Text:
+    """The table for a terminal: fewer columns, shorter headings; a sentence where there is nothing to show."""
+    if frame.empty:
+        return Text("no record there; `moe-bench run RECIPE` and `moe-bench submit RECIPE` write them")
     shown = {
         column: heading
         for column, heading in _TERMINAL.items()

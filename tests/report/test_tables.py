@@ -70,6 +70,7 @@ def test_many_records_make_one_table_in_three_formats() -> None:
 
 def test_no_records_make_an_empty_table() -> None:
     assert as_csv(records_frame(())).count("\n") == 1
+    assert "no record there" in shown(frame_view(records_frame(())))
 
 
 def test_the_table_says_which_steps_were_steady_and_which_were_far_off() -> None:
