@@ -113,19 +113,20 @@ def _measure(
     is_speaker = place is None or place.rank == 0
     if is_first and is_speaker:
         announce(plan, console)
-    measure = load_measure()
     environment, command = current_environment(), tuple(sys.argv)
     note = noted(root, plan, repeat=repeat, command=command, env=environment) if is_speaker else nullcontext()
-    with note, step_progress(plan, console, is_alone=place is None) as on_step:
-        return measure(
-            plan,
-            rendezvous=place,
-            environment=environment,
-            command=command,
-            source_root=data_root(),
-            on_step=on_step,
-            repeat=repeat,
-        )
+    with note:
+        measure = load_measure()
+        with step_progress(plan, console, is_alone=place is None) as on_step:
+            return measure(
+                plan,
+                rendezvous=place,
+                environment=environment,
+                command=command,
+                source_root=data_root(),
+                on_step=on_step,
+                repeat=repeat,
+            )
 
 
 def _report(record: Record, root: Path, trackers: Trackers, *, is_first: bool, as_json: bool) -> None:

@@ -5,43 +5,56 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from moe_bench.launch.job_state import JobState
 from moe_bench.launch.jobs import JobReport
+from moe_bench.report.columns import Columns
 
-_COLOURS = {
-    JobState.RUNNING: "cyan",
-    JobState.DONE: "green",
-    JobState.FAILED: "red",
-    JobState.OUT_OF_MEMORY: "red",
-    JobState.TIMED_OUT: "red",
-    JobState.REQUEUED: "yellow",
-    JobState.UNKNOWN: "yellow",
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _JobTable:
+    """A line per job, and below it one that says why it stands where it does."""
+
+    reports: Sequence[JobReport]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = Columns(
+            headings=("job", "state", "recipe", "ranks", "since (UTC)"),
+            rows=tuple(
+                (
+                    report.id,
+                    report.state,
+                    job_title(report),
+                    str(report.num_ranks),
+                    report.started_at[:16].replace("T", " "),
+                )
+                for report in self.reports
+            ),
+            right=frozenset({"ranks"}),
+        )
+        lines = columns.lines(options.max_width if console.is_terminal else None)
+        for head in lines.head:
+            yield Text(head, style="bold", no_wrap=True, overflow="ignore")
+        for line, report in zip(lines.body, self.reports, strict=True):
+            yield Text(line, no_wrap=True, overflow="ignore")
+            if report.reason:
+                yield Padding(Text(report.reason, style="dim", overflow="fold"), (0, 0, 0, 4))
+        if lines.missing:
+            yield Text(lines.missing, style="dim")
 
 
 def jobs_view(reports: Sequence[JobReport], *, num_hidden: int) -> RenderableType:
-    """One line per job, the first line counting the states; `num_hidden` older ones are left out."""
+    """The jobs, the first line counting their states; `num_hidden` older ones are left out."""
     counts = Counter(report.state for report in reports)
     told = ", ".join(f"{counts[state]} {state}" for state in JobState if counts[state]) or "no jobs"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("job", "state", "recipe", "ranks", "since (UTC)", "why"):
-        table.add_column(heading, justify="right" if heading == "ranks" else "left", overflow="fold")
-    for report in reports:
-        table.add_row(
-            report.id,
-            Text(report.state, style=_COLOURS.get(report.state, "")),
-            job_title(report),
-            str(report.num_ranks),
-            report.started_at[:16].replace("T", " "),
-            report.reason,
-        )
     older = f"; {num_hidden:,} older ones: --limit" if num_hidden else ""
-    return Group(Text(told + older, style="bold"), *([table] if reports else []))
+    return Group(Text(told + older, style="bold"), *([_JobTable(reports=reports)] if reports else []))
 
 
 def job_title(report: JobReport) -> str:

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_bench.report.columns import Columns
 from moe_bench.report.html.facts import run_provenance
 from moe_bench.report.tables import TFLOPS, run_view
 from moe_bench.results.entry import Entry
@@ -59,23 +60,23 @@ def entries_csv(entries: Sequence[Entry]) -> str:
 
 def entries_view(entries: Sequence[Entry], *, num_found: int) -> RenderableType:
     """The list for a terminal; the id says start, commit and job. `num_found` counts those left out, too."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("id", no_wrap=True)
-    for heading in ("recipe", "scale", "status"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("ranks", "step s", "tokens/s/GPU", "TFLOPs/GPU"):
-        table.add_column(heading, justify="right")
-    for entry in entries:
-        table.add_row(
-            entry.id,
-            entry.recipe,
-            entry.scale + (" modified" if entry.modified else ""),
-            entry.status,
-            str(entry.num_ranks),
-            f"{entry.step_time_s:.4g}",
-            f"{entry.tokens_per_s_per_gpu:,.4g}",
-            f"{entry.flops_per_s_per_gpu / TFLOPS:.4g}",
-        )
+    table = Columns(
+        headings=("id", "recipe", "scale", "status", "ranks", "step s", "tokens/s/GPU", "TFLOPs/GPU"),
+        rows=tuple(
+            (
+                entry.id,
+                entry.recipe,
+                entry.scale + (" modified" if entry.modified else ""),
+                entry.status,
+                str(entry.num_ranks),
+                f"{entry.step_time_s:.4g}",
+                f"{entry.tokens_per_s_per_gpu:,.4g}",
+                f"{entry.flops_per_s_per_gpu / TFLOPS:.4g}",
+            )
+            for entry in entries
+        ),
+        right=frozenset({"ranks", "step s", "tokens/s/GPU", "TFLOPs/GPU"}),
+    )
     hidden = num_found - len(entries)
     more = f"; {hidden:,} older ones: --limit, or ask for fewer" if hidden else ""
     return Group(table, Text(f"{num_found:,} record{'' if num_found == 1 else 's'}{more}", style="dim"))
