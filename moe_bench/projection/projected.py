@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from moe_bench.projection.pricing import PARTS, PASSES
 from moe_bench.projection.schedule import ChunkTime, ScheduleKind, Timeline, simulate
 from moe_bench.projection.step_time import StepTable, StepTimes, step_table, step_times
 from moe_bench.projection.step_work import StepWork, step_work
+from moe_bench.projection.traits import MEGATRON, Traits
 from moe_bench.results.flops_convention import OUR_COUNTING
 from moe_bench.spec.recipe import Recipe
 
@@ -70,21 +71,37 @@ def project(
     constants: Constants | None = None,
     efficiency: Efficiency | None = None,
     load: float | None = None,
+    traits: Traits = MEGATRON,
 ) -> Projection:
-    """`recipe` projected: priced, its pipeline simulated, its terms added up; `load` as in `step_work`.
+    """`recipe` projected: priced, its pipeline simulated, its terms added up; `load` and `traits` as in
+    `step_work`.
 
     Raises BadInputError for a precision or a GPU without rates.
     """
     constants = constants or Constants()
-    work = step_work(recipe, efficiency, load=load)
+    work = step_work(recipe, efficiency, load=load, traits=traits)
     table = step_table([work])
     times = step_times(table, constants)
-    timeline = simulated(work, times.layers, first_layer=0, transfer_s=_transfer_s(table, constants))
+    timeline = simulated(work, times.layers, first_layer=0, transfer_s=_transfer_s(table, 0, constants))
     if timeline is not None:
-        factor = np.array([_schedule_factor(times, timeline, recipe)])
-        table = step_table([work], schedule_factor=factor)
+        table = replace(table, schedule_factor=np.array([_schedule_factor(times, 0, timeline)]))
         times = step_times(table, constants)
     return _projection(work, table, times, timeline)
+
+
+def with_schedules(works: Sequence[StepWork], constants: Constants) -> StepTable:
+    """`works` as columns, each with what its simulated pipeline takes over the closed form."""
+    table = step_table(works)
+    times = step_times(table, constants)
+    factors = np.ones(len(works))
+    first_layer = 0
+    for row, work in enumerate(works):
+        transfer_s = _transfer_s(table, row, constants)
+        timeline = simulated(work, times.layers, first_layer=first_layer, transfer_s=transfer_s)
+        if timeline is not None:
+            factors[row] = _schedule_factor(times, row, timeline)
+        first_layer += len(work.layers)
+    return replace(table, schedule_factor=factors)
 
 
 def simulated(work: StepWork, layers: LayerTimes, *, first_layer: int, transfer_s: float) -> Timeline | None:
@@ -137,14 +154,14 @@ def _chunk_time(recipe: Recipe, layers: LayerTimes, first_layer: int, counts: Ma
     )
 
 
-def _transfer_s(table: StepTable, constants: Constants) -> float:
-    nvlink, nic, latency = table.transfer_s[0]
+def _transfer_s(table: StepTable, row: int, constants: Constants) -> float:
+    nvlink, nic, latency = table.transfer_s[row]
     return float(max(nvlink / constants.nvlink_share, nic / constants.dp_nic_share) + latency)
 
 
-def _schedule_factor(times: StepTimes, timeline: Timeline, recipe: Recipe) -> float:
+def _schedule_factor(times: StepTimes, row: int, timeline: Timeline) -> float:
     """Simulated time over the closed form's."""
-    closed_form_s = float(times.busy_s[0] + times.transfer_s[0] + times.bubble_s[0])
+    closed_form_s = float(times.busy_s[row] + times.transfer_s[row] + times.bubble_s[row])
     return timeline.total_s / closed_form_s
 
 

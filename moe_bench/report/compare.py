@@ -18,6 +18,7 @@ from moe_bench.analysis.equivalence import (
 )
 from moe_bench.errors import BadInputError
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import rate_text
 from moe_bench.results.likeness import (
     RunSet,
     Unlike,
@@ -227,11 +228,6 @@ def _under_test_text(pair: Comparison) -> str:
     asked = [one for one in pair.under_test if not one.fact.startswith("implementations.")]
     shown = [f"{one.fact.rpartition('.')[2]}: {one.base} -> {one.new}" for one in asked or pair.under_test]
     return ", ".join(shown) or "-"
-
-
-def rate_text(tokens_per_s: float) -> str:
-    """Four digits, and thousands as people write them."""
-    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.4g}"
 
 
 def ratio_text(interval: RatioInterval | None) -> str:

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
 from moe_bench.analysis.equivalence import Claim
-from moe_bench.report.compare import Compared, Comparison, claim_text, rate_text, ratio_text
+from moe_bench.report.compare import Compared, Comparison, claim_text, ratio_text
+from moe_bench.report.figures import rate_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
-from moe_bench.report.compare import interval_json, rate_text
+from moe_bench.report.compare import interval_json
+from moe_bench.report.figures import rate_text
 from moe_bench.report.reproduce import Reproduction, Verdict, verdict_counts
 from moe_bench.results.renormalised import Basis
 

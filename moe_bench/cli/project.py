@@ -1,0 +1,167 @@
+"""The verb that says how fast a recipe would be, whether it fits, and what limits it: project."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_bench.cli.app import PREDICT, app
+from moe_bench.cli.options import JsonOption, RecipeArgument, SetOption, StrongOption, make_loader, print_view
+from moe_bench.errors import BadInputError, RecipeError
+from moe_bench.spec.catalogue import data_root, find_recipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from moe_bench.projection.constants import Constants
+    from moe_bench.projection.forecast import Forecast
+    from moe_bench.projection.nearest import NearRow
+    from moe_bench.spec.recipe import Recipe
+
+
+@app.command(rich_help_panel=PREDICT)
+def project(
+    recipe: RecipeArgument,
+    num_gpus: Annotated[
+        str | None,
+        typer.Option("--num-gpus", metavar="N,N,...", help="Members of the scaling family: a table."),
+    ] = None,
+    strong: StrongOption = False,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            metavar="KEY=VALUE",
+            help="Both columns: a key of the recipe, as in --set, or constants.NAME; repeatable, together.",
+        ),
+    ] = None,
+    load: Annotated[
+        str | None,
+        typer.Option(
+            "--load",
+            help="balanced, random, power-law:ALPHA, or a JSON file of tokens per layer and expert; "
+            "default: what routing.mode leads to.",
+        ),
+    ] = None,
+    train_tokens: Annotated[
+        float | None,
+        typer.Option("--train-tokens", min=1, help="Time, GPU-hours and energy to train so many, as 15e12."),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: the price, too."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Write the pipeline for ui.perfetto.dev (JSON).")
+    ] = None,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Step time, memory and scaling before anyone pays for the cluster, beside the published rows."""
+    from moe_bench.projection.constants import Constants
+    from moe_bench.projection.cost import training_cost
+    from moe_bench.projection.forecast import forecast
+    from moe_bench.projection.load_choice import load_choice
+    from moe_bench.projection.scaleout import scale_out
+    from moe_bench.report.project_json import cost_json, forecast_json, near_json, scale_json
+    from moe_bench.report.project_view import cost_view, forecast_view, scale_view, what_if_view
+
+    if price is not None and train_tokens is None:
+        raise BadInputError("--price-per-gpu-hour prices a training; add --train-tokens N")
+    if strong and num_gpus is None:
+        raise BadInputError("--strong says how --num-gpus scales; add --num-gpus N,N")
+    constants = Constants()
+    asked = _recipe(recipe, changes)
+    made = forecast(asked, constants=constants, load=load)
+    near = _near(asked, constants)
+    parts: list[RenderableType] = [forecast_view(made, near, modified=changes or ())]
+    data = {**forecast_json(made), "modified": changes or [], "nearest": near_json(near)}
+    if what_if:
+        other = _other(recipe, changes or [], what_if, constants, load)
+        parts.append(what_if_view(made, other, what_if))
+        data["what_if"] = {"changes": what_if, **forecast_json(other)}
+    if num_gpus is not None:
+        curve = scale_out(
+            asked,
+            _sizes(num_gpus),
+            strong=strong,
+            changes=tuple(changes or ()),
+            constants=constants,
+            load_of=lambda member: load_choice(member, load).busiest_over_mean_ratio,
+        )
+        parts.append(scale_view(curve))
+        data["scaling"] = scale_json(curve)
+    if train_tokens is not None:
+        cost = training_cost(made.projection, train_tokens=train_tokens, price_per_gpu_hour=price)
+        parts.append(cost_view(cost, num_gpus=asked.parallel.num_gpus))
+        data["training"] = cost_json(cost)
+    if trace is not None:
+        _write_trace(made, trace)
+    _print(parts, data, as_json)
+
+
+def _recipe(name: str, changes: list[str] | None) -> Recipe:
+    loader = make_loader()
+    return loader.recipe(find_recipe(name, loader), changes=tuple(changes or ()))
+
+
+def _near(recipe: Recipe, constants: Constants) -> tuple[NearRow, ...]:
+    from moe_bench.projection.nearest import nearest_rows
+    from moe_bench.projection.row_inference import load_catalogue
+    from moe_bench.results.published import load_rows
+
+    root = data_root()
+    return nearest_rows(
+        recipe,
+        load_rows(root / "results" / "published"),
+        load_catalogue(root / "recipes"),
+        constants=constants,
+    )
+
+
+def _other(
+    name: str, changes: list[str], asked: list[str], constants: Constants, load: str | None
+) -> Forecast:
+    """The recipe with what is asked to be otherwise on top of `--set`."""
+    from moe_bench.projection.forecast import forecast
+    from moe_bench.projection.whatif import what_if
+
+    split = what_if(asked, constants)
+    try:
+        recipe = _recipe(name, [*changes, *split.recipe_changes])
+    except RecipeError as error:
+        # the loader calls every change `--set`; these were typed behind another option
+        own = {f"--set {change}": f"--what-if {change}" for change in split.recipe_changes}
+        raise RecipeError(
+            tuple(replace(one, file=own.get(one.file, one.file)) for one in error.mistakes)
+        ) from error
+    return forecast(recipe, constants=split.constants, load=load)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip().replace("_", "") for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise BadInputError(f"--num-gpus {text}: write whole numbers, as 256,1024,16384")
+    return tuple(map(int, parts))
+
+
+def _write_trace(made: Forecast, path: Path) -> None:
+    from moe_bench.projection.trace import write_trace
+
+    timeline = made.projection.timeline
+    if timeline is None:
+        raise BadInputError(
+            f"--trace: {made.recipe.name} has no pipeline to draw; choose one with PP above 1"
+        )
+    write_trace(timeline, path, name=f"{made.recipe.name}, projected")
+
+
+def _print(parts: list[RenderableType], data: dict[str, object], as_json: bool) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    spaced = [piece for part in parts for piece in (part, Text())][:-1]
+    print_view(Group(*spaced), data, as_json)

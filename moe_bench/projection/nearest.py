@@ -1,0 +1,112 @@
+"""The published rows nearest to a recipe, each beside the projection of that very row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from moe_bench.projection.constants import Constants
+from moe_bench.projection.projected import project
+from moe_bench.projection.row_engines import is_scored, traits_of
+from moe_bench.projection.row_folds import model_family
+from moe_bench.projection.row_inference import Catalogue, InferredRun, infer
+from moe_bench.projection.row_recompute import with_recompute
+from moe_bench.results.published import PublishedRow, model_key
+from moe_bench.results.row_recipe import PRECISIONS, disagreements
+from moe_bench.spec.recipe import Recipe
+
+NUM_OF_MODEL, NUM_OF_SYSTEM = 4, 2
+"""How many rows of the same model, and of other models on the same system, are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearRow:
+    """One published row beside its own projection."""
+
+    run: InferredRun
+    projected_tokens_per_s_per_gpu: float
+    """Of the row's configuration, not of the recipe's."""
+    differences: tuple[str, ...]
+    """Columns in which the recipe is not what the row was."""
+
+    @property
+    def ratio(self) -> float:
+        """Projected over published throughput: above 1 where the projection promises too much."""
+        return self.projected_tokens_per_s_per_gpu / self.run.tokens_per_s_per_gpu
+
+
+def nearest_rows(
+    recipe: Recipe, rows: Iterable[PublishedRow], catalogue: Catalogue, *, constants: Constants | None = None
+) -> tuple[NearRow, ...]:
+    """Rows of the recipe's model, nearest first, then rows of others on its system in its precision.
+
+    The row that the recipe reproduces comes first of all. Rows that cannot be projected, or that carry too
+    little trust to be scored, are passed over.
+    """
+    family = model_family(recipe.model.key)
+    of_model, of_system = [], []
+    for row in rows:
+        if model_family(model_key(row.model)) == family or row.id == recipe.reproduces:
+            of_model.append(row)
+        elif _is_on_system(row, recipe) and row.precision == PRECISIONS.get(recipe.precision):
+            of_system.append(row)
+    found = [
+        *_first(_runs(_sorted(of_model, recipe), catalogue), NUM_OF_MODEL),
+        *_first(_like(_runs(_sorted(of_system, recipe), catalogue), recipe), NUM_OF_SYSTEM),
+    ]
+    return tuple(_projected(run, recipe, constants) for run in found)
+
+
+def _sorted(rows: Sequence[PublishedRow], recipe: Recipe) -> list[PublishedRow]:
+    return sorted(rows, key=lambda row: _distance(row, recipe))
+
+
+def _distance(row: PublishedRow, recipe: Recipe) -> tuple[bool, bool, bool, float, int, str]:
+    """The row reproduced, then system, precision, nearest size, fewest differences."""
+    num_gpus = row.num_gpus or 1
+    return (
+        row.id != recipe.reproduces,
+        not _is_on_system(row, recipe),
+        row.precision != PRECISIONS.get(recipe.precision),
+        abs(math.log2(num_gpus / recipe.parallel.num_gpus)),
+        len(disagreements(row, recipe)),
+        row.id,
+    )
+
+
+def _is_on_system(row: PublishedRow, recipe: Recipe) -> bool:
+    """Whether the system's key begins with the printed name of the GPU: `h100_sxm` is an `H100`."""
+    name = (row.hardware or "unknown").lower().replace("-", "_")
+    return recipe.system.key == name or recipe.system.key.startswith(f"{name}_")
+
+
+def _runs(rows: Iterable[PublishedRow], catalogue: Catalogue) -> Iterator[InferredRun]:
+    for row in rows:
+        run = infer(row, catalogue)
+        if isinstance(run, InferredRun) and is_scored(run):
+            yield run
+
+
+def _like(runs: Iterable[InferredRun], recipe: Recipe) -> Iterator[InferredRun]:
+    """Runs of other models that have experts where the recipe's has them; one of each model."""
+    seen: set[str] = set()
+    for run in runs:
+        key = run.recipe.model.key
+        if (run.recipe.model.moe is None) == (recipe.model.moe is None) and key not in seen:
+            seen.add(key)
+            yield run
+
+
+def _first(runs: Iterable[InferredRun], number: int) -> list[InferredRun]:
+    return [run for _, run in zip(range(number), runs, strict=False)]
+
+
+def _projected(run: InferredRun, recipe: Recipe, constants: Constants | None) -> NearRow:
+    run = with_recompute(run)
+    projection = project(run.recipe, constants=constants, traits=traits_of(run))
+    return NearRow(
+        run=run,
+        projected_tokens_per_s_per_gpu=projection.tokens_per_s_per_gpu,
+        differences=tuple(map(str, disagreements(run.row, recipe))),
+    )

@@ -1,0 +1,32 @@
+"""What the training engines behind published rows do differently, and which rows constants are fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moe_bench.projection.row_inference import InferredRun
+from moe_bench.projection.row_stack import Engine
+from moe_bench.projection.traits import AUTOMODEL, MEGATRON, TORCHTITAN, Traits
+
+TRAITS: Mapping[Engine, Traits] = {
+    Engine.MEGATRON: MEGATRON,
+    Engine.AUTOMODEL: AUTOMODEL,
+    Engine.TORCHTITAN: TORCHTITAN,
+    Engine.OTHER: MEGATRON,
+}
+_TRUSTED = ("A", "B")
+
+
+def traits_of(run: InferredRun) -> Traits:
+    """How the engine of `run` runs a layer; an unknown one as Megatron-Core does."""
+    return TRAITS[run.stack.engine]
+
+
+def is_scored(run: InferredRun) -> bool:
+    """Whether the row counts for the accuracy: training for its speed, of a trust that it can carry."""
+    return run.row.kind == "pretrain" and run.row.trust in _TRUSTED
+
+
+def is_fitted(run: InferredRun) -> bool:
+    """Whether constants are fitted to the row: it is scored, and Megatron-Core ran it."""
+    return is_scored(run) and run.stack.engine is Engine.MEGATRON

@@ -1,0 +1,20 @@
+"""Numbers as people read them, in tables and sentences."""
+
+from __future__ import annotations
+
+_TFLOPS = 1e12
+
+
+def rate_text(tokens_per_s: float) -> str:
+    """Four digits, and thousands as people write them."""
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.4g}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with three decimals, or milliseconds with three digits."""
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def tflops_text(flops_per_s: float) -> str:
+    """TFLOPs with one decimal."""
+    return f"{flops_per_s / _TFLOPS:.1f}"
