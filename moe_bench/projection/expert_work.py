@@ -45,8 +45,8 @@ _BIAS_LAUNCHES_PER_EXPERT = 8
 """Product and sum of the bias forward, and their gradients, expert by expert (experts.py, _apply_bias)."""
 
 _CLAMP_FORWARD, _CLAMP_BACKWARD = 8, 10
-"""Times that a half of the first projection's output is read or written where it is clamped: the two halves
-apart, put together again, and their gradients (fusions/fused_bias_geglu.py, weighted_bias_quick_geglu_impl)."""
+"""Times that a half of the first projection's output is read or written where it is clamped: both halves
+apart, put together, and their gradients (fusions/fused_bias_geglu.py, weighted_bias_quick_geglu_impl)."""
 _BIAS_FORWARD_BYTES, _BIAS_BACKWARD_BYTES = 28, 36
 """Per element of the experts' output: b p in FP32 (written), its sum with y (read, written), all experts put
 together and cast to BF16; backward the cast, and the products with p and b, each with its sum (experts.py,
@@ -114,7 +114,7 @@ def _add_mlp(
     each = rows / num_groups
     tally.gemm(part, each, hidden, halves * width, num_groups=num_groups, repeated_by=projections)
     unfused = 1.0 if recipe.kernels.fusions.activation else _UNFUSED_ACTIVATION
-    if part is Part.EXPERTS and recipe.kernels.op_fuser:
+    if part is Part.EXPERTS and tally.fuses_epilogues:
         unfused = _EPILOGUE_ACTIVATION
     moved = _BYTES * rows * width * unfused
     # forward the halves are read and their product written; backward both and the gradient, and both written

@@ -75,8 +75,8 @@ class Fabric:
         """One collective of `num_bytes`, counted as `analysis/collectives.py` does.
 
         Ring: every byte that leaves a rank passes NVLink, and B (N - 1) / N of a domain's B bytes pass the g
-        NICs of its members. All-to-all: the share of the peers in reach passes NVLink, the rest each rank's
-        own NIC.
+        NICs of its members. Message to a neighbour: of n - 1 neighbours in a row, N - 1 are across. All-to-
+        all: the share of the peers in reach passes NVLink, the rest each rank's own NIC.
         """
         nvlink, nic = self._bytes(op, group, num_bytes)
         crosses = nic > 0
@@ -104,7 +104,8 @@ class Fabric:
         if op is Collective.RECV or span.num_ranks == 1:
             return 0.0, 0.0
         if op is Collective.SEND:
-            return (num_bytes, 0.0) if span.num_domains == 1 else (0.0, num_bytes)
+            crossing = (span.num_domains - 1) / (span.num_ranks - 1)
+            return num_bytes * (1 - crossing), num_bytes * crossing
         ranks, here = span.num_ranks, span.ranks_per_domain
         if op is Collective.ALL_TO_ALL:
             return num_bytes * (here - 1) / ranks, num_bytes * (ranks - here) / ranks

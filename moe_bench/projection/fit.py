@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_bench.projection.constants import FITTED, Constants
+from moe_bench.projection.constants import FITTED, PRIOR_SPREAD, Constants
 from moe_bench.projection.pricing import Floats
 from moe_bench.projection.step_time import StepTable, step_times
 
 Mask = npt.NDArray[np.bool_]
 
-_OUTLIER_LOG_ERROR = 0.12
-"""Beyond about this relative error a row counts linearly, not by its square (scipy's `soft_l1`)."""
-_PULL = 0.1
-"""Weight of ln(constant / start) beside the rows: keeps a constant that no row determines where it was."""
+_ROW_LOG_ERROR = 0.1
+"""Error of a row that is expected; far beyond it a row hardly counts (scipy's `cauchy` loss)."""
 _LIMIT = 2.5
 """No constant moves further than this factor from its start."""
 
@@ -49,27 +47,28 @@ def fitted(
 ) -> Constants:
     """`start` with the constants `names` fitted to the rows of `keep`.
 
-    Least squares of ln(projected / published) with a soft absolute loss, weighted by configuration.
+    The most probable constants: ln(projected / published) of every row, weighted by configuration, with the
+    tails of a Cauchy distribution, and ln(constant / start) within `PRIOR_SPREAD`.
     """
     from scipy.optimize import least_squares
 
     origin = np.log(np.array(start.values(names)))
     target = observations.tokens_per_s_per_gpu[keep]
     weight = observations.weight[keep]
+    pull = np.array([_ROW_LOG_ERROR / PRIOR_SPREAD[name] for name in names])
 
     def residuals(logarithms: Floats) -> Floats:
         constants = start.with_values(names, tuple(np.exp(logarithms)))
         projected = projected_tokens_per_s(observations, constants)[keep]
-        pull = _PULL * (logarithms - origin)
-        return np.concatenate([weight * np.log(projected / target), pull])
+        return np.concatenate([weight * np.log(projected / target), pull * (logarithms - origin)])
 
     span = np.log(_LIMIT)
     solution = least_squares(
         residuals,
         origin,
         bounds=(origin - span, origin + span),
-        loss="soft_l1",
-        f_scale=_OUTLIER_LOG_ERROR,
+        loss="cauchy",
+        f_scale=_ROW_LOG_ERROR,
         x_scale=0.1,
         max_nfev=40,
     )

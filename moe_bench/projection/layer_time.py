@@ -70,15 +70,18 @@ _ATTENTION = next(index for index, part in enumerate(PARTS) if part == "attentio
 
 def _parts(table: LayerTable, constants: Constants) -> Floats:
     """[layer, pass, part]: hypot(compute / sustained, memory / share) + start, added up."""
-    gemm = np.where(table.is_hopper, constants.sustained_hopper, constants.sustained_blackwell)[table.owner]
     kinds = {scale: table.scale == index for index, scale in enumerate(SCALES)}
-    sustained = np.where(kinds[Scale.ATTENTION], constants.sustained_attention, gemm)
-    sustained = np.where(kinds[Scale.LOW_PRECISION_GEMM], sustained * constants.low_precision_gain, sustained)
+    sustained = np.where(kinds[Scale.ATTENTION], constants.sustained_attention, constants.sustained)
     share = np.where(kinds[Scale.MEMORY], constants.memory_share, GEMM_HBM_FRACTION)
-    seconds = np.hypot(table.compute_s / sustained, table.memory_s / share) + table.overhead_s
+    start = np.where(table.is_graphed, _GRAPHED_START, 1.0)[table.owner]
+    seconds = np.hypot(table.compute_s / sustained, table.memory_s / share) + start * table.overhead_s
     index = (table.owner * _NUM_PASSES + table.in_pass) * _NUM_PARTS + table.part
     summed = np.bincount(index, seconds, minlength=table.num_layers * _NUM_PASSES * _NUM_PARTS)
     return summed.reshape(table.num_layers, _NUM_PASSES, _NUM_PARTS)
+
+
+_GRAPHED_START = 0.33
+"""Of a kernel's start, what is left between two nodes of a CUDA graph: about 1 us."""
 
 
 def _traffic(table: LayerTable, constants: Constants) -> Floats:

@@ -33,10 +33,10 @@ from moe_bench.projection.traits import MEGATRON, Traits
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_SCAN_FLOPS_PER_S = 80e12
-_DELTA_RULE_FLOPS_PER_S = 30e12
-"""Of the scans of Mamba-2 and gated delta nets, on every GPU: small products of 64 to 256 channels in Triton,
-between dependent chunks. Set by hand from rows of Nemotron 3 Nano, and of Qwen3-Next; not measured."""
+_SCAN_FLOPS_PER_S = {"hopper": 80e12, "blackwell": 40e12}
+_DELTA_RULE_FLOPS_PER_S = {"hopper": 12e12, "blackwell": 12e12}
+"""Of the scans of Mamba-2 and gated delta nets: small products of 64 to 256 channels in Triton, between
+dependent chunks. Set by hand from rows of Nemotron 3, and of Qwen3-Next and its successors; not measured."""
 
 PARTS = tuple(Part)
 PASSES = tuple(Pass)
@@ -132,14 +132,15 @@ class Pricer:
             cost = self.efficiency.attention(operation)
             return replace(cost, compute_s=cost.compute_s / self.traits.attention_fraction)
         if isinstance(operation, StateUpdate):
+            rates = _DELTA_RULE_FLOPS_PER_S if operation.is_delta_rule else _SCAN_FLOPS_PER_S
+            gpu = self.fabric.system.gpu
             return Cost(
-                compute_s=operation.num_flops
-                / (_DELTA_RULE_FLOPS_PER_S if operation.is_delta_rule else _SCAN_FLOPS_PER_S),
+                compute_s=operation.num_flops / rates["hopper" if gpu is None else gpu.architecture],
                 memory_s=0.0,
                 overhead_s=KERNEL_START_S,
                 scale=Scale.GEMM,
                 grade=Grade.PRIOR,
-                source="assumed for the chunked scan",
+                source="set by hand",
             )
         return self.efficiency.memory(operation)
 
@@ -165,19 +166,20 @@ class LayerTable:
     nic_s: Floats
     latency_s: Floats
     num_launches: Floats
-    is_hopper: npt.NDArray[np.bool_]
     is_grace: npt.NDArray[np.bool_]
     overlaps_experts: npt.NDArray[np.bool_]
     """Whether dispatch and combine run beside another micro batch's computation."""
+    is_graphed: npt.NDArray[np.bool_]
+    """Whether one CUDA graph holds the whole step."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSetting:
     """What the machine and the recipe decide about a layer's time beyond its operations."""
 
-    is_hopper: bool
     is_grace: bool
     overlaps_experts: bool
+    is_graphed: bool
 
 
 def stack(layers: Sequence[tuple[PricedLayer, LayerSetting]]) -> LayerTable:
@@ -205,9 +207,9 @@ def stack(layers: Sequence[tuple[PricedLayer, LayerSetting]]) -> LayerTable:
         nic_s=_join(layer.nic_s for layer in priced),
         latency_s=_join(layer.latency_s for layer in priced),
         num_launches=_floats(layer.num_launches for layer in priced),
-        is_hopper=np.array([setting.is_hopper for setting in settings], dtype=bool),
         is_grace=np.array([setting.is_grace for setting in settings], dtype=bool),
         overlaps_experts=np.array([setting.overlaps_experts for setting in settings], dtype=bool),
+        is_graphed=np.array([setting.is_graphed for setting in settings], dtype=bool),
     )
 
 

@@ -231,25 +231,26 @@ STATE_RULES: tuple[Rule, ...] = (
         value=constant(False),
     ),
     Rule(
-        name="fusions of torch.compile",
+        name="fusions of Automodel",
         field="kernels.fusions",
-        when="Automodel and torchtitan with torch.compile",
-        then="rope, activation, residual_norm",
-        evidence="the compiler fuses element-wise chains of a block",
-        applies=_is_compiled,
-        value=constant(Fusions(rope=True, activation=True, residual_norm=True)),
+        when="Automodel",
+        then="permute, rope, activation, TE's cross entropy; with torch.compile residual_norm",
+        evidence="nemo_automodel/components/moe/megatron/moe_utils.py: Transformer Engine's permutation, "
+        "compiled activations; its benchmark recipes take the loss and rope of Transformer Engine",
+        applies=lambda case: case.stack.engine is Engine.AUTOMODEL,
+        value=lambda case: Fusions(
+            permute=True, rope=True, activation=True, residual_norm=_is_compiled(case), cross_entropy="te"
+        ),
     ),
     Rule(
-        name="fusions of torch suites",
+        name="fusions of torchtitan",
         field="kernels.fusions",
-        when="Automodel and torchtitan",
-        then="none; Automodel's TE cross entropy and rope",
-        evidence="eager torch; Automodel's benchmark recipes take the loss and rope of Transformer Engine",
+        when="torchtitan",
+        then="rope, activation, residual_norm with torch.compile, else none",
+        evidence="the compiler fuses element-wise chains of a block; eager torch fuses nothing",
         applies=lambda case: case.stack.engine in _TORCH_ENGINES,
         value=lambda case: (
-            Fusions(permute=True, rope=True, cross_entropy="te")
-            if case.stack.engine is Engine.AUTOMODEL
-            else Fusions()
+            Fusions(rope=True, activation=True, residual_norm=True) if _is_compiled(case) else Fusions()
         ),
     ),
     Rule(

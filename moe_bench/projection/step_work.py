@@ -71,11 +71,10 @@ def step_work(
     )
     fabric = Fabric(recipe.system, recipe.parallel)
     pricer = Pricer(efficiency, fabric, traits)
-    gpu = recipe.system.gpu
     setting = LayerSetting(
-        is_hopper=gpu is not None and gpu.architecture == "hopper",
         is_grace=recipe.system.key.startswith("gb"),
         overlaps_experts=recipe.overlap.expert_parallel,
+        is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
     )
     kinds = list(lowered.kinds)
     loss = len(kinds)
@@ -85,7 +84,7 @@ def step_work(
         | ({loss: 1} if chunk.has_loss else {})
         for chunk in lowered.chunks
     )
-    synced = _syncs(recipe, fabric)
+    synced = _syncs(recipe, fabric, traits)
     return StepWork(
         lowered=lowered,
         layers=tuple((pricer.price(work), setting) for work in works),
@@ -132,7 +131,7 @@ def _fullest_rank(recipe: Recipe) -> int:
     return num_layers.index(max(num_layers))
 
 
-def _syncs(recipe: Recipe, fabric: Fabric) -> dict[Phase, SyncWork]:
+def _syncs(recipe: Recipe, fabric: Fabric, traits: Traits) -> dict[Phase, SyncWork]:
     """Once-per-step gradients and parameters, and under FORWARD what every micro batch repeats."""
     chunks = pipeline_chunks(
         recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
@@ -151,6 +150,8 @@ def _syncs(recipe: Recipe, fabric: Fabric) -> dict[Phase, SyncWork]:
         if not (time.nvlink_s or time.nic_s):
             continue
         repeats, once = divmod(number, recipe.num_micro_batches) if is_fsdp else (0, number)
+        if traits.keeps_gathered_weights and recipe.parallel.pipeline > 1:
+            repeats, once = 0, max(1, once)
         once_phase = phase if phase is Phase.PARAMETER_SYNC else Phase.GRADIENT_SYNC
         times[Phase.FORWARD] += [time] * repeats
         times[once_phase] += [time] * once

@@ -135,12 +135,17 @@ class Tally:
             return (Pass.FORWARD, Pass.RECOMPUTE)
         return (Pass.FORWARD,)
 
+    @property
+    def fuses_epilogues(self) -> bool:
+        """Whether the experts run in Transformer Engine's fused grouped MLP, which knows no biases."""
+        return self.recipe.kernels.op_fuser and not self.recipe.model.linear_bias
+
     def _quantize(self, part: Part, rows: float, inner: float, columns: float, repeated_by: Modules) -> None:
         """Input and output gradient quantized, each row-wise for one product and column-wise for another:
         read in BF16 and written twice. Weights are quantized once per step and kept (Transformer Engine's
         is_first_microbatch), which is left out.
         """
-        fused = _FUSED_QUANTIZATION if self.recipe.kernels.op_fuser and part is Part.EXPERTS else 1.0
+        fused = _FUSED_QUANTIZATION if part is Part.EXPERTS and self.fuses_epilogues else 1.0
         reads = _READS_PER_QUANTIZATION.get(self.recipe.precision, 1)
         per_element = fused * (reads * _BF16_BYTES + 2 * self.number.element_bytes)
         self.move(

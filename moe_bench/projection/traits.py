@@ -12,12 +12,15 @@ class Traits:
     stops_recompute_early: bool = False
     """Whether recomputation ends where the last saved tensor is back, as torch.utils.checkpoint does, or runs
     the whole module (Megatron-Core, tensor_parallel/random.py)."""
+    keeps_gathered_weights: bool = False
+    """Whether weights that are gathered stay whole until the end of the step where there is a pipeline
+    (torchtitan's `fsdp_reshard_after_forward`)."""
     attention_fraction: float = 1.0
     """Rate of its attention kernels over that of the best public ones (cuDNN, FlashAttention 3)."""
 
 
 MEGATRON = Traits()
 AUTOMODEL = Traits(stops_recompute_early=True)
-TORCHTITAN = Traits(stops_recompute_early=True, attention_fraction=0.5)
+TORCHTITAN = Traits(stops_recompute_early=True, keeps_gathered_weights=True, attention_fraction=0.5)
 """torch's scaled_dot_product_attention was FlashAttention 2, which reaches 35 % of an H100's peak where
 FlashAttention 3 reaches up to 75 % (arXiv:2407.08608, abstract)."""
