@@ -205,6 +205,11 @@ def stream_mixing_params(*, hidden: int, num_streams: int) -> int:
     return num_streams * hidden * num_maps + num_maps + 3
 
 
+def stream_sum_params(*, hidden: int, num_streams: int) -> int:
+    """What adds n residual streams up before a head: P = n^2 H + n + 1; nothing where there is one stream."""
+    return num_streams**2 * hidden + num_streams + 1 if num_streams > 1 else 0
+
+
 def mlp_params(*, hidden: int, ffn: int, bias: bool, is_gated: bool) -> Weights:
     """One MLP or expert: up and down projection, and a gate.
 
@@ -257,7 +262,7 @@ def structure_weights(
             model.compressed_attention,
             hidden=hidden,
             num_heads=model.attention.num_heads,
-            head_dim=_key_dim(model.attention),
+            head_dim=key_width_of_head(model.attention),
             ratio=structure.compression_ratio or 0,
         )
     elif structure.mixer == "mamba" and model.mamba is not None:
@@ -274,16 +279,15 @@ def structure_weights(
     return parts | {Part.NORMS: norms}
 
 
-def _key_dim(attention: Attention) -> int:
+def key_width_of_head(attention: Attention) -> int:
+    """Channels of one head's key, without those of MLA that carry positions."""
     return attention.head_dim if attention.kind == "gqa" else attention.qk_nope_head_dim
 
 
-def _stream_sum_weights(model: ModelSpec) -> PartWeights:
-    """What adds residual streams up before a head: n^2 H + n + 1; nothing where there is one stream."""
+def _stream_sum_weights(model: ModelSpec) -> dict[Part, Weights]:
     number = model.num_residual_streams
-    if number == 1:
-        return {}
-    return {Part.RESIDUAL_STREAMS: Weights(0, number**2 * model.hidden_size + number + 1)}
+    elements = stream_sum_params(hidden=model.hidden_size, num_streams=number)
+    return {Part.RESIDUAL_STREAMS: Weights(0, elements)} if elements else {}
 
 
 def _expert_weights(model: ModelSpec, moe: MixtureOfExperts, num_experts: int) -> dict[Part, Weights]:
