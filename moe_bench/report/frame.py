@@ -98,7 +98,7 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 
 def frame_view(frame: pd.DataFrame) -> Columns | Text:
-    """The table for a terminal: fewer columns, shorter headings; a sentence where there is nothing to show."""
+    """The table for a terminal: fewer columns, shorter headings; a sentence where there is no record."""
     if frame.empty:
         return Text("no record there; `moe-bench run RECIPE` and `moe-bench submit RECIPE` write them")
     shown = {

@@ -12,6 +12,17 @@ from moe_bench.results.published import PublishedRow, Source
 from moe_bench.results.record import Provenance, Record
 from moe_bench.spec.recipe import Recipe
 
+_NAMES = {
+    "transformer_engine": "Transformer Engine",
+    "torch_native": "torch-native",
+    "adam": "Adam",
+    "muon": "Muon",
+    "sgd": "SGD",
+    "none": "not sharded",
+    "distributed_optimizer": "distributed optimizer",
+    "megatron_fsdp": "Megatron-FSDP",
+}
+"""How people write what a recipe calls by a key; a key that is not here is its own name."""
 _BILLION = 1e9
 _GIGA = 1e9
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
@@ -34,7 +45,8 @@ def recipe_facts(recipe: Recipe, row: PublishedRow | None) -> tuple[Fact, ...]:
     """What a card says of `recipe`; `row` is the published one that it copies."""
     model, kernels, dispatch = recipe.model, recipe.kernels, recipe.dispatch
     size = counted_size(model)
-    moments = dict.fromkeys((recipe.optimizer.exp_avg_dtype, recipe.optimizer.exp_avg_sq_dtype))
+    optimizer, sharding = recipe.optimizer, recipe.parallel.data_sharding
+    moments = dict.fromkeys(kind.upper() for kind in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     facts = [
         Fact(label="system", text=f"{recipe.parallel.num_gpus} × {recipe.system.display_name}"),
         Fact(label="layout", text=layout_label(recipe) or "DP1"),
@@ -52,17 +64,21 @@ def recipe_facts(recipe: Recipe, row: PublishedRow | None) -> tuple[Fact, ...]:
         ),
         Fact(
             label="kernels",
-            text=f"{kernels.family.replace('_', ' ')}, {dispatch.dispatcher} dispatch, "
+            text=f"{_NAMES.get(kernels.family, kernels.family)}, {dispatch.dispatcher} dispatch, "
             f"{'grouped GEMM' if kernels.grouped_gemm else 'one GEMM per expert'}",
         ),
         Fact(label="routing", text=recipe.routing.mode.replace("_", " ")),
         Fact(label="recomputed", text=_recompute_text(recipe)),
         Fact(
             label="optimizer",
-            text=f"{recipe.optimizer.name}, gradients {recipe.optimizer.gradient_dtype}, moments "
-            f"{' and '.join(moments)}, {recipe.parallel.data_sharding.replace('_', ' ')}",
+            text=f"{_NAMES[optimizer.name]}, gradients {optimizer.gradient_dtype.upper()}, "
+            f"moments {' and '.join(moments)}, {_NAMES[sharding]}",
         ),
     ]
+    if recipe.origin is not None:
+        changes = "".join(f", {change}" for change in recipe.origin.changes)
+        text = f"{recipe.origin.recipe}{changes}, {recipe.origin.scaling} scaling"
+        facts.append(Fact(label="comes from", text=text))
     if row is not None:
         facts.append(Fact(label="copies row", text=row.id, url=row_source(row).url))
         facts.append(Fact(label="published", text=_published_text(row)))

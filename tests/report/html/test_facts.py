@@ -6,6 +6,7 @@ from moe_bench.report.html.facts import recipe_facts, row_sources, run_provenanc
 from moe_bench.results.published import Source, load_rows
 from moe_bench.results.record import GpuFacts
 from moe_bench.spec.catalogue import data_root
+from moe_bench.spec.family import scaled_recipe
 from tests.report.pages import recipe
 from tests.results.records import record
 
@@ -78,3 +79,11 @@ def test_provenance_of_gpus_names_driver_clock_and_power() -> None:
     assert facts["power limit"] == "700 to 700 W"
     assert facts["NCCL"] == "not recorded"
     assert {fact.label: fact.text for fact in run_provenance(made)}["GPUs"] == "none"
+
+
+def test_the_card_of_a_scaled_recipe_says_where_it_comes_from() -> None:
+    base = recipe("qwen3_30b_a3b/h100_sxm_16g_bf16")
+    member = scaled_recipe(base, 32, strong=True, changes=("seed=1",))
+    facts = {fact.label: fact.text for fact in recipe_facts(member, None)}
+    assert facts["comes from"] == "qwen3_30b_a3b/h100_sxm_16g_bf16, seed=1, strong scaling"
+    assert "comes from" not in {fact.label for fact in recipe_facts(base, None)}
