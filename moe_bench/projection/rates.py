@@ -222,10 +222,10 @@ _GROUPED: Mapping[Pass, GroupRate] = MappingProxyType(
 
 _SAME_CHIP: Mapping[str, str] = MappingProxyType({"NVIDIA H800": _H100})
 """GPUs with the SMs, clocks, power and memory of another; their links are their own (recipes/systems)."""
-_REFERENCE: Mapping[Architecture, tuple[str, float]] = MappingProxyType(
-    {"hopper": (_H100, 989.4e12), "blackwell": (_B200, 2250e12)}
+_REFERENCE: Mapping[Architecture, tuple[str, float, float]] = MappingProxyType(
+    {"hopper": (_H100, 989.4e12, 700.0), "blackwell": (_B200, 2250e12, 1000.0)}
 )
-"""GPU that the unmeasured ones of an architecture are scaled from, and its datasheet's BF16 rate."""
+"""GPU that the unmeasured ones of an architecture are scaled from, its datasheet's BF16 rate and power."""
 
 
 def gpu_rates(gpu: GpuSpec) -> GpuRates:
@@ -234,9 +234,11 @@ def gpu_rates(gpu: GpuSpec) -> GpuRates:
     if name in _GEMM:
         scale, grade, where = 1.0, Grade.PUBLISHED, name
     else:
-        name, reference_flops_per_s = _REFERENCE[gpu.architecture]
+        name, reference_flops_per_s, reference_w = _REFERENCE[gpu.architecture]
         scale = gpu.bf16_flops_per_s / reference_flops_per_s
-        grade, where = Grade.PRIOR, f"{name}, scaled by the datasheets' BF16 rates"
+        # below its power limit a chip's clock follows the cube root of the power (voltage falls with it)
+        scale *= min(1.0, (gpu.max_power_w / reference_w) ** (1 / 3))
+        grade, where = Grade.PRIOR, f"{name}, scaled by the datasheets' BF16 rates and power"
     return GpuRates(
         gemm={number: rate.times(scale) for number, rate in _GEMM[name].items()},
         attention={
