@@ -22,6 +22,7 @@ class BuiltTensor:
 
     name: str
     num_elements: int
+    num_columns: int
     in_expert_group: bool
     sums_over_tensor: bool
 
@@ -60,6 +61,7 @@ def built_chunks(recipe: Recipe, pipeline_rank: int) -> list[list[BuiltTensor]]:
                 BuiltTensor(
                     name=name,
                     num_elements=parameter.numel(),
+                    num_columns=parameter.shape[-1] if _is_matrix(name, parameter.dim()) else 1,
                     in_expert_group=not getattr(parameter, "allreduce", True),
                     sums_over_tensor=bool(
                         getattr(parameter, "sequence_parallel", False) or _is_summed_by_name(name)
@@ -69,6 +71,11 @@ def built_chunks(recipe: Recipe, pipeline_rank: int) -> list[list[BuiltTensor]]:
             ]
             for chunk in chunks
         ]
+
+
+def _is_matrix(name: str, num_axes: int) -> bool:
+    """Biases of stacked experts are rows of one tensor, but vectors each."""
+    return num_axes > 1 and not name.endswith("bias")
 
 
 def _is_summed_by_name(name: str) -> bool:

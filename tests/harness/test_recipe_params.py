@@ -46,9 +46,10 @@ def test_megatron_core_builds_the_counted_parameters_on_every_stage(recipe: Reci
         assert (everything - experts, experts) == (counted.dense, counted.expert), f"stage {stage}"
         listed = [chunk_tensors(recipe, chunk) for chunk in chunks if chunk.pipeline_rank == stage]
         for there, here in zip(built, listed, strict=True):
-            assert [(tensor.num_elements, tensor.in_expert_group) for tensor in here] == [
-                (tensor.num_elements, tensor.in_expert_group) for tensor in there
+            assert [(tensor.num_elements, tensor.num_columns, tensor.in_expert_group) for tensor in here] == [
+                (tensor.num_elements, tensor.num_columns, tensor.in_expert_group) for tensor in there
             ]
+            assert [tensor.is_expert for tensor in here] == [".experts." in tensor.name for tensor in there]
             assert all(mine.name in real.name for mine, real in zip(here, there, strict=True))
             if recipe.parallel.tensor > 1:
                 assert [tensor.sums_over_tensor for tensor in here] == [
