@@ -154,9 +154,10 @@ def _finalize_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[P
             Call(REDUCE, Group.EMBEDDING, gradient_bytes(recipe) * elements, "copies of the embedding"),
         )
     if model.moe is not None and model.moe.router.expert_bias:
+        num_expert_layers_of_mtp = sum(structure.ffn == "moe" for structure in model.mtp_layers)
         num_layers = sum(
             sum(map(model.is_moe_layer, chunk.layers))
-            + chunk.num_mtp_layers * model.is_moe_layer(model.num_layers - 1)
+            + model.num_mtp_modules(chunk.num_mtp_layers) * num_expert_layers_of_mtp
             for chunk in chunks
         )
         num_bytes = activation_element_bytes(recipe) * model.moe.num_experts * num_layers

@@ -10,8 +10,22 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from moe_bench.analysis.params import has_query_input_norm
-from moe_bench.spec.model import Attention, MixtureOfExperts
+from moe_bench.analysis.params import (
+    compressed_attention_params,
+    has_query_input_norm,
+    indexer_params,
+    key_width_of_head,
+    stream_mixing_params,
+    stream_sum_params,
+)
+from moe_bench.spec.model import (
+    Attention,
+    CompressedAttention,
+    GatedDeltaNet,
+    LayerStructure,
+    Mamba2,
+    MixtureOfExperts,
+)
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
 
@@ -76,37 +90,100 @@ def _parts(recipe: Recipe, chunk: Chunk) -> Iterator[Part]:
     if chunk.has_embedding or chunk.num_mtp_layers:
         yield Part(tensors=(replace(vocabulary, has_own_bucket=is_copied),))
     for layer in chunk.layers:
-        yield _layer(recipe, is_moe=model.is_moe_layer(layer))
+        yield _layer(recipe, model.layer(layer))
     if (model.num_layers - 1 in chunk.layers) if trains_mtp else chunk.has_loss:
-        yield Part(tensors=(_norm(recipe, "final_layernorm", hidden),))
-    for _ in range(chunk.num_mtp_layers):
+        yield _final_norm(recipe)
+    for _ in range(model.num_mtp_modules(chunk.num_mtp_layers)):
         yield from _mtp(recipe)
     if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):
         is_copy = is_copied and model.tied_embeddings and not chunk.num_mtp_layers
         yield Part(tensors=(replace(vocabulary, name="output_layer.weight", has_own_bucket=is_copy),))
 
 
-def layer_tensors(recipe: Recipe, *, is_moe: bool) -> tuple[Tensor, ...]:
-    """Parameters of one decoder layer on one rank."""
-    return _layer(recipe, is_moe=is_moe).tensors
-
-
-def _layer(recipe: Recipe, *, is_moe: bool) -> Part:
-    return Part(tensors=tuple(_layer_tensors(recipe, is_moe=is_moe)), is_layer=True)
-
-
-def _layer_tensors(recipe: Recipe, *, is_moe: bool) -> Iterator[Tensor]:
+def _final_norm(recipe: Recipe) -> Part:
+    """The norm behind the last layer of the decoder or of an MTP module, and what sums residual streams."""
     model = recipe.model
-    yield _norm(recipe, "input_layernorm", model.hidden_size)
-    yield from _attention(recipe, model.attention)
-    yield _norm(recipe, "pre_mlp_layernorm", model.hidden_size)
-    if is_moe and model.moe is not None:
-        yield from _experts(recipe, model.moe)
-    else:
+    norm = _norm(recipe, "final_layernorm", model.hidden_size)
+    elements = stream_sum_params(hidden=model.hidden_size, num_streams=model.num_residual_streams)
+    return Part(tensors=(norm, *_whole(recipe, "hyper_connection_head", elements)))
+
+
+def _layer(recipe: Recipe, structure: LayerStructure) -> Part:
+    return Part(tensors=tuple(_layer_tensors(recipe, structure)), is_layer=True)
+
+
+def _layer_tensors(recipe: Recipe, structure: LayerStructure) -> Iterator[Tensor]:
+    """A norm before each half, then the half; with several residual streams, the maps around it."""
+    model = recipe.model
+    number = model.num_residual_streams
+    maps = stream_mixing_params(hidden=model.hidden_size, num_streams=number) if number > 1 else 0
+    if structure.mixer is not None:
+        yield from _whole(recipe, "self_attention_hyper_connection", maps)
+        yield _norm(recipe, "input_layernorm", model.hidden_size)
+        yield from _mixer(recipe, structure)
+    if structure.ffn is not None:
+        yield from _whole(recipe, "mlp_hyper_connection", maps)
+        yield _norm(recipe, "pre_mlp_layernorm", model.hidden_size)
+    if structure.ffn == "dense":
         yield from _mlp(recipe, "mlp", ffn=model.dense_ffn_hidden_size or 0, has_bias=model.linear_bias)
+    elif structure.ffn == "moe" and model.moe is not None:
+        yield from _experts(recipe, model.moe)
 
 
-def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
+def _mixer(recipe: Recipe, structure: LayerStructure) -> Iterator[Tensor]:
+    model = recipe.model
+    if structure.mixer == "attention":
+        yield from _attention(recipe, model.attention, structure)
+    elif structure.mixer == "compressed_attention" and model.compressed_attention is not None:
+        ratio = structure.compression_ratio or 0
+        yield from _compressed_attention(recipe, model.compressed_attention, ratio=ratio)
+    elif structure.mixer == "mamba" and model.mamba is not None:
+        yield from _mamba(recipe, model.mamba)
+    elif structure.mixer == "gated_delta_net" and model.gated_delta_net is not None:
+        yield from _gated_delta_net(recipe, model.gated_delta_net)
+
+
+def _mamba(recipe: Recipe, mamba: Mamba2) -> Iterator[Tensor]:
+    """Megatron-Core's MambaMixer, which divides all of it over heads (ssm/mamba_mixer.py)."""
+    hidden, tensor = recipe.model.hidden_size, recipe.parallel.tensor
+    heads, inner, channels = (
+        size // tensor for size in (mamba.num_heads, mamba.inner_width, mamba.conv_channels)
+    )
+    for name in ("dt_bias", "A_log", "D"):
+        yield Tensor(name=name, num_elements=heads)
+    yield _weight("in_proj.weight", inner + channels + heads, hidden)
+    yield Tensor(name="conv1d.weight", num_elements=channels * mamba.conv_width)
+    yield Tensor(name="conv1d.bias", num_elements=channels)
+    yield Tensor(name="norm.weight", num_elements=inner)
+    yield _weight("out_proj.weight", hidden, inner)
+
+
+def _gated_delta_net(recipe: Recipe, net: GatedDeltaNet) -> Iterator[Tensor]:
+    """Megatron-Core's GatedDeltaNet, whose ranks repeat the norm of a head (ssm/gated_delta_net.py)."""
+    hidden, tensor = recipe.model.hidden_size, recipe.parallel.tensor
+    keys, values, heads = (size // tensor for size in (net.key_width, net.value_width, net.num_value_heads))
+    yield _weight("in_proj.weight", 2 * keys + 2 * values + 2 * heads, hidden)
+    yield Tensor(name="conv1d.weight", num_elements=(2 * keys + values) * net.conv_width)
+    for name in ("dt_bias", "A_log"):
+        yield Tensor(name=name, num_elements=heads)
+    yield _norm(recipe, "out_norm", net.value_head_dim)
+    yield _weight("out_proj.weight", hidden, values)
+
+
+def _compressed_attention(recipe: Recipe, net: CompressedAttention, *, ratio: int) -> Iterator[Tensor]:
+    """DeepSeek-V4's attention as one tensor: every rank repeats all of it (`compressed_attention_params`)."""
+    attention = recipe.model.attention
+    elements = compressed_attention_params(
+        net,
+        hidden=recipe.model.hidden_size,
+        num_heads=attention.num_heads,
+        head_dim=key_width_of_head(attention),
+        ratio=ratio,
+    ).total
+    yield from _whole(recipe, "compressed_attention", elements)
+
+
+def _attention(recipe: Recipe, attention: Attention, structure: LayerStructure) -> Iterator[Tensor]:
     hidden, tensor = recipe.model.hidden_size, recipe.parallel.tensor
     heads = attention.num_heads // tensor
     if attention.kind == "mla":
@@ -125,8 +202,13 @@ def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
         yield _repeated(recipe, "linear_kv_down_proj.weight", latent + attention.qk_rope_head_dim, hidden)
         yield _weight("linear_kv_up_proj.weight", heads * keys, latent)
         yield _norm(recipe, "kv_layernorm", latent)
+        if attention.sparse is not None and structure.has_indexer:
+            q_rank = attention.q_lora_rank or hidden
+            index = indexer_params(attention.sparse, hidden=hidden, q_rank=q_rank)
+            yield from _whole(recipe, "indexer", index.total)
         return
-    qkv = attention.head_dim * (attention.num_heads + 2 * attention.num_query_groups) // tensor
+    num_query_heads = attention.num_heads * (1 + attention.output_gate)
+    qkv = attention.head_dim * (num_query_heads + 2 * attention.num_query_groups) // tensor
     if attention.sinks:
         yield Tensor(name="core_attention.softmax_offset", num_elements=heads)
     yield _weight("linear_proj.weight", hidden, heads * attention.head_dim)
@@ -135,7 +217,7 @@ def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
     yield _weight("linear_qkv.weight", qkv, hidden)
     if attention.qkv_bias:
         yield Tensor(name="linear_qkv.bias", num_elements=qkv)
-    if attention.qk_norm != "none":
+    if attention.qk_norm in ("per_head", "whole_vector"):
         is_whole = attention.qk_norm == "whole_vector"
         for name, num_heads in (
             ("q_layernorm", attention.num_heads),
@@ -146,15 +228,24 @@ def _attention(recipe: Recipe, attention: Attention) -> Iterator[Tensor]:
             yield Tensor(name=f"{name}.weight", num_elements=num_gains, sums_over_tensor=True)
 
 
+def _router(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
+    """The router and the projections around experts that work in a smaller width (moe/moe_layer.py)."""
+    hidden = recipe.model.hidden_size
+    yield _repeated(recipe, "router.weight", moe.num_experts, hidden)
+    if recipe.model.linear_bias:
+        yield _repeated(recipe, "router.bias", moe.num_experts)
+    if moe.latent_size is not None:
+        yield _repeated(recipe, "fc1_latent_proj.weight", moe.latent_size, hidden)
+        yield _repeated(recipe, "fc2_latent_proj.weight", hidden, moe.latent_size)
+
+
 def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
     model, parallel = recipe.model, recipe.parallel
-    yield _repeated(recipe, "router.weight", moe.num_experts, model.hidden_size)
-    if model.linear_bias:
-        yield _repeated(recipe, "router.bias", moe.num_experts)
+    yield from _router(recipe, moe)
     num_experts = moe.num_experts // parallel.expert
     ffn = moe.expert_ffn_hidden_size // parallel.expert_tensor
-    first, second = 2 * ffn, model.hidden_size
-    projections = [("linear_fc1", first, model.hidden_size), ("linear_fc2", second, ffn)]
+    width, first = model.expert_hidden_size, (1 + model.activation.is_gated) * ffn
+    projections = [("linear_fc1", first, width), ("linear_fc2", width, ffn)]
     kinds = [("weight", True), ("bias", False)] if model.linear_bias else [("weight", True)]
     is_stacked = recipe.kernels.grouped_gemm and not (
         recipe.kernels.family == "transformer_engine" or parallel.data_sharding == "megatron_fsdp"
@@ -188,9 +279,10 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
 
 def _mlp(recipe: Recipe, name: str, *, ffn: int, has_bias: bool) -> Iterator[Tensor]:
     hidden, ffn = recipe.model.hidden_size, ffn // recipe.parallel.tensor
-    yield _weight(f"{name}.linear_fc1.weight", 2 * ffn, hidden)
+    first = (1 + recipe.model.activation.is_gated) * ffn
+    yield _weight(f"{name}.linear_fc1.weight", first, hidden)
     if has_bias:
-        yield Tensor(name=f"{name}.linear_fc1.bias", num_elements=2 * ffn)
+        yield Tensor(name=f"{name}.linear_fc1.bias", num_elements=first)
     yield _weight(f"{name}.linear_fc2.weight", hidden, ffn)
     if has_bias:
         yield _repeated(recipe, f"{name}.linear_fc2.bias", hidden)
@@ -201,8 +293,9 @@ def _mtp(recipe: Recipe) -> Iterator[Part]:
     hidden = model.hidden_size
     projection = _weight("eh_proj.weight", hidden // recipe.parallel.tensor, 2 * hidden)
     yield Part(tensors=(_norm(recipe, "enorm", hidden), _norm(recipe, "hnorm", hidden), projection))
-    yield _layer(recipe, is_moe=model.is_moe_layer(model.num_layers - 1))
-    yield Part(tensors=(_norm(recipe, "final_layernorm", hidden),))
+    for structure in model.mtp_layers:
+        yield _layer(recipe, structure)
+    yield _final_norm(recipe)
 
 
 def _weight(name: str, num_rows: int, num_columns: int) -> Tensor:
@@ -226,6 +319,12 @@ def _repeated(recipe: Recipe, name: str, num_rows: int, num_columns: int = 1) ->
         sums_over_tensor=recipe.parallel.sequence_parallel,
         is_quantized="down_proj" in name,
     )
+
+
+def _whole(recipe: Recipe, name: str, num_elements: int) -> Iterator[Tensor]:
+    """Several weights as one tensor that every tensor-parallel rank repeats; nothing if there are none."""
+    if num_elements:
+        yield _repeated(recipe, name, num_elements)
 
 
 def uses_expert_groups(recipe: Recipe) -> bool:

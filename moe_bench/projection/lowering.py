@@ -148,6 +148,10 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float, stops_early: bool)
 
 def _add_mixer(tally: Tally, structure: LayerStructure) -> None:
     model = tally.recipe.model
+    if structure.mixer == "compressed_attention" or structure.has_indexer:
+        raise BadInputError(
+            f"{model.key}: no rates of its sparse attention are known; project a model with another one"
+        )
     if structure.mixer == "attention":
         add_attention(tally, structure)
     elif structure.mixer == "mamba" and model.mamba is not None:
