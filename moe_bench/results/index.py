@@ -123,7 +123,8 @@ class Index:
         return "" if under == self._root else f"{self._name(under)}/"
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix()
+        # ten times faster than `relative_to`
+        return path.as_posix().removeprefix(f"{self._root.as_posix()}/")
 
 
 @contextmanager

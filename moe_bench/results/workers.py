@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 MIN_FILES = 256
@@ -21,10 +22,11 @@ def over_files[File, Found](work: Callable[[File], Found], files: Sequence[File]
     # started by a server that has only imported `work`, not copied from this process, which may run threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
-    with context.Pool(min(MAX_WORKERS, len(os.sched_getaffinity(0))), _leave_interrupts) as pool:
+    with context.Pool(min(MAX_WORKERS, len(os.sched_getaffinity(0))), _fall_silent) as pool:
         yield from pool.imap_unordered(work, files, chunksize=CHUNK)
 
 
-def _leave_interrupts() -> None:
-    """An interrupt from the keyboard reaches all processes, and the first one ends the others."""
+def _fall_silent() -> None:
+    """Leave it to the first process to say what happened: it gets every error, and what ends it ends all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -1,5 +1,8 @@
 """Medians and intervals of step times, slow ranks and outliers."""
 
+import random
+import statistics
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,8 +29,6 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
 
 
 def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
-    import random
-
     generator = random.Random(11)
     covered = 0
     for trial in range(200):
@@ -88,9 +89,18 @@ def test_too_few_steps_cannot_tell() -> None:
 
 
 def test_noise_is_seldom_taken_for_a_drift() -> None:
-    import random
-
     generator = random.Random(5)
     found = [steady_state([generator.gauss(1.0, 0.1) for _ in range(40)]) for _ in range(300)]
     assert sum(steady.has_settled is False for steady in found) <= 6
     assert sum(steady.first_step > 0 for steady in found) <= 9
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 20])
+def test_the_interval_is_that_of_the_medians_of_resamples(num_samples: int) -> None:
+    samples = sorted(random.Random(num_samples).gauss(1, 0.1) for _ in range(num_samples))
+    generator = random.Random(5)
+    medians = sorted(statistics.median(generator.choices(samples, k=num_samples)) for _ in range(41))
+    interval = median_interval(samples[::-1], num_resamples=41, seed=5)
+    # one of 41 medians is cut off at either end
+    assert (interval.low_s, interval.high_s) == (medians[1], medians[-2])
+    assert interval.median_s == statistics.median(samples)
