@@ -235,10 +235,13 @@ def test_held_back_weight_gradients_are_refused(groups: Groups) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_gpt_oss", [False, True], ids=["swiglu", "gpt-oss"])
-def test_fused_experts_equal_loops_in_float64(is_gpt_oss: bool) -> None:
+@pytest.mark.parametrize("are_apart", [False, True], ids=["stacked", "apart"])
+def test_fused_experts_equal_loops_in_float64(are_apart: bool, is_gpt_oss: bool) -> None:
     """Counts on the host and groups of odd sizes, one of them empty: the shapes that need no padding."""
     changes = gpt_oss_experts() if is_gpt_oss else {}
-    module = experts(without_groups(), params_dtype=torch.bfloat16, bf16=True, **changes).cuda()
+    module = experts(
+        without_groups(), are_apart=are_apart, params_dtype=torch.bfloat16, bf16=True, **changes
+    ).cuda()
     compare_with_reference(
         module, reference=GPT_OSS_REFERENCE if is_gpt_oss else {}, close={"rtol": 3e-2, "atol": 6e-2}
     )
