@@ -23,6 +23,8 @@ TOP_PX = 24
 MIN_PLOT_PX = 48
 MAX_ROW_PX = 30
 BAR_FRACTION = 0.66
+MIN_BAR_PX = 0.5
+"""Of a part that is there: a few megabytes of many gigabytes would round to nothing."""
 
 MEMORY_PARTS = {
     "weights": "weights",
@@ -101,7 +103,7 @@ def _bar(rank: RankMemory, x: Place, top_px: float, row_px: float) -> Iterable[M
                 role=part,
                 x_px=start_px,
                 y_px=top_px + row_px * (1 - BAR_FRACTION) / 2,
-                width_px=end_px - start_px,
+                width_px=max(end_px - start_px, MIN_BAR_PX),
                 height_px=row_px * BAR_FRACTION,
                 tip=f"stage {rank.pipeline_rank}: {MEMORY_PARTS[part]} {size_bytes / GIB:.2f} GiB",
             )
