@@ -141,7 +141,7 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float, stops_early: bool)
         exchanges += mtp_exchanges(recipe, is_moe=False)[:2]
     return LayerWork(
         operations=tuple(tally.operations),
-        messages=tuple(_messages(tally, exchanges, load)),
+        messages=tuple(messages_of(tally, exchanges, load)),
         num_launches=tally.num_launches,
     )
 
@@ -190,7 +190,7 @@ def _loss_work(recipe: Recipe) -> LayerWork:
         _add_loss(tally)
     return LayerWork(
         operations=tuple(tally.operations),
-        messages=tuple(_messages(tally, loss_exchanges(recipe), 1.0)),
+        messages=tuple(messages_of(tally, loss_exchanges(recipe), 1.0)),
         num_launches=tally.num_launches,
     )
 
@@ -205,7 +205,7 @@ def _add_loss(tally: Tally) -> None:
     tally.launch(_LOSS_LAUNCHES)
 
 
-def _messages(tally: Tally, exchanges: Iterable[Exchange], load: float) -> Iterator[Message]:
+def messages_of(tally: Tally, exchanges: Iterable[Exchange], load: float) -> Iterator[Message]:
     """What the busiest rank exchanges: `load` times as much with its expert-parallel peers."""
     is_overlapped = tally.recipe.overlap.tensor_parallel
     for exchange in exchanges:

@@ -1,0 +1,75 @@
+"""A MoE layer alone, held against Megatron-LM's own timings of one on eight H100."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from moe_bench.errors import BadInputError
+from moe_bench.projection.constants import Constants
+from moe_bench.projection.isolated_layer import isolated_layer
+from moe_bench.results.published import PublishedRow, load_rows
+from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
+from moe_bench.spec.load import Loader
+from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.recipe import Overlap, Recipe, Recompute
+
+LOADER = Loader(root=recipes_root(), rules=())
+ROWS = tuple(row for row in load_rows(data_root() / "results/published") if row.kind == "layer_microbench")
+MODELS = {
+    "deepseek": ("deepseek_v3/h100_sxm_256g_bf16", 32),
+    "mixtral": ("mixtral_8x7b/h100_sxm_64g_bf16", 8),
+}
+
+
+def timed(row: PublishedRow) -> Recipe:
+    """The layer of `row`: DeepSeek-V3's with 32 experts, or Mixtral's, over eight GPUs of one node."""
+    name, num_experts = MODELS[row.id.split("-")[2]]
+    recipe = LOADER.recipe(find_recipe(name, LOADER))
+    assert recipe.model.moe is not None
+    assert row.dispatcher is not None
+    moe = recipe.model.moe.model_copy(update={"num_experts": num_experts})
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"moe": moe}),
+            "precision": "bf16" if row.precision == "BF16" else "fp8_tensorwise",
+            "seq_len": row.seq_len,
+            "micro_batch_size": row.mbs,
+            "parallel": ParallelSpec(num_gpus=8, expert=8),
+            "recompute": Recompute(),
+            "overlap": Overlap(),
+            "dispatch": recipe.dispatch.model_copy(update={"dispatcher": row.dispatcher}),
+        }
+    )
+
+
+def ratio(row: PublishedRow, constants: Constants | None = None) -> float:
+    """Projected over measured time, forward and backward together."""
+    metrics = row.metrics
+    assert metrics.moe_layer_fwd_ms is not None
+    assert metrics.moe_layer_bwd_ms is not None
+    layer = isolated_layer(timed(row), *(() if constants is None else (constants,)))
+    return 1e3 * (layer.forward_s + layer.backward_s) / (metrics.moe_layer_fwd_ms + metrics.moe_layer_bwd_ms)
+
+
+def test_the_registry_has_twelve_layers_of_two_models() -> None:
+    assert len(ROWS) == 12
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_a_layer_at_burst_rates_is_within_a_third_of_its_timing(row: PublishedRow) -> None:
+    assert 0.8 < ratio(row) < 1.34
+
+
+def test_burst_rates_explain_most_of_the_distance_between_a_layer_alone_and_in_a_step() -> None:
+    in_a_step = statistics.median(ratio(row, Constants()) for row in ROWS)
+    alone = statistics.median(ratio(row) for row in ROWS)
+    assert in_a_step > 1.15
+    assert abs(alone - 1) < 0.10
+
+
+def test_a_dense_model_has_no_such_layer() -> None:
+    recipe = timed(ROWS[0])
+    with pytest.raises(BadInputError, match="dense model"):
+        isolated_layer(recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": None})}))
