@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_bench.analysis.activations import (
-    activation_element_bytes,
-    chunk_activation_bytes,
-    expert_token_copies,
-    kept_bytes,
-    layer_tensors,
-    peak_in_flight_bytes,
-    token_counts,
-)
-from moe_bench.analysis.params import Part, RankParams, layer_weights, rank_params, rank_weights
+from moe_bench.analysis.activations import activation_element_bytes
+from moe_bench.analysis.chunk_memory import ModelMemory
+from moe_bench.analysis.fsdp_memory import fsdp_in_flight
+from moe_bench.analysis.params import Part, RankParams, rank_params, rank_weights
+from moe_bench.analysis.resident_memory import resident_bytes
+from moe_bench.analysis.schedule_memory import step_peak
 from moe_bench.errors import BadInputError
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import pipeline_chunks
 from moe_bench.spec.recipe import Precision, Recipe, StateDtype
 
 GIB = 1024**3
@@ -26,8 +22,6 @@ CONTEXT_BYTES = 5 * GIB // 2
 communicators on one node, 1 to 3 GiB at scale)."""
 FRAGMENTATION_FRACTION = 0.03
 """Reserved beyond allocated memory with expandable segments; without them 9 % and more have been seen."""
-ACTIVATION_BIAS_FRACTION = 0.12
-"""By how much activations of expert layers come out low (see activations.py)."""
 
 _DTYPE_BYTES: Mapping[StateDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -42,6 +36,8 @@ _QUANTIZED_COPY_BYTES: Mapping[Precision, float] = {
 """Bytes per weight of the row-wise and column-wise copies that Transformer Engine keeps, scales included
 (transformer_engine/pytorch, quantized weight workspaces). Hopper needs both; not measured here."""
 
+_INPUT_BYTES = 3 * 8 + 4
+
 _QUANTIZED_PARTS = frozenset(
     (Part.ATTENTION, Part.DENSE_MLP, Part.SHARED_EXPERTS, Part.ROUTED_EXPERTS, Part.MTP_PROJECTION)
 )
@@ -49,7 +45,10 @@ _QUANTIZED_PARTS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Peak device memory of every rank of one pipeline rank."""
+    """Device memory of every rank of one pipeline rank at the fullest moment of a step.
+
+    Categories are those of a dry run (harness/dryrun/accounting.py), by the pass that takes the memory.
+    """
 
     pipeline_rank: int
     weights_bytes: int
@@ -57,16 +56,20 @@ class RankMemory:
     gradients_bytes: int
     optimizer_bytes: int
     """Main weights and moments."""
+    inputs_bytes: int
+    """Tokens, labels, positions and loss mask of all micro batches of a step."""
     activations_bytes: int
-    """Left by forward passes whose backward pass has not run."""
-    recompute_bytes: int
-    """Brought back for the layer whose backward pass runs."""
-    layer_backward_bytes: int
-    """Input and output gradients of the largest product of one layer."""
-    logits_bytes: int
-    """Logits and their gradient, where the loss is computed."""
+    """Made by forward passes: kept for the backward pass, or just passing."""
+    recomputed_bytes: int
+    """Made again in the backward pass."""
+    backward_bytes: int
+    """Gradients of activations and weights on their way."""
+    pipeline_bytes: int
+    """Received from pipeline neighbours."""
     gathered_bytes: int
-    """Whole layers that Megatron-FSDP gathers."""
+    """Whole weights that Megatron-FSDP gathers."""
+    peak_at: str
+    """Which pass through which part of the model it is: `backward of experts`."""
 
     @property
     def states_bytes(self) -> int:
@@ -75,13 +78,34 @@ class RankMemory:
 
     @property
     def transient_bytes(self) -> int:
-        """The larger of what the loss and one layer's backward pass need; they never run at once."""
-        return max(self.recompute_bytes + self.layer_backward_bytes, self.logits_bytes) + self.gathered_bytes
+        """Everything beside states and activations."""
+        return (
+            self.inputs_bytes
+            + self.recomputed_bytes
+            + self.backward_bytes
+            + self.pipeline_bytes
+            + self.gathered_bytes
+        )
 
     @property
     def total_bytes(self) -> int:
-        """States, activations in flight and transients."""
+        """States, activations and transients."""
         return self.states_bytes + self.activations_bytes + self.transient_bytes
+
+    @property
+    def bytes_by_category(self) -> dict[str, int]:
+        """By the names that a dry run gives them."""
+        return {
+            "weights": self.weights_bytes,
+            "gradients": self.gradients_bytes,
+            "optimizer states": self.optimizer_bytes,
+            "inputs": self.inputs_bytes,
+            "activations": self.activations_bytes,
+            "recomputed": self.recomputed_bytes,
+            "backward": self.backward_bytes,
+            "pipeline": self.pipeline_bytes,
+            "synchronisation": self.gathered_bytes,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +127,8 @@ class MemoryFit:
 
 
 def needed_bytes(memory: RankMemory) -> int:
-    """The closed form with its margins: context, fragmentation, and the known bias of the activations.
-
-    M = (1 + 3 %) (states + (1 + 12 %) (activations + transients)) + 2.5 GiB, see the constants above.
-    """
-    moving = memory.activations_bytes + memory.transient_bytes
-    allocated = memory.states_bytes + round((1 + ACTIVATION_BIAS_FRACTION) * moving)
-    return round((1 + FRAGMENTATION_FRACTION) * allocated) + CONTEXT_BYTES
+    """The closed form with its margins: M = (1 + 3 %) total + 2.5 GiB, see the constants above."""
+    return round((1 + FRAGMENTATION_FRACTION) * memory.total_bytes) + CONTEXT_BYTES
 
 
 def memory_fit(recipe: Recipe) -> MemoryFit:
@@ -130,42 +149,50 @@ def fits(recipe: Recipe) -> bool:
 
 def pipeline_memory(recipe: Recipe) -> tuple[RankMemory, ...]:
     """Memory of every pipeline rank, in order."""
-    return tuple(rank_memory(recipe, rank) for rank in range(recipe.parallel.pipeline))
+    model = ModelMemory(recipe)
+    return tuple(_rank_memory(recipe, rank, model) for rank in range(recipe.parallel.pipeline))
 
 
 def rank_memory(recipe: Recipe, pipeline_rank: int) -> RankMemory:
     """Peak memory of pipeline rank `pipeline_rank`.
 
-    Left out: buffers of DeepEP and HybridEP, pipeline transfers (one activation each), the FP32 copies of
-    BF16 gradients that an optimizer without `main_params_dtype` support makes in the step, CUDA graph pools.
+    Left out: the optimizer step, which never was the fullest moment, with the FP32 copies of BF16 gradients
+    that an optimizer without `main_params_dtype` support makes in it; buffers of DeepEP and HybridEP; CUDA
+    graph pools. Offloaded activations are not credited.
     """
-    parallel = recipe.parallel
+    return _rank_memory(recipe, pipeline_rank, ModelMemory(recipe))
+
+
+def _rank_memory(recipe: Recipe, pipeline_rank: int, model: ModelMemory) -> RankMemory:
     chunks = [
         chunk
         for chunk in pipeline_chunks(
-            parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
+            recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
         )
         if chunk.pipeline_rank == pipeline_rank
     ]
     params = rank_params(recipe, pipeline_rank)
+    peak = step_peak(recipe, [model.chunk(chunk) for chunk in chunks], vector_bytes=model.sizes.vector_bytes)
+    whole = fsdp_in_flight(recipe, chunks)
     return RankMemory(
         pipeline_rank=pipeline_rank,
         weights_bytes=weights_bytes(recipe, params) + _quantized_bytes(recipe, pipeline_rank),
         gradients_bytes=gradients_bytes(recipe, params),
         optimizer_bytes=optimizer_bytes(recipe, params),
-        activations_bytes=peak_in_flight_bytes(
-            [chunk_activation_bytes(recipe, chunk) for chunk in chunks],
-            num_micro_batches=recipe.num_micro_batches,
-            pipeline=parallel.pipeline,
-            pipeline_rank=pipeline_rank,
-            group_size=parallel.micro_batch_group_size or parallel.pipeline,
-            overlaps_expert_parallel=recipe.overlap.expert_parallel,
-        ),
-        recompute_bytes=_recompute_bytes(recipe, chunks),
-        layer_backward_bytes=_layer_backward_bytes(recipe, chunks),
-        logits_bytes=logits_bytes(recipe) if any(chunk.has_loss for chunk in chunks) else 0,
-        gathered_bytes=_gathered_bytes(recipe, chunks),
+        inputs_bytes=inputs_bytes(recipe),
+        activations_bytes=peak.held.activations_bytes + resident_bytes(recipe, chunks, model),
+        recomputed_bytes=peak.held.recomputed_bytes,
+        backward_bytes=peak.held.backward_bytes + whole.gradients_bytes,
+        pipeline_bytes=peak.pipeline_bytes,
+        gathered_bytes=whole.weights_bytes,
+        peak_at=f"{peak.phase} of {peak.place}",
     )
+
+
+def inputs_bytes(recipe: Recipe) -> int:
+    """Tokens, labels and positions in int64 and an FP32 loss mask of every micro batch: 28 S b m / CP."""
+    tokens = recipe.seq_len // recipe.parallel.context * recipe.micro_batch_size
+    return _INPUT_BYTES * tokens * recipe.num_micro_batches
 
 
 def weights_bytes(recipe: Recipe, params: RankParams) -> int:
@@ -230,76 +257,3 @@ def _quantized_bytes(recipe: Recipe, pipeline_rank: int) -> int:
         elif part in _QUANTIZED_PARTS:
             num_weights += weights.on_rank(shards=parallel.tensor)
     return round(num_weights * _QUANTIZED_COPY_BYTES[recipe.precision])
-
-
-def _layer_kinds(recipe: Recipe, chunks: list[Chunk]) -> set[bool]:
-    """Which kinds of layers, expert or dense, stand on a rank."""
-    model = recipe.model
-    kinds = {model.is_moe_layer(layer) for chunk in chunks for layer in chunk.layers}
-    if any(chunk.num_mtp_layers for chunk in chunks):
-        kinds.add(model.is_moe_layer(model.num_layers - 1))
-    return kinds
-
-
-def _recompute_bytes(recipe: Recipe, chunks: list[Chunk]) -> int:
-    """What recomputation brings back at once: the freed tensors of one layer, or of one unit of layers."""
-    recompute = recipe.recompute
-    kinds = _layer_kinds(recipe, chunks)
-    if recompute.granularity == "none" or not kinds:
-        return 0
-    tensors = [layer_tensors(recipe, is_moe=is_moe) for is_moe in kinds]
-    if recompute.granularity == "selective":
-        return max(kept_bytes(layer, ()) - kept_bytes(layer, recompute.modules) for layer in tensors)
-    num_layers = max(1, recompute.num_layers) if recompute.method == "uniform" else 1
-    return num_layers * max(kept_bytes(layer, ()) for layer in tensors)
-
-
-def _layer_backward_bytes(recipe: Recipe, chunks: list[Chunk]) -> int:
-    """Gradients around the first product of an MLP: a rows (H + 2 F), rows = t k of the experts, or T."""
-    model = recipe.model
-    element = activation_element_bytes(recipe)
-    candidates = [0]
-    for is_moe in _layer_kinds(recipe, chunks):
-        if is_moe and model.moe is not None:
-            copies = expert_token_copies(recipe, model.moe)
-            candidates.append(copies * (model.hidden_size + 2 * model.moe.expert_ffn_hidden_size))
-        else:
-            ffn = (model.dense_ffn_hidden_size or 0) // recipe.parallel.tensor
-            candidates.append(token_counts(recipe).gathered * (model.hidden_size + 2 * ffn))
-    return element * max(candidates)
-
-
-def logits_bytes(recipe: Recipe) -> int:
-    """Logits, their FP32 form and gradient: c T V / TP per prediction, and three gathered vectors, 3 a T H.
-
-    c = 2 with Transformer Engine's fused loss (gradient in place), 6 with Megatron-Core's fused one, 10
-    without fusion; 4, 8 and 12 in FP32. The gathered vectors are an inference from SimuMax's dense rows, not
-    read code.
-    """
-    element = activation_element_bytes(recipe)
-    per_logit = {"te": 0, "native": 4, "none": 8}[recipe.kernels.fusions.cross_entropy] + element
-    tokens = token_counts(recipe).gathered
-    one_prediction = per_logit * tokens * recipe.model.vocab_size // recipe.parallel.tensor
-    return one_prediction * (1 + recipe.num_mtp_layers) + 3 * element * tokens * recipe.model.hidden_size
-
-
-def _gathered_bytes(recipe: Recipe, chunks: list[Chunk]) -> int:
-    """Megatron-FSDP's unsharded weights and gradients of the layer at work and the one fetched ahead."""
-    parallel, model = recipe.parallel, recipe.model
-    if parallel.data_sharding != "megatron_fsdp" or parallel.fsdp_strategy == "optim":
-        return 0
-    num_experts = model.moe.num_experts if model.moe else 0
-    largest = 0
-    for is_moe in _layer_kinds(recipe, chunks):
-        parts = layer_weights(model, is_moe=is_moe, num_experts=num_experts, family=recipe.kernels.family)
-        on_rank = sum(
-            weights.on_rank(shards=parallel.expert_tensor) // parallel.expert
-            if part is Part.ROUTED_EXPERTS
-            else weights.on_rank(shards=parallel.tensor)
-            for part, weights in parts.items()
-        )
-        largest = max(largest, on_rank)
-    element = _DTYPE_BYTES[recipe.optimizer.gradient_dtype]
-    if parallel.fsdp_strategy == "optim_grads_params":
-        element += activation_element_bytes(recipe)
-    return 2 * largest * element

@@ -90,14 +90,9 @@ def _scaled(run: RankDryRun) -> str:
 def _memory_table(recipe: Recipe, outcome: RankOutcome) -> Table:
     run, closed = outcome.run, rank_memory(recipe, outcome.run.pipeline_rank)
     table = _table("peak memory", "", "GiB", "closed form", right=(1, 2))
-    formulas = {
-        "weights": closed.weights_bytes,
-        "gradients": closed.gradients_bytes,
-        "optimizer states": closed.optimizer_bytes,
-    }
+    formulas = closed.bytes_by_category
     for category, num_bytes in bytes_by_category(run).items():
-        formula = formulas.get(category)
-        table.add_row(category, _gib(num_bytes), "" if formula is None else _gib(formula))
+        table.add_row(category, _gib(num_bytes), _gib(formulas.get(category, 0)))
     peak = run.peak
     table.add_row(
         f"all live tensors, {peak.phase} of {peak.module}", _gib(peak.num_bytes), _gib(closed.total_bytes)

@@ -30,9 +30,9 @@ MEMORY_PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer states",
-    "activations": "activations in flight",
+    "activations": "activations",
     "transient": "transients",
-    "margin": "margins: context, fragmentation, known bias",
+    "margin": "margins: context, fragmentation",
 }
 
 

@@ -38,7 +38,7 @@ def test_one_rank_is_printed_with_what_it_does_not_know(capsys: pytest.CaptureFi
         "kernels.family transformer_engine torch_native",
         "rank 3, pipeline rank 0",
         "micro batches: 1 run of 1",
-        "attention: values and output padded for torch's flash kernel (unverified)",
+        "kernels: norms fused into projections, MLA's values unpadded (unverified)",
         "grouped GEMM",
         "reduce_scatter DPxCP",
         "kernels stood in for",
