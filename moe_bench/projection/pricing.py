@@ -6,7 +6,7 @@ the very code that projects one recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -77,8 +77,8 @@ class PricedLayer:
     nic_s: Floats
     latency_s: Floats
     num_launches: float
-    grade: Grade
-    """The worst of its operations."""
+    grades: Mapping[Part, Grade]
+    """The worst evidence of each part's operations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Pricer:
             nic_s=_floats(time.nic_s for _, time in times),
             latency_s=_floats(time.latency_s for _, time in times),
             num_launches=work.num_launches,
-            grade=max((cost.grade for cost in costs), default=Grade.MEASURED_HERE),
+            grades=_grades(work.operations, costs),
         )
 
     def _times(self, messages: Sequence[Message]) -> list[tuple[Message, LinkTime]]:
@@ -215,6 +215,19 @@ def stack(layers: Sequence[tuple[PricedLayer, LayerSetting]]) -> LayerTable:
 
 def _join[Kind: np.generic](columns: Iterable[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
     return np.concatenate(list(columns))
+
+
+def _grades(operations: Iterable[Operation], costs: Iterable[Cost]) -> dict[Part, Grade]:
+    """Constants of the projection scale every rate, so nothing that was not measured here is better than
+    fitted; the share of the memory's bandwidth is such a constant itself.
+    """
+    grades: dict[Part, Grade] = {}
+    for operation, cost in zip(operations, costs, strict=True):
+        grade = Grade.FITTED if cost.scale is Scale.MEMORY else cost.grade
+        least = Grade.MEASURED_HERE if cost.grade is Grade.MEASURED_HERE else Grade.FITTED
+        part = _part(operation)
+        grades[part] = max(grades.get(part, Grade.MEASURED_HERE), grade, least)
+    return grades
 
 
 def _part(operation: Operation) -> Part:

@@ -173,10 +173,14 @@ def _projection(work: StepWork, table: StepTable, times: StepTimes, timeline: Ti
         for layer, number in held.items():
             counts[layer] += number * (chunk.pipeline_rank == critical)
     counts *= recipe.num_micro_batches
-    grade = max(layer.grade for layer, _ in work.layers)
+    grades: dict[str, Grade] = {}
+    for priced, _ in work.layers:
+        for part, grade in priced.grades.items():
+            grades[part] = max(grade, grades.get(part, grade))
+    worst = max(grades.values())
     by_part = np.einsum("l,lqp->qp", counts, layers.parts_s)
     terms = [
-        Term(name=part.value, seconds=float(seconds), grade=grade)
+        Term(name=part.value, seconds=float(seconds), grade=grades[part])
         for part, seconds in zip(PARTS, by_part.sum(0), strict=True)
         if seconds
     ]
@@ -185,7 +189,7 @@ def _projection(work: StepWork, table: StepTable, times: StepTimes, timeline: Ti
         ("tensor parallel", float(counts @ layers.tensor_s.sum(1)), Grade.PRIOR),
         ("context parallel", float(counts @ layers.context_s.sum(1)), Grade.PRIOR),
         ("host", float(counts @ layers.host_s.sum(1)), Grade.FITTED),
-        ("pipeline bubble", float(times.bubble_s[0]), grade),
+        ("pipeline bubble", float(times.bubble_s[0]), worst),
         ("pipeline transfers", float(times.transfer_s[0]), Grade.PRIOR),
         ("weight gathers", float(times.gathers_s[0]), Grade.PRIOR),
         ("gradient reduction", float(times.gradients_s[0]), Grade.PRIOR),
