@@ -95,9 +95,9 @@ def project(
         parts.append(scale_view(curve))
         data["scaling"] = scale_json(curve)
     if train_tokens is not None:
-        cost = training_cost(made.projection, train_tokens=train_tokens, price_per_gpu_hour=price)
-        parts.append(cost_view(cost, num_gpus=asked.parallel.num_gpus))
-        data["training"] = cost_json(cost)
+        cost = training_cost(made.projection, num_tokens=round(train_tokens))
+        parts.append(cost_view(cost, num_gpus=asked.parallel.num_gpus, price_per_gpu_hour=price))
+        data["training"] = cost_json(cost, price_per_gpu_hour=price)
     if trace is not None:
         _write_trace(made, trace)
     _print(parts, data, as_json)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moe_bench.analysis.flops import gflops_per_token
+from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import FITTED, Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fit import Observations, fitted, left_out, projected_tokens_per_s
 from moe_bench.projection.pricing import Floats
-from moe_bench.projection.row_inference import InferredRun, configuration_key
-from moe_bench.projection.step_time import step_table
-from moe_bench.projection.step_work import step_work
+from moe_bench.projection.projected import with_schedules
+from moe_bench.projection.row_engines import is_fitted, is_scored, traits_of
+from moe_bench.projection.row_folds import FoldBy
+from moe_bench.projection.row_inference import Catalogue, InferredRun, NotProjectable, infer
+from moe_bench.projection.row_recompute import with_recompute
+from moe_bench.projection.step_work import StepWork, step_work
 from moe_bench.results.flops_convention import OUR_COUNTING
+from moe_bench.results.published import PublishedRow
+
+SUSPECT_FRACTION = 0.4
+"""A published number that the projection contradicts by more is looked at again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,28 @@ class RowResult:
     def baseline_error(self) -> float:
         """The same of the naive predictor."""
         return self.run.tokens_per_s_per_gpu / self.baseline_tokens_per_s_per_gpu - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether the row enters summaries; others are projected and listed."""
+        return is_scored(self.run.row)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the projection contradicts the published number so far that one of them is wrong."""
+        return abs(self.step_time_error) > SUSPECT_FRACTION
+
+    @property
+    def has_natural_routing(self) -> bool:
+        """Whether experts are loaded unevenly, by the router or by a bias, or limited by a capacity."""
+        recipe = self.run.recipe
+        is_uneven = recipe.routing.mode in ("natural", "biased")
+        return recipe.model.moe is not None and (is_uneven or recipe.token_drop is not None)
+
+    def corrected_by(self, anchor: RowResult) -> RowResult:
+        """The same with the projection times published over projected of `anchor`."""
+        factor = anchor.run.tokens_per_s_per_gpu / anchor.projected_tokens_per_s_per_gpu
+        return replace(self, projected_tokens_per_s_per_gpu=self.projected_tokens_per_s_per_gpu * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,28 +109,86 @@ def summaries_by(results: Sequence[RowResult], group: Callable[[RowResult], str]
     return {name: summary(members) for name, members in ordered}
 
 
-def observations(runs: Sequence[InferredRun], *, is_fitted: Callable[[InferredRun], bool]) -> Observations:
-    """`runs` priced, each with its weight in a fit: 1 / sqrt(n) where n fitted rows repeat a configuration.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projectable:
+    """Which rows of a registry can be projected, and what becomes of the others."""
 
-    Raises BadInputError where a run's GPU has no rates.
-    """
+    runs: tuple[InferredRun, ...]
+    """Rows that count, and those that are projected for completeness: functional runs and trust C."""
+    works: tuple[StepWork, ...]
+    """Of each run, priced."""
+    failed: tuple[NotProjectable, ...]
+    """Rows that train a whole model and cannot be projected, with the reason."""
+    num_others: int
+    """Rows that train no whole model: fine-tuning, single layers, kernels."""
+
+
+def projectable(rows: Iterable[PublishedRow], catalogue: Catalogue) -> Projectable:
+    """`rows` as complete recipes, as far as they can be."""
+    runs: list[InferredRun] = []
+    works: list[StepWork] = []
+    failed: list[NotProjectable] = []
     efficiencies: dict[str, Efficiency] = {}
-    works = []
-    for run in runs:
-        system = run.recipe.system
-        if system.key not in efficiencies:
-            efficiencies[system.key] = Efficiency(system)
-        works.append(step_work(run.recipe, efficiencies[system.key]))
-    keys = [configuration_key(run.row) for run in runs]
-    chosen = [is_fitted(run) for run in runs]
-    repeats = Counter(key for key, keep in zip(keys, chosen, strict=True) if keep)
-    weights = [repeats[key] ** -0.5 if keep else 0.0 for key, keep in zip(keys, chosen, strict=True)]
+    num_others = 0
+    for row in rows:
+        if not row.is_training:
+            num_others += 1
+            continue
+        run = infer(row, catalogue)
+        if isinstance(run, NotProjectable):
+            failed.append(run)
+            continue
+        try:
+            run = with_recompute(run)
+            works.append(_priced(run, efficiencies))
+        except BadInputError as error:
+            failed.append(NotProjectable(row=row, reason=str(error)))
+        else:
+            runs.append(run)
+    return Projectable(runs=tuple(runs), works=tuple(works), failed=tuple(failed), num_others=num_others)
+
+
+def _priced(run: InferredRun, efficiencies: dict[str, Efficiency]) -> StepWork:
+    system = run.recipe.system
+    if system.key not in efficiencies:
+        efficiencies[system.key] = Efficiency(system)
+    return step_work(run.recipe, efficiencies[system.key], traits=traits_of(run))
+
+
+def prints_layout(row: PublishedRow) -> bool:
+    """Whether the row prints all that a projection cannot do without: GPUs, sizes and batch.
+
+    The number of FSDP's shards stands for TP and PP where it is printed instead.
+    """
+    has_grid = None not in (row.tp, row.pp) or row.num_shards is not None
+    is_sized = None not in (row.hardware, row.num_gpus, row.precision, row.seq_len)
+    return has_grid and is_sized and (row.gbs is not None or row.local_batch is not None)
+
+
+def observations(found: Projectable, *, start: Constants) -> Observations:
+    """Runs with their pipelines simulated under `start`, each with its weight in a fit.
+
+    It is 1 / sqrt(n) for one of n fitted rows that repeat a configuration, 0 for rows that are not fitted.
+    """
+    runs = found.runs
+    repeats = Counter(run.configuration for run in runs if is_fitted(run))
     return Observations(
-        table=step_table(works),
+        table=with_schedules(found.works, start),
         tokens_per_gpu=_column(run.recipe.tokens_per_step / run.recipe.parallel.num_gpus for run in runs),
         tokens_per_s_per_gpu=_column(run.tokens_per_s_per_gpu for run in runs),
-        weight=np.array(weights),
+        weight=_column(repeats[run.configuration] ** -0.5 if is_fitted(run) else 0.0 for run in runs),
     )
+
+
+def accuracy_of(found: Projectable, *, left_out: FoldBy | None, start: Constants) -> tuple[RowResult, ...]:
+    """Every run under `start`, or under constants refitted without the row's fold."""
+    if not found.runs:
+        return ()
+    observed = observations(found, start=start)
+    if left_out is None:
+        return score(found.runs, observed, start)
+    results, _ = cross_validated(found.runs, observed, fold=lambda run: run.fold(left_out), start=start)
+    return results
 
 
 def score(
@@ -145,8 +233,8 @@ def _results(runs: Sequence[InferredRun], projected: Floats, baseline: Floats) -
 
 
 def _baseline(runs: Sequence[InferredRun], folds: np.ndarray[tuple[int, ...], np.dtype[np.str_]]) -> Floats:
-    """Mean model FLOPs per second of the rows outside a row's fold that have its GPU, precision class and
-    kind (dense or MoE); without any, of those with its precision class and kind, scaled by the GPUs' peaks.
+    """Mean model FLOPs per second of the rows that count, outside a row's fold, with its GPU, precision class
+    and kind (dense or MoE); without any, of those with its precision class and kind, scaled by the peaks.
     """
     flops_per_token = _column(
         1e9
@@ -161,10 +249,11 @@ def _baseline(runs: Sequence[InferredRun], folds: np.ndarray[tuple[int, ...], np
     achieved = _column(run.tokens_per_s_per_gpu for run in runs) * flops_per_token
     peaks = _column(_peak(run) for run in runs)
     classes = np.array([_class(run) for run in runs])
+    counts = np.array([is_scored(run.row) for run in runs])
     gpus = np.array([run.recipe.system.key for run in runs])
     naive = np.empty(len(runs))
     for row in range(len(runs)):
-        others = (folds != folds[row]) & (classes == classes[row])
+        others = counts & (folds != folds[row]) & (classes == classes[row])
         same_gpu = others & (gpus == gpus[row])
         if same_gpu.any():
             rate = achieved[same_gpu].mean()

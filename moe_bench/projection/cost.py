@@ -14,28 +14,27 @@ _S_PER_HOUR = 3600
 class TrainingCost:
     """A whole training at the projected speed, without restarts, checkpoints and evaluation."""
 
-    train_tokens: float  # a count that users write as 15e12
+    num_tokens: int
     time_s: float
     gpu_hours: float
     max_energy_j: float
     """Every GPU at its datasheet's maximum power all the time: an upper bound, without hosts and cooling."""
-    price: float | None
-    """In the currency of the stated price; None without one."""
+
+    def price(self, *, per_gpu_hour: float) -> float:
+        """GPU-hours x p, in the currency of the stated price."""
+        return self.gpu_hours * per_gpu_hour
 
 
-def training_cost(
-    projection: Projection, *, train_tokens: float, price_per_gpu_hour: float | None
-) -> TrainingCost:
-    """t = D / (tokens/s/GPU x N), GPU-hours = N t / 3600, E <= N P_max t, price = GPU-hours x p."""
+def training_cost(projection: Projection, *, num_tokens: int) -> TrainingCost:
+    """t = D / (tokens/s/GPU x N), GPU-hours = N t / 3600, E <= N P_max t."""
     num_gpus = projection.recipe.parallel.num_gpus
-    time_s = train_tokens / (projection.tokens_per_s_per_gpu * num_gpus)
+    time_s = num_tokens / (projection.tokens_per_s_per_gpu * num_gpus)
     gpu_hours = num_gpus * time_s / _S_PER_HOUR
     return TrainingCost(
-        train_tokens=train_tokens,
+        num_tokens=num_tokens,
         time_s=time_s,
         gpu_hours=gpu_hours,
         max_energy_j=num_gpus * max_power_w(projection.recipe) * time_s,
-        price=None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
     )
 
 

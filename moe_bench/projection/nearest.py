@@ -82,9 +82,9 @@ def _is_on_system(row: PublishedRow, recipe: Recipe) -> bool:
 
 
 def _runs(rows: Iterable[PublishedRow], catalogue: Catalogue) -> Iterator[InferredRun]:
-    for row in rows:
+    for row in filter(is_scored, rows):
         run = infer(row, catalogue)
-        if isinstance(run, InferredRun) and is_scored(run):
+        if isinstance(run, InferredRun):
             yield run
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from moe_bench.projection.row_inference import InferredRun
 from moe_bench.projection.row_stack import Engine
 from moe_bench.projection.traits import AUTOMODEL, MEGATRON, TORCHTITAN, Traits
+from moe_bench.results.published import PublishedRow
 
 TRAITS: Mapping[Engine, Traits] = {
     Engine.MEGATRON: MEGATRON,
@@ -22,11 +23,11 @@ def traits_of(run: InferredRun) -> Traits:
     return TRAITS[run.stack.engine]
 
 
-def is_scored(run: InferredRun) -> bool:
+def is_scored(row: PublishedRow) -> bool:
     """Whether the row counts for the accuracy: training for its speed, of a trust that it can carry."""
-    return run.row.kind == "pretrain" and run.row.trust in _TRUSTED
+    return row.kind == "pretrain" and row.trust in _TRUSTED
 
 
 def is_fitted(run: InferredRun) -> bool:
     """Whether constants are fitted to the row: it is scored, and Megatron-Core ran it."""
-    return is_scored(run) and run.stack.engine is Engine.MEGATRON
+    return is_scored(run.row) and run.stack.engine is Engine.MEGATRON

@@ -108,6 +108,7 @@ def scale_json(curve: ScaleOut) -> dict[str, object]:
     }
 
 
-def cost_json(cost: TrainingCost) -> dict[str, object]:
+def cost_json(cost: TrainingCost, *, price_per_gpu_hour: float | None) -> dict[str, object]:
     """A whole training; the energy is an upper bound."""
-    return dataclasses.asdict(cost)
+    price = None if price_per_gpu_hour is None else cost.price(per_gpu_hour=price_per_gpu_hour)
+    return {**dataclasses.asdict(cost), "price_per_gpu_hour": price_per_gpu_hour, "price": price}

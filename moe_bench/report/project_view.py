@@ -119,15 +119,16 @@ def scale_view(curve: ScaleOut) -> RenderableType:
     return Group(Text(mode, style="bold"), table, *refused)
 
 
-def cost_view(cost: TrainingCost, *, num_gpus: int) -> RenderableType:
+def cost_view(cost: TrainingCost, *, num_gpus: int, price_per_gpu_hour: float | None) -> RenderableType:
     """What a whole training takes."""
     parts = [
-        f"{cost.train_tokens:.3g} tokens on {num_gpus:,} GPUs: {cost.time_s / _S_PER_DAY:,.1f} days",
+        f"{cost.num_tokens:.3g} tokens on {num_gpus:,} GPUs: {cost.time_s / _S_PER_DAY:,.1f} days",
         f"{cost.gpu_hours:,.0f} GPU-hours",
         f"at most {cost.max_energy_j / _KWH_J:,.0f} kWh (every GPU at its maximum power)",
     ]
-    if cost.price is not None:
-        parts.append(f"price {cost.price:,.0f}")
+    if price_per_gpu_hour is not None:
+        price = cost.price(per_gpu_hour=price_per_gpu_hour)
+        parts.append(f"{price:,.0f} at {price_per_gpu_hour:g} per GPU-hour")
     return Text("; ".join(parts) + "; restarts, checkpoints and evaluation are not counted")
 
 

@@ -1,0 +1,50 @@
+"""The verb that holds the projection against the published record: accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moe_bench.cli.app import READ, app
+from moe_bench.cli.options import JsonOption, print_view
+from moe_bench.errors import BadInputError
+from moe_bench.spec.catalogue import data_root
+
+
+@app.command(rich_help_panel=READ)
+def accuracy(
+    registry: Annotated[
+        Path | None, typer.Option("--registry", help="Another file of rows; default: results/published.")
+    ] = None,
+    cross_validate: Annotated[
+        Literal["model", "layout", "system", "release"] | None,
+        typer.Option("--cross-validate", help="Refit every fitted constant with that group left out."),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line per row.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """How far projections are from what was published, by row and group, beside a naive predictor."""
+    from moe_bench.projection.accuracy import accuracy_of, projectable
+    from moe_bench.projection.constants import Constants
+    from moe_bench.projection.row_inference import load_catalogue
+    from moe_bench.report.accuracy_json import accuracy_json
+    from moe_bench.report.accuracy_view import Accuracy, accuracy_csv, accuracy_view
+    from moe_bench.results.flat_registry import read_registry
+    from moe_bench.results.published import load_rows
+
+    if as_csv and as_json:
+        raise BadInputError("--csv and --json are two ways to print; drop one of them")
+    root = data_root()
+    rows = load_rows(root / "results" / "published") if registry is None else read_registry(registry)
+    found = projectable(rows, load_catalogue(root / "recipes"))
+    made = Accuracy(
+        found=found,
+        results=accuracy_of(found, left_out=cross_validate, start=Constants()),
+        left_out=cross_validate,
+    )
+    if as_csv:
+        typer.echo(accuracy_csv(made), nl=False)
+    else:
+        print_view(accuracy_view(made), accuracy_json(made), as_json)
