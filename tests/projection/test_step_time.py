@@ -40,9 +40,9 @@ def test_recipes_do_not_touch_each_other_in_one_table() -> None:
 @pytest.mark.parametrize(
     ("constant", "factor"),
     [
-        ("sustained_hopper", 0.8),
+        ("sustained", 0.8),
         ("memory_share", 0.8),
-        ("nic_share", 0.8),
+        ("alltoall_nic_share", 0.8),
         ("nvlink_share", 0.8),
         ("launch_s", 2.0),
         ("straggler_sigma", 2.0),
@@ -57,12 +57,27 @@ def test_every_constant_of_a_hopper_step_slows_it(constant: str, factor: float) 
     assert seconds(recipe, constants=worse)[0] > seconds(recipe, constants=base)[0]
 
 
-def test_low_precision_gain_acts_on_low_precision_alone() -> None:
-    base, better = Constants(), Constants(low_precision_gain=2.0)
-    bf16 = recipe_named("deepseek_v3/h100_sxm_1024g_bf16")
-    fp8 = recipe_named("deepseek_v3/h100_sxm_1024g_fp8_blockwise")
-    assert seconds(bf16, constants=better)[0] == pytest.approx(seconds(bf16, constants=base)[0], rel=1e-12)
-    assert seconds(fp8, constants=better)[0] < seconds(fp8, constants=base)[0]
+def test_the_share_of_the_network_is_that_of_the_dispatcher() -> None:
+    base = Constants()
+    flex = recipe_named("qwen3_235b_a22b/h100_sxm_256g_bf16_deepep")
+    for constant, does_change in (("nic_share", True), ("alltoall_nic_share", False)):
+        worse = base.with_values((constant,), (0.5 * getattr(base, constant),))
+        is_slower = seconds(flex, constants=worse)[0] > seconds(flex, constants=base)[0] * (1 + 1e-9)
+        assert is_slower is does_change
+
+
+def test_overlapped_dispatch_costs_what_it_takes_from_the_kernels_beside_it() -> None:
+    base = Constants()
+    overlapped = recipe_named("qwen3_235b_a22b/h100_sxm_256g_bf16_deepep_overlap")
+    lossless = base.with_values(("overlap_loss",), (0.0,))
+    times = step_times(step_table([step_work(overlapped)]), base)
+    free = step_times(step_table([step_work(overlapped)]), lossless)
+    traffic = times.layers.expert_traffic_s.sum(1)
+    exposed = times.layers.expert_s.sum(1)
+    hidden = free.layers.expert_s.sum(1)
+    is_moe = traffic > 0
+    assert hidden[is_moe] == pytest.approx(0.0, abs=1e-12)
+    assert exposed[is_moe] == pytest.approx(base.overlap_loss * traffic[is_moe])
 
 
 def test_more_load_on_the_slowest_rank_takes_longer() -> None:
