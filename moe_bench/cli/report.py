@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +66,7 @@ def report(
         from moe_bench.report.frame import frame_view, records_frame
 
         frame = records_frame(_runs(places))
-        _print_frame(frame, frame_view(frame), table_format, as_json)
+        _print_frame(frame, lambda: frame_view(frame), table_format, as_json)
 
 
 def _runs(places: tuple[Path, ...]) -> tuple[RunSummary, ...]:
@@ -145,10 +146,12 @@ def _print_scaling(
     )
     if plot is not None:
         write_scaling_plot(found.curves, plot)
-    _print_frame(scaling_frame(found), scaling_view(found), table_format, as_json)
+    _print_frame(scaling_frame(found), lambda: scaling_view(found), table_format, as_json)
 
 
-def _print_frame(frame: pd.DataFrame, view: RenderableType, table_format: TableFormat, as_json: bool) -> None:
+def _print_frame(
+    frame: pd.DataFrame, view: Callable[[], RenderableType], table_format: TableFormat, as_json: bool
+) -> None:
     from moe_bench.report.frame import as_csv, as_markdown
 
     if table_format is TableFormat.MARKDOWN:
@@ -156,4 +159,4 @@ def _print_frame(frame: pd.DataFrame, view: RenderableType, table_format: TableF
     elif table_format is TableFormat.CSV:
         typer.echo(as_csv(frame), nl=False)
     else:
-        print_view(view, json.loads(frame.to_json(orient="records")), as_json)
+        print_view(view(), json.loads(frame.to_json(orient="records")), as_json)

@@ -125,9 +125,9 @@ def check(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({"num_records": len(entries), "problems": problems}, indent=1))
     else:
-        num = len(problems)
-        summary = f"{len(entries):,} records, {num or 'no'} problem{'' if num == 1 else 's'}"
-        typer.echo("\n".join([*problems, summary]))
+        numbers = (("record", len(entries)), ("problem", len(problems)))
+        counts = [f"{num or 'no'} {what}{'' if num == 1 else 's'}" for what, num in numbers]
+        typer.echo("\n".join([*problems, ", ".join(counts)]))
     raise typer.Exit(BadInputError.exit_code if problems else 0)
 
 

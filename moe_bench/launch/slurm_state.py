@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from moe_bench.errors import SchedulerError
 from moe_bench.launch.job_state import SLURM_STATES, JobState
 from moe_bench.launch.runner import Runner
 
@@ -84,6 +85,16 @@ def accounted_jobs(numbers: Collection[int], run: Runner) -> Told:
         elif state == "OUT_OF_MEMORY":
             jobs[int(number)] = SlurmJob(state=state, reason=f"step {step}")
     return Told(jobs=jobs)
+
+
+def job_output(number: int, run: Runner) -> str:
+    """The file that the output of a running job goes to. Raises SchedulerError where Slurm does not say."""
+    done = run(("scontrol", "show", "job", str(number)))
+    for line in done.stdout.splitlines():
+        name, _, value = line.strip().partition("=")
+        if name == "StdOut":
+            return value
+    raise SchedulerError(f"job {number}: {done.stderr.strip() or 'scontrol names no StdOut'}")
 
 
 def _problem(command: str, stderr: str) -> str:

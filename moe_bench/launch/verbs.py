@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from moe_bench.errors import BadInputError
-from moe_bench.launch.environment import allocation_from, current_environment
+from moe_bench.launch.environment import Allocation, allocation_from, current_environment
+from moe_bench.launch.job import Job
 from moe_bench.launch.ledger import SubmittedJob, add_to_ledger
 from moe_bench.launch.runner import run_captured, run_live
-from moe_bench.launch.slurm import this_installation
+from moe_bench.launch.slurm import Installation, this_installation
+from moe_bench.launch.slurm_state import job_output
 from moe_bench.launch.submit import (
     Submission,
     cluster_name,
@@ -58,7 +60,7 @@ def submit_verb(
 ) -> Outcome:
     """Queue a job, print the command that would (`dry_run`), or run it in the job that this process is in.
 
-    A job that is queued gets a line in the ledger below `results_root`. `inside_job` is set by
+    Every job gets a line in the ledger below `results_root`. `inside_job` is set by
     slurm/run_recipe.sh: a job of exactly the right size runs the recipe, any other is only the submitter.
     Raises SchedulerError, MissingRequirementError, BadInputError, MeasurementError.
     """
@@ -80,22 +82,14 @@ def submit_verb(
     if inside_job and allocation is None:
         raise BadInputError("--inside-job: this process is in no Slurm job; leave it out")
     if inside_job and allocation is not None and runs_here(job, allocation):
+        if not (allocation.is_sized or allocation.num_restarts):
+            add_to_ledger(results_root, _asked_by_hand(planned, job, installation, allocation))
         code = run_here(job, installation, allocation, run=run_captured, run_live=run_live)
         return Outcome(exit_code=code)
     submission = submit(job, installation, env=environment, run=run_captured)
     add_to_ledger(
         results_root,
-        SubmittedJob(
-            job_id=submission.job_id,
-            cluster=cluster_name(run_captured),
-            submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            plan=plan,
-            repeat=planned.repeat,
-            job_size=submission.job_size,
-            time_limit_s=job.time_limit_s,
-            log=submission.log,
-            command=submission.command,
-        ),
+        _ledger_line(planned, job, job_id=submission.job_id, log=submission.log, command=submission.command),
     )
     lines = (
         f"submitted job {submission.job_id}: {plan.recipe.name} on {submission.job_size}, "
@@ -103,3 +97,32 @@ def submit_verb(
         *(f"  {line}" for line in submission.follow),
     )
     return Outcome(lines=lines, command=submission.command, submission=submission)
+
+
+def _asked_by_hand(
+    planned: PlannedJob, job: Job, installation: Installation, allocation: Allocation
+) -> SubmittedJob:
+    """The line of a job that the user asked for with sbatch at exactly the right size."""
+    return _ledger_line(
+        planned,
+        job,
+        job_id=allocation.job_id,
+        log=job_output(allocation.job_id, run_captured),
+        command=(str(installation.script), *planned.run_args),
+    )
+
+
+def _ledger_line(
+    planned: PlannedJob, job: Job, *, job_id: int, log: str, command: tuple[str, ...]
+) -> SubmittedJob:
+    return SubmittedJob(
+        job_id=job_id,
+        cluster=cluster_name(run_captured),
+        submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        plan=planned.plan,
+        repeat=planned.repeat,
+        job_size=str(job.size),
+        time_limit_s=job.time_limit_s,
+        log=log,
+        command=command,
+    )

@@ -2,9 +2,10 @@
 
 import pytest
 
+from moe_bench.errors import SchedulerError
 from moe_bench.launch.job_state import SLURM_STATES, JobState
 from moe_bench.launch.runner import run_captured
-from moe_bench.launch.slurm_state import SlurmJob, accounted_jobs, remembered_jobs
+from moe_bench.launch.slurm_state import SlurmJob, accounted_jobs, job_output, remembered_jobs
 from tests.launch.conftest import FakeRunner
 
 QUEUE = """\
@@ -63,6 +64,13 @@ def test_what_cannot_answer_says_why(ask, monkeypatch: pytest.MonkeyPatch) -> No
     assert told.problem is not None
     assert told.problem.endswith(": not installed here")
     assert told.problem.count(":") == 1
+
+
+def test_the_output_of_a_job_is_where_slurm_says_with_spaces_in_it() -> None:
+    told = "   WorkDir=/home/me\n   StdErr=/home/me/my runs/7.err\n   StdOut=/home/me/my runs/7.out\n"
+    assert job_output(7, FakeRunner({"show job 7": told})) == "/home/me/my runs/7.out"
+    with pytest.raises(SchedulerError, match="job 7: Invalid job id specified"):
+        job_output(7, FakeRunner({}, code=1, stderr="Invalid job id specified\n"))
 
 
 def test_every_state_that_waits_or_runs_has_not_ended() -> None:

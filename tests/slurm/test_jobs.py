@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.conftest import Slurm
-from tests.slurm.test_run_recipe import TOY, python_whose_ranks
+from tests.slurm.test_run_recipe import SCRIPT, TOY, python_whose_ranks
 
 pytestmark = pytest.mark.slurm
 
@@ -113,3 +113,15 @@ def test_a_job_that_runs_out_of_time_is_told_from_one_that_was_cancelled(user: U
     assert job["state"] == "timed out"
     # what is left to say it once Slurm has forgotten the job
     assert "DUE TO TIME LIMIT" in user.types("jobs", "log", job_id)[1]
+
+
+def test_a_job_that_was_asked_for_by_hand_is_known_while_it_runs(user: User) -> None:
+    python = python_whose_ranks(user.home, "echo rank $SLURM_PROCID is up; exit 5")
+    job_id = user.slurm.sbatch(
+        "--nodes=2", "--ntasks-per-node=2", str(user.checkout / SCRIPT), *TOY, "--nodes", "2",
+        cwd=user.home, MOE_BENCH_PYTHON=python,
+    )  # fmt: skip
+    job = user.ends(str(job_id))
+    assert (job["state"], job["job_size"]) == ("failed", "2 nodes x 2 processes")
+    assert job["reason"].startswith("exit code 5, a gate failed: ")
+    assert "rank 3 is up" in user.types("jobs", "log", str(job_id))[1]
