@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from moe_bench.harness.dryrun.places import Phase
-from moe_bench.harness.dryrun.schedule import num_micro_batches_to_run, over_the_step
+from moe_bench.harness.dryrun.schedule import WatchedBatches, num_micro_batches_to_run, over_the_step
+from moe_bench.harness.loopback import Ledger, LedgerKey, Traffic, Transfer
 from moe_bench.spec.recipe import Overlap
 from tests.harness.dryrun.conftest import toy
 
@@ -47,3 +51,18 @@ def test_what_comes_once_per_step_is_not_scaled() -> None:
 def test_what_does_not_come_with_every_micro_batch_cannot_be_scaled() -> None:
     with pytest.raises(ValueError, match="forward: 7 does not divide over the 2 micro batches"):
         over_the_step(7, Phase.FORWARD, num_run=2, num_micro_batches=5)
+
+
+def test_what_most_micro_batches_do_alike_is_added_for_those_left_out() -> None:
+    """Three of seven: the first sends 5 bytes, the second 3, the last 4, and 1 comes after them."""
+    key = LedgerKey("all_gather", "EDP", 4, Phase.PARAMETER_SYNC, "-")
+    ledger = Ledger(lambda: (Phase.PARAMETER_SYNC, "-"))
+    batches = WatchedBatches([{"number": torch.tensor(number)} for number in range(3)], ledger)
+    for _, sent in zip(batches, (5, 3, 4), strict=True):
+        ledger.record(Transfer(op="all_gather", group="EDP", group_size=4, num_bytes=sent, outputs=()))
+    ledger.record(Transfer(op="all_gather", group="EDP", group_size=4, num_bytes=1, outputs=()))
+    line = ledger.lines[key]
+    assert batches.with_more(key, line, num_more=0) is line
+    assert batches.with_more(key, line, num_more=4) == Traffic(num_calls=4 + 4, num_bytes=13 + 4 * 3)
+    once = replace(key, op="all_reduce")
+    assert batches.with_more(once, Traffic(num_calls=1, num_bytes=9), num_more=4).num_bytes == 9
