@@ -53,9 +53,10 @@ def summary_line(found: Sequence[Reproduction]) -> str:
     counts = verdict_counts(found)
     total = sum(counts.values())
     if not any(one.scale == "full" for one in found):
-        return f"no full-scale result yet: {total} published rows have a recipe, none of them was run here"
+        have = "row has" if total == 1 else "rows have"
+        return f"no full-scale result yet: {total} published {have} a recipe, none was run here"
     parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
-    return f"{total} published rows: {', '.join(parts)}"
+    return f"{total} published row{'' if total == 1 else 's'}: {', '.join(parts)}"
 
 
 def verdict_text(one: Reproduction) -> str:

@@ -91,6 +91,8 @@ def _draw_curve(place: Axes, curve: Curve, letter: str) -> None:
         markerfacecolor=face,
         linestyle=_LINES[curve.kind],
         linewidth=1.1,
+        # on top of what it is held against
+        zorder=3 if curve.kind is Kind.MEASURED else 2,
         label=textwrap.fill(f"{letter}  {curve.kind}: {curve.name}", _NAME_WIDTH),
     )
     for one in curve.efficiencies:

@@ -122,7 +122,7 @@ def test_runs_of_two_commits_are_two_lines_and_the_newest_is_counted() -> None:
     new = runs(published_step_s(), plan=PLAN, seed=2, commit="new")
     found = reproductions([RECIPE], ROWS, [*old, *new])
     assert [one.verdict for one in found] == [Verdict.REPRODUCED, Verdict.SLOWER]
-    assert summary_line(found) == "1 published rows: 1 reproduced"
+    assert summary_line(found) == "1 published row: 1 reproduced"
 
 
 def all_recipes() -> list[Recipe]:

@@ -60,7 +60,7 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
         x=Axis(title="GPUs (logarithmic)", ticks=_size_ticks(sizes, x)),
         y=Axis(title="efficiency (%)", ticks=ticks(values, y)),
         marks=(
-            *(mark for curve in curves for mark in _marks(curve, x, y)),
+            *(mark for curve in sorted(curves, key=_depth) for mark in _marks(curve, x, y)),
             *(_missing_mark(point, x, y(values[0])) for curve in curves for point in curve.missing),
         ),
         strokes=(
@@ -100,6 +100,11 @@ def _missing_mark(point: MissingPoint, x: Place, y_px: float) -> Mark:
 
 def _missing_text(point: MissingPoint) -> str:
     return f"{point.num_gpus} GPUs, no number: {point.reason}"
+
+
+def _depth(curve: Curve) -> int:
+    """Measured points are drawn last, on top of what they are held against."""
+    return int(curve.kind is Kind.MEASURED)
 
 
 def _marks(curve: Curve, x: Place, y: Place) -> Iterable[Mark]:
