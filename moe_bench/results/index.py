@@ -12,7 +12,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from itertools import batched
+from itertools import batched, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ from moe_bench.spec.scale import Plan
 INDEX_NAME = ".moe_bench_index.sqlite"
 BATCH = 64
 """Records per transaction: what is lost when a build is killed."""
+MIN_RECORDS = 50
+"""Fewer are read in half a second, and a small folder, such as a baseline under git, gets no file of ours."""
 LOCK_WAIT_S = 60.0
 DERIVING = ("spec", "analysis", "results")
 """Packages whose code decides what the index says of a record."""
@@ -131,7 +133,8 @@ class Index:
 def open_index(place: Path, tell: Callable[[str], None]) -> Iterator[Index]:
     """The index that covers `place`: that of the nearest folder above which has one, or a new one in `place`.
 
-    Where it cannot be written, a copy in memory serves and `tell` gets a line with the reason.
+    It is in memory where the records are few; and where it cannot be written, with a line to `tell` that says
+    why.
     """
     roots = (place, *place.parents[:2])
     root = next((root for root in roots if (root / INDEX_NAME).is_file()), place)
@@ -141,13 +144,17 @@ def open_index(place: Path, tell: Callable[[str], None]) -> Iterator[Index]:
 
 def _database(path: Path, tell: Callable[[str], None]) -> sqlite3.Connection:
     try:
-        return _prepared(_connect(str(path)))
+        return _prepared(_connect(str(path) if path.is_file() or _is_large(path.parent) else ":memory:"))
     except sqlite3.OperationalError as error:
         tell(f"{path}: {error}; what is not in it is read again every time")
         return _prepared(_copy_in_memory(path))
     except sqlite3.DatabaseError:  # not a database, or a damaged one: it held nothing of its own
         path.unlink()
         return _prepared(_connect(str(path)))
+
+
+def _is_large(folder: Path) -> bool:
+    return sum(1 for _ in islice(record_files(str(folder)), MIN_RECORDS)) >= MIN_RECORDS
 
 
 def _connect(place: str, *, is_uri: bool = False) -> sqlite3.Connection:

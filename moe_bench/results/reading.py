@@ -26,14 +26,6 @@ class Listener:
     on_progress: OnProgress
 
 
-def _ignore(*_: object) -> None:
-    return
-
-
-_SILENT = Listener(on_skipped=_ignore, on_note=_ignore, on_progress=_ignore)
-"""For what a first reading has said already."""
-
-
 def refuse(problem: str) -> None:
     """`on_skipped` where nothing may be left out. Raises BadInputError."""
     raise BadInputError(problem)
@@ -57,26 +49,33 @@ def read_summaries(
     places: tuple[Path, ...], listener: Listener, *, wanted: Callable[[Entry], bool] = lambda _: True
 ) -> Iterator[RunSummary]:
     """The summaries of the records that are `wanted`, found as by `read_entries`."""
-    for place in places:
-        if place.is_dir():
-            with _fresh_index(place, listener) as index:
-                yield from index.summaries(entry.path for entry in index.entries(place) if wanted(entry))
-        else:
-            summary = read_summary(place)
-            if wanted(entry_of(summary, place)):
-                yield summary
+    return (summary for _, summary in _read(places, listener, wanted))
 
 
 def read_newest(
     places: tuple[Path, ...], listener: Listener
 ) -> tuple[tuple[Record, ...], tuple[RunSummary, ...]]:
     """The newest record of each recipe, scale and change in full, and the summaries of the others."""
-    newest: dict[tuple[str, str, tuple[str, ...]], Entry] = {}
-    for entry in sorted(read_entries(places, listener), key=lambda entry: entry.started_at):
-        newest[entry.recipe, entry.scale, entry.modified] = entry
-    paths = {entry.path for entry in newest.values()}
-    older = read_summaries(places, _SILENT, wanted=lambda entry: entry.path not in paths)
-    return tuple(map(read_record, sorted(paths))), tuple(older)
+    found = sorted(_read(places, listener, lambda _: True), key=lambda one: one[0].started_at)
+    newest = {(entry.recipe, entry.scale, entry.modified): entry.path for entry, _ in found}
+    paths = set(newest.values())
+    older = tuple(summary for entry, summary in found if entry.path not in paths)
+    return tuple(map(read_record, sorted(paths))), older
+
+
+def _read(
+    places: tuple[Path, ...], listener: Listener, wanted: Callable[[Entry], bool]
+) -> Iterator[tuple[Entry, RunSummary]]:
+    for place in places:
+        if place.is_dir():
+            with _fresh_index(place, listener) as index:
+                entries = tuple(filter(wanted, index.entries(place)))
+                yield from zip(entries, index.summaries(entry.path for entry in entries), strict=True)
+        else:
+            summary = read_summary(place)
+            entry = entry_of(summary, place)
+            if wanted(entry):
+                yield entry, summary
 
 
 @contextmanager

@@ -20,6 +20,11 @@ from tests.results.listeners import Heard
 from tests.results.records import full, record
 
 
+@pytest.fixture(autouse=True)
+def indexed_from_the_first_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MIN_RECORDS", 0)
+
+
 def fill(root: Path, num_records: int, *, start: int = 0) -> list[Path]:
     return [write_record(root, record(job_id=f"job{job}")) for job in range(start, start + num_records)]
 
@@ -54,6 +59,16 @@ def test_new_changed_and_removed_records_are_noticed(tmp_path: Path) -> None:
     heard = Heard()
     assert jobs(tmp_path, heard) == ["job2", "job3", "jobX"]
     assert heard.num_read == 2
+
+
+def test_a_small_folder_gets_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 3)
+    monkeypatch.setattr(index_module, "MIN_RECORDS", 4)
+    assert len(jobs(tmp_path, Heard())) == 3
+    assert not (tmp_path / INDEX_NAME).exists()
+    fill(tmp_path, 1, start=3)
+    assert len(jobs(tmp_path, Heard())) == 4
+    assert (tmp_path / INDEX_NAME).is_file()
 
 
 def test_deleting_the_index_loses_nothing(tmp_path: Path) -> None:
