@@ -75,7 +75,7 @@ def results(
         until=until,
         is_modified=modified,
     )
-    context.obj = Asked(tuple(results or (results_root(),)), query)
+    context.obj = Asked(tuple(results or filter(Path.is_dir, [results_root()])), query)
     if context.invoked_subcommand is not None:
         return
     found = _entries(context.obj)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -172,6 +173,9 @@ def submit(
     families: FamiliesOption = Path("families"),
     site: SiteOption = None,
     nodes: NodesOption = None,
+    tensorboard: TensorboardOption = None,
+    mlflow: MlflowOption = None,
+    wandb: WandbOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stay, and end with the job's exit code.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would be run.")] = False,
     inside_job: Annotated[bool, typer.Option("--inside-job", hidden=True)] = False,
@@ -184,6 +188,8 @@ def submit(
 
     if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
         raise BadInputError(f"submit --scale {scale.value}: a slice is one process; use run on one machine")
+    trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
+    trackers.require()
     variants = interleaved(vary or (), num_repeats=repeats, sizes=sizes_of(num_gpus))
     # every one is checked before the first is queued
     planned = planned_jobs(
@@ -196,7 +202,7 @@ def submit(
     outcomes = []
     for job in planned.jobs:
         outcome = submit_verb(
-            job,
+            replace(job, run_args=(*job.run_args, *trackers.arguments())),
             data_root=data_root(),
             results_root=results_root(),
             site=site,

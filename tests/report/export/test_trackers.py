@@ -157,3 +157,13 @@ def test_a_run_is_exported_when_it_is_over_and_all_that_are_chosen_later(
     assert main([*chosen, "export", "--tensorboard", str(tmp_path / "again")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main([*chosen, "export"]) == 2
+
+
+def test_a_submitted_run_is_exported_in_its_job(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = ["submit", "qwen3_30b_a3b/h100_sxm_16g_bf16_alltoall", "--site", "default", "--dry-run"]
+    assert main([*submit, "--tensorboard", "my runs"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--scale full --tensorboard 'my runs' --site default")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*submit, "--wandb", "moe"]) == 3
