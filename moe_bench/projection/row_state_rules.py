@@ -283,6 +283,18 @@ STATE_RULES: tuple[Rule, ...] = (
         value=constant("bf16"),
     ),
     Rule(
+        name="gradients of Folding's FSDP",
+        field="optimizer.gradient_dtype",
+        when="FSDP rows of MoE Parallel Folding",
+        then="bf16",
+        evidence="reduced in FP32 over one NIC per GPU, expert gradients alone would take longer than the "
+        "published step of its FSDP + EP row (arXiv:2504.14960, table 3)",
+        applies=lambda case: (
+            case.stack.suite is Suite.FOLDING and case.has("parallel.data_sharding", "megatron_fsdp")
+        ),
+        value=constant("bf16"),
+    ),
+    Rule(
         name="gradients in FP32",
         field="optimizer.gradient_dtype",
         when="other suites",
