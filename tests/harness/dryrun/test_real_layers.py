@@ -15,7 +15,7 @@ from moe_bench.harness.dryrun.one_rank import Watch, built_without_data, micro_b
 from moe_bench.harness.dryrun.places import Places
 from moe_bench.harness.loopback import Ledger, loopback_groups
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.patches import patches
+from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.rank import build
 from moe_bench.harness.settings import settings_of
 from moe_bench.spec.recipe import Fusions, Recipe, Recompute
@@ -84,7 +84,7 @@ def kept_on_the_gpu(recipe: Recipe) -> int:
         "loss_mask": torch.ones_like(values, dtype=torch.float32),
     }
     with (
-        patches(recipe.patches),
+        patches((*patch_names("no_transformer_engine"), *recipe.patches)),
         loopback_groups(
             world_size=recipe.parallel.num_gpus,
             rank=0,
