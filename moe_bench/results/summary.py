@@ -12,7 +12,7 @@ from moe_bench.results.facts import Facts, facts_of, software_of
 from moe_bench.results.metrics import RunMetrics, gpu_s_per_token, run_metrics
 from moe_bench.results.record import Record
 from moe_bench.results.store import WHAT, parse_record
-from moe_bench.results.versioned import ForeignFileError
+from moe_bench.results.versioned import ForeignFileError, RecordError
 from moe_bench.spec.scale import Plan
 
 
@@ -89,7 +89,11 @@ def read_summary(path: Path) -> RunSummary:
         text = _without_loads(path)
     except OSError as error:
         raise ForeignFileError(f"{path}: not a {WHAT} ({error.strerror}); name another") from error
-    return summary_of(parse_record(text, path))
+    record = parse_record(text, path)
+    try:
+        return summary_of(record)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise RecordError(f"{path}: its numbers contradict each other ({error}); remove it") from error
 
 
 def _without_loads(path: Path) -> bytes:

@@ -47,6 +47,9 @@ def duplicate_problems(entries: Iterable[Entry]) -> Iterator[str]:
 
 def _size_problems(record: Record) -> Iterator[str]:
     samples, num_ranks = record.samples, record.num_ranks
+    if not num_ranks or not samples.warmup_step_times_s:
+        yield "samples.step_times_s: no ranks"
+        return
     if num_ranks != record.plan.num_ranks:
         yield f"samples.step_times_s: {num_ranks} ranks, the plan has {record.plan.num_ranks}"
     of_ranks = {

@@ -7,6 +7,7 @@ import pytest
 
 from moe_bench.results.store import read_record, write_record
 from moe_bench.results.summary import Status, read_summary, summary_of
+from moe_bench.results.validate import file_problems
 from moe_bench.results.versioned import ForeignFileError, RecordError
 from tests.results.records import full, record
 
@@ -61,3 +62,26 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path) -> None:
 )
 def test_the_status_says_whether_the_steps_have_settled(times_s: tuple[float, ...], status: Status) -> None:
     assert summary_of(record(full(), step_times_s=(times_s,) * 8)).status is status
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step_times_s": ()},
+        {"step_times_s": ((),)},
+        {"step_times_s": ((0.1, 0.1), (0.1,))},
+        {"step_times_s": ((0.0, 0.0), (0.0, 0.0))},
+        {"step_times_s": ((0.1,),) * 2 + ((0.2,),)},
+        {"losses": ()},
+        {"peak_memory_bytes": ()},
+    ],
+)
+def test_numbers_that_cannot_be_reduced_are_the_files_fault(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    samples = record().samples.model_copy(update=changes)
+    path = write_record(tmp_path, record().model_copy(update={"samples": samples}))
+    with pytest.raises(RecordError, match=r"\.json: its numbers contradict each other") as caught:
+        read_summary(path)
+    assert str(path) in str(caught.value)
+    assert file_problems(path)

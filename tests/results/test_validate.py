@@ -32,6 +32,7 @@ def test_a_sound_record_has_no_problem(tmp_path: Path) -> None:
         ({"energy_j": (1.0,)}, "samples.energy_j: 1 values, there are 2 ranks"),
         ({"step_times_s": ((0.1, 0.1, 0.1), (0.1, 0.1))}, "samples.step_times_s: ranks differ"),
         ({"step_times_s": ((0.1, 0.0, 0.1),) * 2}, "samples.step_times_s: a time that is none"),
+        ({"step_times_s": ()}, "samples.step_times_s: no ranks"),
         ({"step_times_s": ((0.1, 0.1, 0.1),) * 3}, "samples.step_times_s: 3 ranks, the plan has 2"),
     ],
 )
