@@ -57,6 +57,10 @@ def project(
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Write the pipeline for ui.perfetto.dev (JSON).")
     ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw where the step goes (SVG).")] = None,
+    plot_pipeline: Annotated[
+        Path | None, typer.Option("--plot-pipeline", help="Draw which rank computes when (SVG).")
+    ] = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -98,8 +102,7 @@ def project(
         cost = training_cost(made.projection, num_tokens=round(train_tokens))
         parts.append(cost_view(cost, num_gpus=asked.parallel.num_gpus, price_per_gpu_hour=price))
         data["training"] = cost_json(cost, price_per_gpu_hour=price)
-    if trace is not None:
-        _write_trace(made, trace)
+    _write_files(made, trace=trace, plot=plot, plot_pipeline=plot_pipeline)
     _print(parts, data, as_json)
 
 
@@ -148,15 +151,25 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _write_trace(made: Forecast, path: Path) -> None:
-    from moe_bench.projection.trace import write_trace
-
+def _write_files(
+    made: Forecast, *, trace: Path | None, plot: Path | None, plot_pipeline: Path | None
+) -> None:
     timeline = made.projection.timeline
-    if timeline is None:
-        raise BadInputError(
-            f"--trace: {made.recipe.name} has no pipeline to draw; choose one with PP above 1"
-        )
-    write_trace(timeline, path, name=f"{made.recipe.name}, projected")
+    if timeline is None and (trace is not None or plot_pipeline is not None):
+        raise BadInputError(f"{made.recipe.name} has no pipeline to draw; choose one with PP above 1")
+    if trace is not None and timeline is not None:
+        from moe_bench.projection.trace import write_trace
+
+        write_trace(timeline, trace, name=f"{made.recipe.name}, projected")
+    if plot is not None or plot_pipeline is not None:
+        from moe_bench.report.html.chart_file import write_chart
+        from moe_bench.report.html.pipeline_picture import pipeline_picture
+        from moe_bench.report.html.waterfall_chart import waterfall_chart
+
+        if plot is not None:
+            write_chart(waterfall_chart("waterfall", made), plot)
+        if plot_pipeline is not None and timeline is not None:
+            write_chart(pipeline_picture("pipeline", timeline), plot_pipeline)
 
 
 def _print(parts: list[RenderableType], data: dict[str, object], as_json: bool) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from moe_bench.launch.jobs import JobReport
-    from moe_bench.report.scaling import MissingPoint
+    from moe_bench.report.scaling import MissingPoint, ScalingPoint
     from moe_bench.results.summary import RunSummary
 
 
@@ -35,6 +35,10 @@ def report(
     model: Annotated[
         str | None, typer.Option("--model", help="With --scaling: one model, by folder or printed name.")
     ] = None,
+    projected: Annotated[
+        bool,
+        typer.Option("--projected", help="With --scaling: projected curves, too; add --model to see few."),
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="With --scaling: draw the curves, too (.png, .svg, .pdf).")
     ] = None,
@@ -51,8 +55,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Results as a table, as scaling curves or as a page: step time, tokens/s/GPU, TFLOPs/GPU, memory."""
-    if not scaling and (model is not None or plot is not None):
-        raise BadInputError("--model and --plot go with --scaling; add it, or drop them")
+    if not scaling and (model is not None or plot is not None or projected):
+        raise BadInputError("--model, --plot and --projected go with --scaling; add it, or drop them")
     if html is None and recipes is not None:
         raise BadInputError("--recipe goes with --html; add it, or drop --recipe")
     if html is not None and scaling:
@@ -61,7 +65,7 @@ def report(
     if html is not None:
         _write_page(html, places, recipes)
     elif scaling:
-        _print_scaling(places, model, plot, table_format, as_json)
+        _print_scaling(places, model, projected, plot, table_format, as_json)
     else:
         from moe_bench.report.frame import frame_view, records_frame
 
@@ -102,19 +106,26 @@ def _ignore(*_: object) -> None:
 def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -> None:
     from moe_bench.cli.listening import listening
     from moe_bench.report.html.page import ReportData, render_page
+    from moe_bench.report.html.projections import projections
     from moe_bench.report.html.recipes import page_recipes
     from moe_bench.results.published import load_rows
     from moe_bench.results.reading import read_newest
 
     with listening() as listener:
         newest, older = read_newest(places, listener)
+    shown = page_recipes(make_loader(), names or (), (*newest, *older))
+    projected = projections(shown)
     page = render_page(
         ReportData(
             records=newest,
             older=older,
             missing=_missing(places),
-            recipes=page_recipes(make_loader(), names or (), (*newest, *older)),
+            recipes=shown,
             rows=load_rows(data_root() / "results" / "published"),
+            projected=projected.points,
+            pipeline_pictures=projected.pipeline_pictures,
+            waterfalls=projected.waterfalls,
+            unprojected=projected.refused,
             version=__version__,
         )
     )
@@ -126,6 +137,7 @@ def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -
 def _print_scaling(
     places: tuple[Path, ...],
     model: str | None,
+    projected: bool,
     plot: Path | None,
     table_format: TableFormat,
     as_json: bool,
@@ -137,16 +149,29 @@ def _print_scaling(
 
     loader = make_loader()
     models = {path.parent.name: loader.model(path.parent.name) for path in loader.root.glob("*/model.yaml")}
+    runs = _runs(places)
     found = scaling_of(
-        _runs(places),
+        runs,
         load_rows(data_root() / "results" / "published"),
         models,
+        projected=_projected_points(runs) if projected else (),
         missing=_missing(places),
         model=model,
     )
     if plot is not None:
         write_scaling_plot(found.curves, plot)
     _print_frame(scaling_frame(found), lambda: scaling_view(found), table_format, as_json)
+
+
+def _projected_points(runs: tuple[RunSummary, ...]) -> tuple[ScalingPoint, ...]:
+    """Of what ran, else of every model's default run."""
+    from moe_bench.report.html.projections import projections
+    from moe_bench.report.html.recipes import page_recipes
+
+    found = projections(page_recipes(make_loader(), (), runs))
+    for name, reason in found.refused.items():
+        typer.echo(f"not projected: {name}: {reason}", err=True)
+    return found.points
 
 
 def _print_frame(

@@ -58,6 +58,8 @@ class ReportData:
     waterfalls: Mapping[str, Chart] = field(default_factory=dict)
     """Where the step time goes, by `Recipe.name`: a bar per term, time along x, terms along y, each bar
     beginning where the one before ends. Drawn on the recipe's card, behind the picture."""
+    unprojected: Mapping[str, str] = field(default_factory=dict)
+    """Why a recipe has no projection, by `Recipe.name`. A fact on its card."""
 
     @property
     def runs(self) -> tuple[RunSummary, ...]:
@@ -232,11 +234,16 @@ def _card(data: ReportData, index: int, recipe: Recipe) -> Card:
     return Card(
         title=recipe.model.display_name,
         name=recipe.name,
-        facts=recipe_facts(recipe, row),
+        facts=(*recipe_facts(recipe, row), *_refusal(data, recipe)),
         differences=recipe.differences,
         drawing=job_drawing(f"layout-{index}", recipe),
         charts=tuple(charts),
     )
+
+
+def _refusal(data: ReportData, recipe: Recipe) -> tuple[Fact, ...]:
+    reason = data.unprojected.get(recipe.name)
+    return () if reason is None else (Fact(label="not projected", text=reason),)
 
 
 def _run_part(index: int, record: Record) -> RunPart:
