@@ -78,6 +78,7 @@ def reproduce(
 ) -> None:
     """Published rows beside our runs: ratio, 95 % interval, verdict."""
     from moe_bench.cli.listening import listening
+    from moe_bench.report.projected_throughput import projected_throughput
     from moe_bench.report.reproduce import reproductions
     from moe_bench.report.reproduce_view import reproduce_json, reproduce_view
     from moe_bench.results.published import load_rows
@@ -100,7 +101,8 @@ def reproduce(
     names = {recipe.name for recipe in asked if recipe.reproduces is not None}
     with listening() as listener:
         runs = tuple(read_summaries(places, listener, wanted=lambda entry: entry.recipe in names))
-    found = reproductions(asked, rows, runs)
+    copies = [recipe for recipe in asked if recipe.reproduces is not None]
+    found = reproductions(asked, rows, runs, projected=projected_throughput(copies))
     print_view(reproduce_view(found), reproduce_json(found), as_json)
 
 

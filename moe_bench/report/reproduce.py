@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moe_bench.analysis.equivalence import Claim, RatioInterval, claim, ratio_to_value, runs_to_decide
@@ -67,12 +67,26 @@ class Reproduction:
     verdict: Verdict
     because: tuple[str, ...]
     """What keeps the verdict from being more: differences, drift, or the number of runs that would decide."""
+    projected_tokens_per_s_per_gpu: float | None
+    """Of the recipe at full scale; never a verdict. None where nobody asked, or where it has no rates."""
+
+    @property
+    def projected_ratio(self) -> float | None:
+        """Projected over published."""
+        ours, theirs = self.projected_tokens_per_s_per_gpu, self.published.tokens_per_s_per_gpu
+        return None if ours is None or theirs is None else ours / theirs
 
 
 def reproductions(
-    recipes: Iterable[Recipe], rows: Mapping[str, PublishedRow], runs: Iterable[Run]
+    recipes: Iterable[Recipe],
+    rows: Mapping[str, PublishedRow],
+    runs: Iterable[Run],
+    *,
+    projected: Mapping[str, float] | None = None,
 ) -> tuple[Reproduction, ...]:
     """Every recipe that names a row, with each set of its runs, newest first; measured ones first.
+
+    `projected` are tokens/s/GPU by recipe name, to stand beside them.
 
     A verdict is an equivalence: reproduced only if the whole 95 % interval of the ratio lies within 5 % of 1.
     The published number, printed once and without an interval, is taken as exact.
@@ -88,6 +102,8 @@ def reproductions(
         published = _published(recipe, row)
         sets = sorted(by_recipe.get(recipe.name, ()), key=_newest, reverse=True)
         found += [_reproduction(published, row, one) for one in sets] or [_not_run(published)]
+    beside = projected or {}
+    found = [replace(one, projected_tokens_per_s_per_gpu=beside.get(one.published.recipe)) for one in found]
     return tuple(sorted(found, key=_rank))
 
 
@@ -120,6 +136,7 @@ def _not_run(published: Published) -> Reproduction:
         interval=None,
         verdict=Verdict.NOT_RUN,
         because=(),
+        projected_tokens_per_s_per_gpu=None,
     )
 
 
@@ -143,6 +160,7 @@ def _reproduction(published: Published, row: PublishedRow, one: RunSet) -> Repro
         interval=interval,
         verdict=verdict,
         because=because,
+        projected_tokens_per_s_per_gpu=None,
     )
 
 

@@ -18,8 +18,8 @@ _LINES_AROUND = 4
 """The counts, the headings, the number of hidden rows, the legend."""
 
 LEGEND = (
-    "tokens/s per GPU; ~ from printed TFLOPs or MFU; * over the steps of one run; "
-    "inconclusive: runs that decide"
+    "tokens/s per GPU; ~ from TFLOPs or MFU; * steps of one run; inconclusive: runs that decide; "
+    "projected: over published"
 )
 
 
@@ -27,7 +27,7 @@ def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
     """One line per row and set of runs, as many as fit; `--json` has all of them."""
     shown = found[: MAX_LINES - _LINES_AROUND]
     table = Columns(
-        headings=("recipe", "published", "ours", "ratio, 95 %", "verdict"),
+        headings=("recipe", "published", "ours", "ratio, 95 %", "verdict", "projected"),
         rows=tuple(
             (
                 one.published.recipe,
@@ -35,10 +35,11 @@ def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
                 "-" if one.tokens_per_s_per_gpu is None else rate_text(one.tokens_per_s_per_gpu),
                 ratio_text(one),
                 verdict_text(one),
+                "-" if one.projected_ratio is None else f"{one.projected_ratio:.2f}",
             )
             for one in shown
         ),
-        right=frozenset(("published", "ours", "ratio, 95 %")),
+        right=frozenset(("published", "ours", "ratio, 95 %", "projected")),
         is_stacked=True,
     )
     parts: list[RenderableType] = [Text(summary_line(found), style="bold"), table]
@@ -110,6 +111,8 @@ def reproduce_json(found: Sequence[Reproduction]) -> dict[str, object]:
                 "ratio": interval_json(one.interval),
                 "verdict": str(one.verdict),
                 "because": list(one.because),
+                "projected_tokens_per_s_per_gpu": one.projected_tokens_per_s_per_gpu,
+                "projected_over_published_ratio": one.projected_ratio,
             }
             for one in found
         ],

@@ -5,10 +5,12 @@ import random
 from functools import cache
 
 from moe_bench.analysis.memory import memory_fit
+from moe_bench.projection.forecast import forecast
 from moe_bench.projection.schedule import ChunkTime, ScheduleKind, simulate
 from moe_bench.report.html.memory_chart import memory_parts
 from moe_bench.report.html.page import ReportData
 from moe_bench.report.html.pipeline_picture import pipeline_picture
+from moe_bench.report.html.waterfall_chart import waterfall_chart
 from moe_bench.report.scaling import Kind, ScalingPoint, missing_point, recipe_subject
 from moe_bench.results.published import load_rows
 from moe_bench.results.record import Record
@@ -96,7 +98,7 @@ def full_page() -> ReportData:
             ),
         ),
         pipeline_pictures={QWEN: pipeline_picture("picture", picture)},
-        waterfalls={},
+        waterfalls={QWEN: waterfall_chart("waterfall", forecast(qwen))},
     )
 
 

@@ -170,15 +170,16 @@ def test_a_size_that_failed_is_a_cross_with_its_reason(html: str) -> None:
 
 
 def test_what_is_not_there_is_named(page: Page) -> None:
-    assert "Waterfall: where the step time goes" in page.text
-    assert "Pipeline picture" not in page.text
-    bare = dataclasses.replace(full_page(), records=(), projected=(), pipeline_pictures={})
+    for what in ("Waterfall: where the step time goes", "Pipeline picture"):
+        assert what not in page.text
+    bare = dataclasses.replace(full_page(), records=(), projected=(), pipeline_pictures={}, waterfalls={})
     text = Page(render_page(bare)).text
     for what in (
         "Measured throughput at full scale",
         "Expert load",
         "Projected throughput",
         "Pipeline picture",
+        "Waterfall: where the step time goes",
     ):
         assert what in text
 

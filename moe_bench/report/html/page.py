@@ -113,7 +113,8 @@ def render_page(data: ReportData) -> str:
     runs = data.runs
     lines = throughput_lines(data.recipes, data.rows, runs, data.projected)
     curves = model_curves(data, runs)
-    reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, runs)
+    projected = {one.label: one.tokens_per_s_per_gpu for one in data.projected}
+    reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, runs, projected=projected)
     rows = rows_shown(data.rows, lines, curves)
     latest = latest_records(data.records)
     return templates.get_template("page.html.j2").render(
@@ -219,6 +220,7 @@ def verdict_row(one: Reproduction) -> dict[str, str]:
         "ours": "-" if ours is None else f"{ours:,.0f}",
         "ratio, 95 %": ratio_text(one),
         "verdict": str(one.verdict),
+        "projected / published": "-" if one.projected_ratio is None else f"{one.projected_ratio:.2f}",
         "because": "; ".join(one.because) or "-",
     }
 
