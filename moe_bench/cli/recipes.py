@@ -73,6 +73,7 @@ def show(
     flops: Annotated[
         bool, typer.Option("--flops", help="What a rank's kernels compute in one step.")
     ] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="What a rank holds at its fullest.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """One recipe, what follows from it, and what Megatron-Core is given."""
@@ -98,6 +99,12 @@ def show(
 
         lines = stage_flops(plan.recipe)
         print_view(rank_flops_view(lines), rank_flops_json(plan.recipe, lines), as_json)
+    elif memory:
+        from moe_bench.analysis.memory import pipeline_memory
+        from moe_bench.report.rank_memory import memory_json, memory_view
+
+        ranks = pipeline_memory(plan.recipe)
+        print_view(memory_view(plan.recipe, ranks), memory_json(plan.recipe, ranks), as_json)
     else:
         print_view(plan_view(plan), plan.model_dump(mode="json"), as_json)
 

@@ -111,7 +111,7 @@ MEASURED_DENSE_GIB = {
 
 
 @pytest.mark.parametrize("case", MEASURED_DENSE_GIB, ids=str)
-def test_dense_models_over_tensor_pipeline_and_context_ranks_are_within_two_percent(
+def test_dense_models_over_tensor_pipeline_and_context_ranks_are_within_one_and_a_half_percent(
     models: dict[str, ModelSpec], make_recipe: RecipeMaker, case: tuple[str, int, int, int, int, int]
 ) -> None:
     """run_pretrain_llama3.sh of the same source: Llama 3's widths, all-to-all context parallelism."""
@@ -141,4 +141,4 @@ def test_dense_models_over_tensor_pipeline_and_context_ranks_are_within_two_perc
     recipe = make_recipe(
         model, parallel, kernels=KERNELS, seq_len=seq_len, global_batch_size=4 * parallel.data
     )
-    assert rank_memory(recipe, rank).total_bytes == pytest.approx(MEASURED_DENSE_GIB[case] * GIB, rel=0.02)
+    assert rank_memory(recipe, rank).total_bytes == pytest.approx(MEASURED_DENSE_GIB[case] * GIB, rel=0.015)
