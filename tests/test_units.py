@@ -17,12 +17,13 @@ UNITS = (
     "_s", "_bytes", "_flops", "_flops_per_s", "_bytes_per_s", "_tokens_per_s", "_per_gpu", "_hz", "_w",
     "_j", "_fraction", "_factor", "_coefficient", "_rate", "_epsilon", "_std", "_theta", "_norm", "_norms",
     "_params", "_limit", "_offset", "_ratio", "_loss", "_losses", "_pct", "_ms", "_us", "_tflops", "_gb",
-    "_hours", "_px",
+    "_hours", "_px", "_s_per_token",
 )  # fmt: skip
 DIMENSIONLESS = {
     "weight_decay", "adam_beta1", "adam_beta2", "beta_fast", "beta_slow", "factor", "losses", "loss",
+    "value",
 }  # fmt: skip
-"""Standard names of numbers that have no unit."""
+"""Standard names of numbers that have no unit, or a value whose name, with its unit, stands beside it."""
 
 PRINTED = "moe_bench.results.published"
 """The registry keeps what was printed, in the units that its keys name (TFLOPs, ms, percent)."""
