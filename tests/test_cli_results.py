@@ -53,6 +53,8 @@ def test_one_record_is_shown_by_id_job_and_path(root: Path, capsys: pytest.Captu
         assert main(["results", "--results", str(root), "show", name, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert (told["record"], told["provenance"]["job_id"]) == (str(path), "job42")
+    assert main(["results", "show", "42", "--results", str(root)]) == 0
+    assert "job42" in capsys.readouterr().out
     assert main(["results", "--results", str(root), "show", "2026"]) == 2
     assert "write more of the id" in capsys.readouterr().err
     assert main(["results", "--results", str(root), "--scale", "smoke", "show", "42"]) == 2
@@ -154,5 +156,6 @@ def test_runs_without_a_scheduler_are_listed_shown_and_cancelled(
     assert main([*jobs, "cancel", f"pid{process.pid}"]) == 2
     assert "is cancelled: there is nothing to cancel" in capsys.readouterr().err
     assert main([*jobs, "show", "pid8"]) == 2
+    assert main(["jobs", "show", "pid7", "--results", str(root)]) == 0
     assert main([*jobs, "--state", "faild"]) == 2
     assert "did you mean 'failed'" in capsys.readouterr().err

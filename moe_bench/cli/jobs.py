@@ -19,15 +19,16 @@ DEFAULT_LIMIT = 30
 jobs_app = typer.Typer()
 app.add_typer(jobs_app, name="jobs", rich_help_panel=RUN)
 
+ResultsOption = Annotated[
+    Path | None, typer.Option("--results", help="The folder that the jobs write to; default: results/.")
+]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As listed.")]
 
 
 @jobs_app.callback(invoke_without_command=True)
 def jobs(
     context: typer.Context,
-    results: Annotated[
-        Path | None, typer.Option("--results", help="The folder that the jobs write to; default: results/.")
-    ] = None,
+    results: ResultsOption = None,
     state: Annotated[
         str | None, typer.Option("--state", help="submitted, running, failed, 'out of memory', ...")
     ] = None,
@@ -51,11 +52,13 @@ def jobs(
 
 
 @jobs_app.command()
-def show(context: typer.Context, job_id: IdArgument, as_json: JsonOption = False) -> None:
+def show(
+    context: typer.Context, job_id: IdArgument, results: ResultsOption = None, as_json: JsonOption = False
+) -> None:
     """One job: where it stands, why, its record, its log and the command that queued it."""
     from moe_bench.report.jobs_view import job_json, job_view
 
-    report = _job(context.obj, job_id)
+    report = _job(results or context.obj, job_id)
     print_view(job_view(report), job_json(report), as_json)
 
 
@@ -63,12 +66,13 @@ def show(context: typer.Context, job_id: IdArgument, as_json: JsonOption = False
 def log(
     context: typer.Context,
     job_id: IdArgument,
+    results: ResultsOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and print what is added.")] = False,
 ) -> None:
     """What a job has printed."""
     from moe_bench.launch.runner import run_live
 
-    report = _job(context.obj, job_id)
+    report = _job(results or context.obj, job_id)
     if report.log is None:
         why = (
             "it has printed nothing yet" if report.command and report.job_size else "only its record is left"
@@ -78,16 +82,16 @@ def log(
 
 
 @jobs_app.command()
-def cancel(context: typer.Context, job_id: IdArgument) -> None:
+def cancel(context: typer.Context, job_id: IdArgument, results: ResultsOption = None) -> None:
     """End a job that waits or runs."""
     from moe_bench.launch.local_runs import cancel_local
     from moe_bench.launch.runner import run_captured
 
-    report = _job(context.obj, job_id)
+    report = _job(results or context.obj, job_id)
     if report.state.has_ended:
         raise BadInputError(f"job {report.id} is {report.state}: there is nothing to cancel")
     if report.process_id is not None:
-        cancel_local(context.obj, report.process_id)
+        cancel_local(results or context.obj, report.process_id)
     elif report.id.isdigit():
         done = run_captured(("scancel", report.id))
         if done.returncode:

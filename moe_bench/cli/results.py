@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT = 50
 
+ResultsOption = Annotated[
+    list[Path] | None, typer.Option("--results", help="Records or folders of them; default: results/.")
+]
+
 results_app = typer.Typer()
 app.add_typer(results_app, name="results", rich_help_panel=READ)
 
@@ -33,9 +37,7 @@ class Asked(NamedTuple):
 @results_app.callback(invoke_without_command=True)
 def results(
     context: typer.Context,
-    results: Annotated[
-        list[Path] | None, typer.Option("--results", help="Records or folders of them; default: results/.")
-    ] = None,
+    results: ResultsOption = None,
     model: Annotated[str | None, typer.Option("--model", help="Folder of recipes/, or printed name.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="<model>/<run>, or <run>.")] = None,
     scale: Annotated[str | None, typer.Option("--scale", help="full, node, smoke, slice, ...")] = None,
@@ -93,20 +95,22 @@ IdArgument = Annotated[
 
 
 @results_app.command()
-def show(context: typer.Context, record_id: IdArgument, as_json: JsonOption = False) -> None:
+def show(
+    context: typer.Context, record_id: IdArgument, results: ResultsOption = None, as_json: JsonOption = False
+) -> None:
     """One record: its numbers, and where and with what it was made."""
     from moe_bench.report.results_view import record_view
     from moe_bench.report.tables import run_json
     from moe_bench.results.store import read_record
 
-    entry = _entry(context.obj, record_id)
+    entry = _entry(_among(context, results), record_id)
     record = read_record(entry.path)
     provenance = {"provenance": record.provenance.model_dump(mode="json")}
     print_view(record_view(record, entry), run_json(record, entry.path) | provenance, as_json)
 
 
 @results_app.command()
-def check(context: typer.Context, as_json: JsonOption = False) -> None:
+def check(context: typer.Context, results: ResultsOption = None, as_json: JsonOption = False) -> None:
     """Read every record in full: one line per file that is none, is damaged, or is there twice."""
     from moe_bench.cli.listening import listening
     from moe_bench.results.query import queried
@@ -116,7 +120,8 @@ def check(context: typer.Context, as_json: JsonOption = False) -> None:
 
     problems: list[str] = []
     with listening(on_skipped=problems.append) as listener:
-        entries = queried(read_entries(context.obj.places, listener), context.obj.query)
+        asked = _among(context, results)
+        entries = queried(read_entries(asked.places, listener), asked.query)
         paths = [entry.path for entry in entries]
         for number, found in enumerate(over_files(file_problems, paths), start=1):
             problems += found
@@ -138,6 +143,7 @@ def export(
         list[str] | None,
         typer.Argument(metavar="[ID ...]", help="As for show; default: all that are chosen."),
     ] = None,
+    results: ResultsOption = None,
     tensorboard: TensorboardOption = None,
     mlflow: MlflowOption = None,
     wandb: WandbOption = None,
@@ -149,13 +155,17 @@ def export(
     if not trackers.arguments():
         raise BadInputError("results export: for what? add --tensorboard DIR, --mlflow NAME or --wandb NAME")
     trackers.require()
-    if record_ids:
-        entries = tuple(_entry(context.obj, record_id) for record_id in record_ids)
-    else:
-        entries = _entries(context.obj)
-    for entry in entries:
+    asked = _among(context, results)
+    named = tuple(_entry(asked, record_id) for record_id in record_ids or ())
+    for entry in named or _entries(asked):
         for line in trackers.write(read_record(entry.path), entry.path):
             typer.echo(line)
+
+
+def _among(context: typer.Context, results: list[Path] | None) -> Asked:
+    """What was said before the command, with the places that were named behind it."""
+    asked: Asked = context.obj
+    return asked if results is None else asked._replace(places=tuple(results))
 
 
 def _entries(asked: Asked) -> tuple[Entry, ...]:
