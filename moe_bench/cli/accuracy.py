@@ -27,7 +27,6 @@ def accuracy(
 ) -> None:
     """How far projections are from what was published, by row and group, beside a naive predictor."""
     from moe_bench.projection.accuracy import accuracy_of, projectable
-    from moe_bench.projection.constants import Constants
     from moe_bench.projection.row_inference import load_catalogue
     from moe_bench.report.accuracy_json import accuracy_json
     from moe_bench.report.accuracy_view import Accuracy, accuracy_csv, accuracy_view
@@ -41,7 +40,7 @@ def accuracy(
     found = projectable(rows, load_catalogue(root / "recipes"))
     made = Accuracy(
         found=found,
-        results=accuracy_of(found, left_out=cross_validate, start=Constants()),
+        results=accuracy_of(found, left_out=cross_validate),
         left_out=cross_validate,
     )
     if as_csv:

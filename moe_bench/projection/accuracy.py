@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_bench.analysis.flops import gflops_per_token
 from moe_bench.errors import BadInputError
-from moe_bench.projection.constants import FITTED, Constants
+from moe_bench.projection.constants import FITTED, PRIOR, Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fit import Observations, fitted, left_out, projected_tokens_per_s
 from moe_bench.projection.pricing import Floats
@@ -180,14 +180,14 @@ def observations(found: Projectable, *, start: Constants) -> Observations:
     )
 
 
-def accuracy_of(found: Projectable, *, left_out: FoldBy | None, start: Constants) -> tuple[RowResult, ...]:
-    """Every run under `start`, or under constants refitted without the row's fold."""
+def accuracy_of(found: Projectable, *, left_out: FoldBy | None) -> tuple[RowResult, ...]:
+    """Every run under the shipped constants, or those fitted from `PRIOR` without the row's fold."""
     if not found.runs:
         return ()
-    observed = observations(found, start=start)
     if left_out is None:
-        return score(found.runs, observed, start)
-    results, _ = cross_validated(found.runs, observed, fold=lambda run: run.fold(left_out), start=start)
+        return score(found.runs, observations(found, start=Constants()), Constants())
+    observed = observations(found, start=PRIOR)
+    results, _ = cross_validated(found.runs, observed, fold=lambda run: run.fold(left_out), start=PRIOR)
     return results
 
 

@@ -33,6 +33,7 @@ class Scale(StrEnum):
 
     GEMM = "gemm"
     LOW_PRECISION_GEMM = "low_precision_gemm"
+    FP4_GEMM = "fp4_gemm"
     ATTENTION = "attention"
     MEMORY = "memory"
     STREAM = "stream"
@@ -46,10 +47,16 @@ _HBM_FRACTION: Mapping[Scale, float] = MappingProxyType(
     {
         Scale.GEMM: GEMM_HBM_FRACTION,
         Scale.LOW_PRECISION_GEMM: GEMM_HBM_FRACTION,
+        Scale.FP4_GEMM: GEMM_HBM_FRACTION,
         Scale.ATTENTION: 1.0,
         Scale.MEMORY: MEMORY_HBM_FRACTION,
         Scale.STREAM: STREAM_HBM_FRACTION,
     }
+)
+
+
+_GEMM_SCALES: Mapping[Number, Scale] = MappingProxyType(
+    {Number.BF16: Scale.GEMM, Number.NVFP4: Scale.FP4_GEMM}
 )
 
 
@@ -188,7 +195,7 @@ class Efficiency:
             compute_s=operation.num_flops / rate.limit_flops_per_s,
             memory_s=(fitted_bytes + added_bytes) / self._gpu.hbm_bytes_per_s,
             overhead_s=overhead_s,
-            scale=Scale.GEMM if operation.number is Number.BF16 else Scale.LOW_PRECISION_GEMM,
+            scale=_GEMM_SCALES.get(operation.number, Scale.LOW_PRECISION_GEMM),
             grade=rates.grade,
             source=rates.gemm_source,
         )

@@ -72,6 +72,7 @@ def _parts(table: LayerTable, constants: Constants) -> Floats:
     """[layer, pass, part]: hypot(compute / sustained, memory / share) + start, added up."""
     kinds = {scale: table.scale == index for index, scale in enumerate(SCALES)}
     sustained = np.where(kinds[Scale.ATTENTION], constants.sustained_attention, constants.sustained)
+    sustained = np.where(kinds[Scale.FP4_GEMM], sustained * constants.fp4_gain, sustained)
     share = np.where(kinds[Scale.MEMORY], constants.memory_share, GEMM_HBM_FRACTION)
     start = np.where(table.is_graphed, _GRAPHED_START, 1.0)[table.owner]
     seconds = np.hypot(table.compute_s / sustained, table.memory_s / share) + start * table.overhead_s
