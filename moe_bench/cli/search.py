@@ -1,0 +1,104 @@
+"""The verb that looks for the fastest layout that fits: search."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_bench.cli.app import PREDICT, app
+from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view
+from moe_bench.errors import BadInputError
+
+if TYPE_CHECKING:
+    from moe_bench.projection.search import Found
+    from moe_bench.projection.search_base import Asked
+
+_NUM_SHOWN = 10
+
+
+@app.command(rich_help_panel=PREDICT)
+def search(
+    model: Annotated[str, typer.Argument(help="A model of `moe-bench list`, or a reference model.")],
+    system: Annotated[str, typer.Option("--system", help="h100_sxm, gb200_nvl72, ...")],
+    num_gpus: Annotated[int, typer.Option("--num-gpus", min=1)],
+    global_batch: Annotated[
+        int | None,
+        typer.Option("--global-batch", min=1, help="Sequences per step; default as many tokens per GPU."),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=1)] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp8_blockwise, ...")] = None,
+    micro_batch: Annotated[
+        str, typer.Option("--micro-batch", metavar="N,N,...", help="Micro batch sizes to try.")
+    ] = "1,2,4",
+    top: Annotated[int, typer.Option("--top", min=1, help="How many of the fastest.")] = _NUM_SHOWN,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="DIR", help="Write them as recipes below DIR.")
+    ] = None,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The fastest layouts that fit, out of all legal ones: TP, PP, VPP, CP, EP, ETP, batch, recompute."""
+    from moe_bench.projection.search import search as search_layouts
+    from moe_bench.projection.search_base import Asked, search_base
+    from moe_bench.projection.space import search_space
+    from moe_bench.report.search_view import search_json, search_view
+
+    asked = Asked(
+        model=model,
+        system=system,
+        num_gpus=num_gpus,
+        precision=precision,
+        seq_len=seq_len,
+        global_batch_size=global_batch,
+        changes=tuple(changes or ()),
+    )
+    base = search_base(asked, make_loader())
+    space = search_space(base.recipe, micro_batch_sizes=_sizes(micro_batch), pinned=asked.pinned)
+    result = search_layouts(space, num_wanted=top)
+    paths = () if write is None else _written(result.ranked, write, base.notes, _command(asked, micro_batch))
+    print_view(search_view(result, base, paths), search_json(result, base, paths), as_json)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise BadInputError(f"--micro-batch {text}: write whole numbers, as 1,2,4")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _written(
+    ranked: tuple[Found, ...], folder: Path, notes: tuple[str, ...], command: str
+) -> tuple[Path, ...]:
+    """The files, each of which reads back as a legal recipe."""
+    from moe_bench.projection.search_recipes import comment, named
+    from moe_bench.spec.write import write_recipe
+
+    loader = make_loader()
+    paths = []
+    for found in ranked:
+        recipe = named(found.recipe, found.layout)
+        path = write_recipe(recipe, folder, comment=comment(command, notes), loader=loader)
+        loader.recipe(path)
+        paths.append(path)
+    return tuple(paths)
+
+
+def _command(asked: Asked, micro_batch: str) -> str:
+    """What the user typed, but for what does not change the recipes."""
+    options = {
+        "--system": asked.system,
+        "--num-gpus": asked.num_gpus,
+        "--global-batch": asked.global_batch_size,
+        "--seq-len": asked.seq_len,
+        "--precision": asked.precision,
+        "--micro-batch": micro_batch,
+    }
+    words = ["moe-bench", "search", asked.model]
+    for name, value in options.items():
+        words += [name, str(value)] if value is not None else []
+    for change in asked.changes:
+        words += ["--set", change]
+    return shlex.join(words)
