@@ -1,4 +1,4 @@
-"""What single operations achieve on one GPU, as measured: where the projection will take its rates from.
+"""What single operations achieve on one GPU, as measured: where the projection takes its rates from.
 
 A file holds one measurement run on one GPU, `results/calibration/<gpu>/<start>-<commit>-<job>.json`: raw
 seconds of every operation, shape and dtype. Rates are computed on read from the work that the shape implies.
@@ -14,10 +14,15 @@ from pydantic import Field, model_validator
 
 from moe_bench.results.record import GitState, GpuFacts
 from moe_bench.results.versioned import read_versioned
-from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 
-SCHEMA_VERSION = 1
-"""1: first layout."""
+SCHEMA_VERSION = 2
+"""1: first layout. 2: sustained work, ways of launching, clocks of each measurement, what could not be
+measured, and the mark of toy shapes; files of version 1 lack these, and are read."""
+OLDER_VERSIONS = (1,)
+
+CPU = "cpu"
+"""Name of the "GPU" of a file that was measured without one; no system has a GPU of this name."""
 
 Dtype = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2"]
 Direction = Literal["forward", "dgrad", "wgrad"]
@@ -140,6 +145,9 @@ class Launch(Spec):
     """The host's time to start kernels that do next to nothing."""
 
     operation: Literal["launch"]
+    through: Literal["kernels", "layers"] = "kernels"
+    """`kernels`: one call after another. `layers`: forward and backward passes of Megatron-Core's layers over
+    few tokens, with the time of its modules and of autograd."""
     num_kernels: PositiveInt
 
     @property
@@ -152,23 +160,78 @@ class Launch(Spec):
         return 0
 
 
+class MoeLayer(Spec):
+    """Forward and backward of a MoE layer on one rank without communication: router, permutation, gated
+    experts, sum of what they return; every expert receives as many tokens.
+    """
+
+    operation: Literal["moe_layer"]
+    num_tokens: PositiveInt
+    hidden_size: PositiveInt
+    expert_ffn_hidden_size: PositiveInt
+    num_experts: PositiveInt
+    """On this rank."""
+    top_k: PositiveInt
+
+    @property
+    def num_flops(self) -> int:
+        """Three projections of every copy of a token (arXiv:2002.05202), each with two gradients."""
+        return 18 * self.num_tokens * self.top_k * self.hidden_size * self.expert_ffn_hidden_size
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """Weights and gradients of the experts once, and every copy of a token on both sides of the experts
+        and between their projections, forward and backward.
+        """
+        weights = 3 * self.num_experts * self.hidden_size * self.expert_ffn_hidden_size
+        rows = self.num_tokens * self.top_k * (2 * self.hidden_size + 3 * self.expert_ffn_hidden_size)
+        return 2 * (weights + rows) * _BYTES_PER_ELEMENT[dtype]
+
+
+class Sustained(Spec):
+    """The same work without a pause, which is what a training step does to clocks and power."""
+
+    operation: Literal["sustained"]
+    work: Annotated[DenseGemm | AttentionCore | MemoryBound | MoeLayer, Field(discriminator="operation")]
+    held_s: NonNegativeFloat
+    """For so long, a sample being the mean call of one short window; 0: bursts, each after a pause."""
+
+    @property
+    def num_flops(self) -> int:
+        """Of one call."""
+        return self.work.num_flops
+
+    def num_bytes(self, dtype: Dtype) -> int:
+        """Of one call."""
+        return self.work.num_bytes(dtype)
+
+
 Operation = Annotated[
-    DenseGemm | GroupedGemm | AttentionCore | MemoryBound | Launch, Field(discriminator="operation")
+    DenseGemm | GroupedGemm | AttentionCore | MemoryBound | Launch | Sustained,
+    Field(discriminator="operation"),
 ]
 
 
-class Measurement(Spec):
-    """One operation, timed so often."""
+class Task(Spec):
+    """One operation to be timed, and with what."""
 
     what: Operation
     dtype: Dtype
     """Of the inputs; sums are FP32."""
     implementation: Text
-    """Kernel or library call that ran, as `torch.nn.functional.grouped_mm`."""
+    """Kernel or library call, as `torch.nn.functional.grouped_mm`."""
+
+
+class Measurement(Task):
+    """One operation, timed so often."""
+
     cold_l2: bool
     """Whether the L2 cache was flushed before each sample."""
     samples_s: tuple[PositiveFloat, ...] = Field(min_length=1)
     """One call each, in the order in which they ran."""
+    start_sm_clock_hz: PositiveFloat | None = None
+    """Before the first sample."""
+    end_sm_clock_hz: PositiveFloat | None = None
+    """After the last one."""
 
     @property
     def median_s(self) -> float:
@@ -187,6 +250,13 @@ class Measurement(Spec):
         return num_bytes / self.median_s if num_bytes else None
 
 
+class Unmeasured(Task):
+    """One operation that was asked for and gave no number."""
+
+    reason: Text
+    """As `transformer_engine is not installed`."""
+
+
 class CalibrationProvenance(Spec):
     """Where, when and with what a file was measured."""
 
@@ -199,7 +269,7 @@ class CalibrationProvenance(Spec):
     packages: dict[str, str]
     host: Text
     gpu: GpuFacts
-    """Before the first sample."""
+    """Before the first sample; its name is `cpu` where there is none."""
     end_sm_clock_hz: PositiveFloat | None = None
     """After the last one: far below `gpu.sm_clock_hz`, the GPU was throttled."""
     cuda_version: str | None
@@ -209,11 +279,21 @@ class CalibrationProvenance(Spec):
 class Calibration(Spec):
     """One measurement run on one GPU, written once."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
+    is_tiny: bool = False
+    """Whether shapes were toys: the file says that the command works, and nothing about rates."""
     provenance: CalibrationProvenance
     measurements: tuple[Measurement, ...] = Field(min_length=1)
+    unmeasured: tuple[Unmeasured, ...] = ()
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether a projection may learn from it: real shapes on a GPU."""
+        return not self.is_tiny and self.provenance.gpu.name != CPU
 
 
 def read_calibration(path: Path) -> Calibration:
     """The measurements in `path`; RecordError names the file, the field and what is wrong with it."""
-    return read_versioned(path, Calibration, what="calibration file", version=SCHEMA_VERSION)
+    return read_versioned(
+        path, Calibration, what="calibration file", version=SCHEMA_VERSION, older=OLDER_VERSIONS
+    )

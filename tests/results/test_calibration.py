@@ -132,7 +132,7 @@ def test_a_file_is_read_back_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version: 2, 1 is read here"),
+        ({"schema_version": 3}, "schema_version: 3, 2 is read here"),
         ({"measurements": []}, "measurements: "),
         ({"measurements": [measurement(DENSE, 0.0)]}, r"measurements\.0\.samples_s\.0: "),
         ({"measurements": [measurement(DENSE | {"num_rows": 0})]}, r"0\.what\.dense_gemm\.num_rows: "),
