@@ -21,9 +21,9 @@ UNITS = (
 )  # fmt: skip
 DIMENSIONLESS = {
     "weight_decay", "adam_beta1", "adam_beta2", "beta_fast", "beta_slow", "factor", "losses", "loss",
-    "value",
+    "value", "seconds", "host_exponent",
 }  # fmt: skip
-"""Standard names of numbers that have no unit, or a value whose name, with its unit, stands beside it."""
+"""Names of numbers that have no unit or are one, or a value whose name, with its unit, stands beside it."""
 
 PRINTED = "moe_bench.results.published"
 """The registry keeps what was printed, in the units that its keys name (TFLOPs, ms, percent)."""
@@ -66,4 +66,5 @@ def float_fields() -> Iterator[str]:
 @pytest.mark.parametrize("field", sorted(set(float_fields())))
 def test_a_float_field_names_its_unit(field: str) -> None:
     key = field.rpartition(".")[2]
-    assert key.endswith(UNITS) or key in DIMENSIONLESS, f"{field}: use one of {UNITS}"
+    is_count = key.startswith("num_")  # an expected number need not be whole
+    assert key.endswith(UNITS) or key in DIMENSIONLESS or is_count, f"{field}: use one of {UNITS}"

@@ -1,8 +1,8 @@
 """A MoE layer timed alone: what separates it from the same layer inside a long training step.
 
 Alone, kernels run at their burst rate, nothing waits for another rank, and the host is ahead. So the ratio
-of a layer in a step to the layer alone is that of the constants: `Constants.sustained` against 1,
-`memory_share` against what one kernel reaches, and the stragglers of a step.
+of a layer in a step to the layer alone is that of the constants: `Constants.sustained_fraction` against 1,
+`memory_fraction` against what one kernel reaches, and the stragglers of a step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from moe_bench.projection.rates import MEMORY_HBM_FRACTION
 from moe_bench.projection.tally import NUMBERS, Tally
 from moe_bench.spec.recipe import Recipe
 
-BURST = Constants(sustained=1.0, sustained_attention=1.0, memory_share=MEMORY_HBM_FRACTION, launch_s=0.0)
+BURST = Constants(
+    sustained_fraction=1.0,
+    sustained_attention_fraction=1.0,
+    memory_fraction=MEMORY_HBM_FRACTION,
+    launch_s=0.0,
+)
 """Constants of a layer alone: rates as microbenchmarks measure them."""
 
 

@@ -71,9 +71,11 @@ _ATTENTION = next(index for index, part in enumerate(PARTS) if part == "attentio
 def _parts(table: LayerTable, constants: Constants) -> Floats:
     """[layer, pass, part]: hypot(compute / sustained, memory / share) + start, added up."""
     kinds = {scale: table.scale == index for index, scale in enumerate(SCALES)}
-    sustained = np.where(kinds[Scale.ATTENTION], constants.sustained_attention, constants.sustained)
-    sustained = np.where(kinds[Scale.FP4_GEMM], sustained * constants.fp4_gain, sustained)
-    share = np.where(kinds[Scale.MEMORY], constants.memory_share, GEMM_HBM_FRACTION)
+    sustained = np.where(
+        kinds[Scale.ATTENTION], constants.sustained_attention_fraction, constants.sustained_fraction
+    )
+    sustained = np.where(kinds[Scale.FP4_GEMM], sustained * constants.fp4_gain_factor, sustained)
+    share = np.where(kinds[Scale.MEMORY], constants.memory_fraction, GEMM_HBM_FRACTION)
     start = np.where(table.is_graphed, _GRAPHED_START, 1.0)[table.owner]
     seconds = np.hypot(table.compute_s / sustained, table.memory_s / share) + start * table.overhead_s
     index = (table.owner * _NUM_PASSES + table.in_pass) * _NUM_PARTS + table.part
@@ -87,10 +89,10 @@ _GRAPHED_START = 0.33
 
 def _traffic(table: LayerTable, constants: Constants) -> Floats:
     """[layer, direction, link]: both links of a message work at once, messages follow each other."""
-    nvlink_share = np.where(table.is_flex, constants.flex_nvlink_share, constants.nvlink_share)
-    nic_share = np.where(table.is_flex, constants.nic_share, constants.alltoall_nic_share)
-    seconds = np.maximum(table.nvlink_s / nvlink_share, table.nic_s / nic_share) + table.latency_s
-    seconds = np.where(table.is_overlapped, seconds * constants.tensor_exposed, seconds)
+    nvlink_fraction = np.where(table.is_flex, constants.flex_nvlink_fraction, constants.nvlink_fraction)
+    nic_fraction = np.where(table.is_flex, constants.nic_fraction, constants.alltoall_nic_fraction)
+    seconds = np.maximum(table.nvlink_s / nvlink_fraction, table.nic_s / nic_fraction) + table.latency_s
+    seconds = np.where(table.is_overlapped, seconds * constants.tensor_exposed_fraction, seconds)
     is_backward = table.message_pass != _FORWARD
     num_links = len(Link)
     index = (table.message_owner * 2 + is_backward) * num_links + table.link
@@ -128,10 +130,10 @@ def _exposed_dispatch(busy_s: Floats, dispatch_s: Floats, table: LayerTable, con
 
 def _host(busy_s: Floats, table: LayerTable, constants: Constants) -> Floats:
     """What launching adds to the GPU's time: (g^p + h^p)^(1/p) - g over both directions, shared out by g."""
-    launch_s = constants.launch_s * np.where(table.is_grace, constants.grace_launch, 1.0)
+    launch_s = constants.launch_s * np.where(table.is_grace, constants.grace_launch_factor, 1.0)
     host = table.num_launches * launch_s
     busy = busy_s.sum(1)
-    power = constants.host_power
+    power = constants.host_exponent
     added = (busy**power + host**power) ** (1 / power) - busy
     waiting: Floats = added[:, None] * busy_s / busy[:, None]
     return waiting

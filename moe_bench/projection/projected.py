@@ -156,7 +156,7 @@ def _chunk_time(recipe: Recipe, layers: LayerTimes, first_layer: int, counts: Ma
 
 def _transfer_s(table: StepTable, row: int, constants: Constants) -> float:
     nvlink, nic, latency = table.transfer_s[row]
-    return float(max(nvlink / constants.nvlink_share, nic / constants.dp_nic_share) + latency)
+    return float(max(nvlink / constants.nvlink_fraction, nic / constants.dp_nic_fraction) + latency)
 
 
 def _schedule_factor(times: StepTimes, row: int, timeline: Timeline) -> float:

@@ -137,7 +137,7 @@ def quantile_s(projection: Projection, probability: float, constants: Constants)
     and of a single rank t_q = T (1 + s z_q) with the normal quantile z_q.
     """
     num_gpus = projection.recipe.parallel.num_gpus
-    sigma = constants.straggler_sigma
+    sigma = constants.straggler_std
     reach = math.sqrt(2 * math.log(num_gpus))
     alone_s = projection.step_s / (1 + sigma * reach)
     if num_gpus == 1:

@@ -167,13 +167,13 @@ class _InterleavedRank:
         links, ahead_index = self.links, self.num_warm_up + index
         ahead, back = self.forward[ahead_index], self.backward[index]
         awaited = ahead if self.rule.waits_for_sends else self.forward[ahead_index - 1]
-        behind_forward = [
+        behind_forward: list[Instruction] = [
             Post(
                 existing([links.tensor_made(ahead)]), existing([self.activations[ahead_index]]), self._merges
             ),
             Wait(existing([links.tensor_made(awaited)]), is_beside=self._merges),
         ]
-        behind_backward = [
+        behind_backward: list[Instruction] = [
             Post(existing([links.tensor_made(back)]), existing([self.gradients[index]]), self._merges),
             Wait(existing(links.tensor_made(one) for one in self.backward[max(0, index - 1) : index])),
         ]

@@ -146,7 +146,7 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
     parameters_s = _synced(
         table.parameters_s, table.overlaps_parameters, forward, table.parameter_buckets, constants
     )
-    optimizer_s = table.optimizer_memory_s / constants.stream_share + _OPTIMIZER_START_S
+    optimizer_s = table.optimizer_memory_s / constants.stream_fraction + _OPTIMIZER_START_S
     together = pipeline_s + gathers_s + gradients_s + parameters_s + optimizer_s
     return StepTimes(
         layers=layers,
@@ -159,7 +159,7 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
         gradients_s=gradients_s,
         parameters_s=parameters_s,
         optimizer_s=optimizer_s,
-        straggler_s=together * constants.straggler_sigma * np.sqrt(2 * np.log(table.num_gpus)),
+        straggler_s=together * constants.straggler_std * np.sqrt(2 * np.log(table.num_gpus)),
     )
 
 
@@ -208,7 +208,7 @@ def _synced(
 
 def _link_seconds(links_s: Floats, constants: Constants) -> Floats:
     """[recipe, nvlink | nic | latency] to seconds."""
-    nvlink, nic = links_s[:, 0] / constants.nvlink_share, links_s[:, 1] / constants.dp_nic_share
+    nvlink, nic = links_s[:, 0] / constants.nvlink_fraction, links_s[:, 1] / constants.dp_nic_fraction
     seconds: Floats = np.maximum(nvlink, nic) + links_s[:, 2]
     return seconds
 

@@ -14,7 +14,14 @@ from moe_bench.projection.row_inference import load_catalogue
 from moe_bench.results.published import load_rows
 from moe_bench.spec.catalogue import data_root
 
-PLANTED = replace(PRIOR, sustained=0.80, fp4_gain=1.2, memory_share=0.40, nic_share=0.85, launch_s=26e-6)
+PLANTED = replace(
+    PRIOR,
+    sustained_fraction=0.80,
+    fp4_gain_factor=1.2,
+    memory_fraction=0.40,
+    nic_fraction=0.85,
+    launch_s=26e-6,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,8 @@ def test_a_fold_is_projected_without_its_own_rows(observed: Observations) -> Non
     )
     _, by_fold = left_out(halved, folds=folds, start=PRIOR)
     # constants for the odd rows come from the even ones, which say nothing of their being halved
-    assert by_fold["odd"].sustained == pytest.approx(PLANTED.sustained, rel=0.03)
-    assert by_fold["even"].sustained < 0.9 * PLANTED.sustained
+    assert by_fold["odd"].sustained_fraction == pytest.approx(PLANTED.sustained_fraction, rel=0.03)
+    assert by_fold["even"].sustained_fraction < 0.9 * PLANTED.sustained_fraction
 
 
 def test_the_shipped_constants_are_a_fit_to_all_rows(observed: Observations) -> None:

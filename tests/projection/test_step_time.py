@@ -40,14 +40,14 @@ def test_recipes_do_not_touch_each_other_in_one_table() -> None:
 @pytest.mark.parametrize(
     ("constant", "factor"),
     [
-        ("sustained", 0.8),
-        ("memory_share", 0.8),
-        ("alltoall_nic_share", 0.8),
-        ("nvlink_share", 0.8),
+        ("sustained_fraction", 0.8),
+        ("memory_fraction", 0.8),
+        ("alltoall_nic_fraction", 0.8),
+        ("nvlink_fraction", 0.8),
         ("launch_s", 2.0),
-        ("straggler_sigma", 2.0),
-        ("stream_share", 0.8),
-        ("sustained_attention", 0.8),
+        ("straggler_std", 2.0),
+        ("stream_fraction", 0.8),
+        ("sustained_attention_fraction", 0.8),
     ],
 )
 def test_every_constant_of_a_hopper_step_slows_it(constant: str, factor: float) -> None:
@@ -60,7 +60,7 @@ def test_every_constant_of_a_hopper_step_slows_it(constant: str, factor: float) 
 def test_the_share_of_the_network_is_that_of_the_dispatcher() -> None:
     base = Constants()
     flex = recipe_named("qwen3_235b_a22b/h100_sxm_256g_bf16_deepep")
-    for constant, does_change in (("nic_share", True), ("alltoall_nic_share", False)):
+    for constant, does_change in (("nic_fraction", True), ("alltoall_nic_fraction", False)):
         worse = base.with_values((constant,), (0.5 * getattr(base, constant),))
         is_slower = seconds(flex, constants=worse)[0] > seconds(flex, constants=base)[0] * (1 + 1e-9)
         assert bool(is_slower) is does_change
