@@ -255,7 +255,7 @@ class _Building:
 
     def _duration(self, work: Work, is_behind_sends: bool) -> int:
         passes = tuple((one.kind, one.chunk) for one in work)
-        key = (is_behind_sends, *passes)
+        key: tuple[bool, *tuple[tuple[PassKind, int], ...]] = (is_behind_sends, *passes)
         return self.durations.setdefault(key, TRANSFER + 1 + len(self.durations))
 
     def _nodes_to_wait_for(self, rank: _Rank, tensors: Iterable[Tensor]) -> list[int] | None:
