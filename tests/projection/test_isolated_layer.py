@@ -66,7 +66,7 @@ def test_burst_rates_explain_most_of_the_distance_between_a_layer_alone_and_in_a
     in_a_step = statistics.median(ratio(row, Constants()) for row in ROWS)
     alone = statistics.median(ratio(row) for row in ROWS)
     assert in_a_step > 1.15
-    assert abs(alone - 1) < 0.10
+    assert abs(alone - 1) < 0.12
 
 
 def test_a_dense_model_has_no_such_layer() -> None:
