@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_bench.analysis import head_memory
+from moe_bench.analysis.kept_memory import kept_on_device
 from moe_bench.analysis.layer_memory import LayerMemory, LayerWalk, Piece
 from moe_bench.analysis.layer_sizes import layer_sizes
 from moe_bench.analysis.live_tensors import NOTHING, Held, Instant, fullest
@@ -75,7 +76,11 @@ class ModelMemory:
         key = is_moe, is_recomputed
         if key not in self._layers:
             walk = LayerWalk(self.recipe, self.sizes, is_moe=is_moe)
-            self._layers[key] = walk.memory(is_recomputed=is_recomputed)
+            memory = walk.memory(is_recomputed=is_recomputed)
+            if not is_recomputed:
+                kept = kept_on_device(self.recipe, memory.kept, is_moe=memory.has_experts)
+                memory = replace(memory, kept=kept)
+            self._layers[key] = memory
         return self._layers[key]
 
     def chunk(self, chunk: Chunk) -> ChunkMemory:
@@ -89,7 +94,8 @@ class ModelMemory:
     def _chunk(self, chunk: Chunk, kinds: Sequence[bool]) -> ChunkMemory:
         pieces = tuple(self._pieces(chunk, kinds))
         lingering = self._lingering(num_layers=len(kinds), num_moe=sum(kinds), num_mtp=chunk.num_mtp_layers)
-        forward, backward, first_backward = [], [], []
+        # a chunk may be the embedding alone
+        forward, backward, first_backward = ([Instant(NOTHING, "embedding")] for _ in range(3))
         base, num_above = 0, lingering.num_layers
         for piece in pieces:
             forward.append(piece.forward.plus(base))
@@ -145,8 +151,10 @@ class ModelMemory:
                 yield self._unit(kinds[first : first + length])
             return
         num_recomputed = recompute.num_layers if recompute.granularity == "full" else 0
+        num_offloaded = self.recipe.offload.num_activation_layers
         for index, kind in enumerate(kinds):
-            yield self.layer(is_moe=kind, is_recomputed=index < num_recomputed).piece
+            piece = self.layer(is_moe=kind, is_recomputed=index < num_recomputed).piece
+            yield replace(piece, kept_bytes=0) if index < num_offloaded else piece
 
     def _unit(self, kinds: Sequence[bool]) -> Piece:
         """Layers that are recomputed together: the input of the first alone is kept."""

@@ -158,7 +158,7 @@ def rank_memory(recipe: Recipe, pipeline_rank: int) -> RankMemory:
 
     Left out: the optimizer step, which never was the fullest moment, with the FP32 copies of BF16 gradients
     that an optimizer without `main_params_dtype` support makes in it; buffers of DeepEP and HybridEP; CUDA
-    graph pools. Offloaded activations are not credited.
+    graph pools.
     """
     return _rank_memory(recipe, pipeline_rank, ModelMemory(recipe))
 
@@ -246,14 +246,30 @@ def _state_bytes(recipe: Recipe, params: RankParams, element_bytes: int, *, is_s
 
 
 def _quantized_bytes(recipe: Recipe, pipeline_rank: int) -> int:
-    """Quantized copies of the weights of products, `_QUANTIZED_COPY_BYTES` per weight on this rank."""
+    """Quantized copies of the weights of products, `_QUANTIZED_COPY_BYTES` per weight on this rank.
+
+    Blackwell multiplies per-tensor FP8 in any layout, so that one copy does (transformer_engine 2.20.2,
+    pytorch/utils.py, is_non_tn_fp8_gemm_supported). Megatron-FSDP keeps its shard, and quantizes what it
+    gathers layer by layer.
+    """
     if recipe.precision not in _QUANTIZED_COPY_BYTES:
         return 0
     parallel = recipe.parallel
+    is_sharded = parallel.data_sharding == "megatron_fsdp" and parallel.fsdp_strategy == "optim_grads_params"
+    dense_shards, expert_shards = (parallel.dense_shards, parallel.expert_data) if is_sharded else (1, 1)
     num_weights = 0
     for part, weights in rank_weights(recipe, pipeline_rank).items():
         if part is Part.ROUTED_EXPERTS:
-            num_weights += weights.on_rank(shards=parallel.expert_tensor) // parallel.expert
+            on_rank = weights.on_rank(shards=parallel.expert_tensor) // parallel.expert
+            num_weights += on_rank // expert_shards
         elif part in _QUANTIZED_PARTS:
-            num_weights += weights.on_rank(shards=parallel.tensor)
-    return round(num_weights * _QUANTIZED_COPY_BYTES[recipe.precision])
+            num_weights += weights.on_rank(shards=parallel.tensor) // dense_shards
+    return round(num_weights * _copy_bytes(recipe))
+
+
+def _copy_bytes(recipe: Recipe) -> float:
+    gpu = recipe.system.gpu
+    takes_any_layout = gpu is not None and gpu.architecture == "blackwell"
+    if takes_any_layout and recipe.precision in ("fp8_delayed", "fp8_tensorwise"):
+        return 1.0
+    return _QUANTIZED_COPY_BYTES[recipe.precision]

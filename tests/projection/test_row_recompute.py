@@ -67,10 +67,10 @@ def test_modules_are_those_that_the_model_has() -> None:
     assert [one.modules for one in settings(dense)][-2] == ("layernorm", "mlp")
 
 
-def test_three_rows_of_automodel_need_recomputation_that_they_do_not_print() -> None:
+def test_four_rows_need_recomputation_that_they_do_not_print() -> None:
     found = []
     for row in ROWS:
         run = infer(row, CATALOGUE)
         if isinstance(run, InferredRun) and with_recompute(run) is not run:
             found.append(row.model)
-    assert found == ["Llama3-70B", "Nemotron-3-Nano-30B-A3B", "Nemotron-3-Super-120B-A12B"]
+    assert found == ["GLM-5.2", "Llama3-70B", "Nemotron-3-Nano-30B-A3B", "Nemotron-3-Super-120B-A12B"]
