@@ -114,15 +114,10 @@ def _recipe(name: str, changes: list[str] | None) -> Recipe:
 def _near(recipe: Recipe, constants: Constants) -> tuple[NearRow, ...]:
     from moe_bench.projection.nearest import nearest_rows
     from moe_bench.projection.row_inference import load_catalogue
-    from moe_bench.results.published import load_rows
 
     root = data_root()
-    return nearest_rows(
-        recipe,
-        load_rows(root / "results" / "published"),
-        load_catalogue(root / "recipes"),
-        constants=constants,
-    )
+    catalogue = load_catalogue(root / "recipes")
+    return nearest_rows(recipe, root / "results" / "published", catalogue, constants=constants)
 
 
 def _other(

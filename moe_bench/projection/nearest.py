@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.projected import project
@@ -12,12 +14,13 @@ from moe_bench.projection.row_engines import is_scored, traits_of
 from moe_bench.projection.row_folds import model_family
 from moe_bench.projection.row_inference import Catalogue, InferredRun, infer
 from moe_bench.projection.row_recompute import with_recompute
-from moe_bench.results.published import PublishedRow, model_key
+from moe_bench.results.published import PublishedRow, load_model_rows
 from moe_bench.results.row_recipe import PRECISIONS, disagreements
 from moe_bench.spec.recipe import Recipe
 
-NUM_OF_MODEL, NUM_OF_SYSTEM = 4, 2
-"""How many rows of the same model, and of other models on the same system, are shown."""
+NUM_SHOWN, NUM_ENOUGH, NUM_OF_SYSTEM = 5, 3, 2
+"""How many rows are shown; from how many of the recipe's model on no others are looked for; else how many of
+those stand beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,24 +40,23 @@ class NearRow:
 
 
 def nearest_rows(
-    recipe: Recipe, rows: Iterable[PublishedRow], catalogue: Catalogue, *, constants: Constants | None = None
+    recipe: Recipe, folder: Path, catalogue: Catalogue, *, constants: Constants | None = None
 ) -> tuple[NearRow, ...]:
-    """Rows of the recipe's model, nearest first, then rows of others on its system in its precision.
+    """Rows in `folder` (`results/published`) of the recipe's model, nearest first.
 
-    The row that the recipe reproduces comes first of all. Rows that cannot be projected, or that carry too
-    little trust to be scored, are passed over.
+    Where these are few, rows of other models on its system in its precision stand besides.
+    The row that the recipe reproduces comes first of all, whatever its trust, and of rows that repeat a
+    configuration only one is taken. Other rows that cannot be projected or are not scored are passed over.
     """
     family = model_family(recipe.model.key)
-    of_model, of_system = [], []
-    for row in rows:
-        if model_family(model_key(row.model)) == family or row.id == recipe.reproduces:
-            of_model.append(row)
-        elif _is_on_system(row, recipe) and row.precision == PRECISIONS.get(recipe.precision):
-            of_system.append(row)
-    found = [
-        *_first(_runs(_sorted(of_model, recipe), catalogue), NUM_OF_MODEL),
-        *_first(_like(_runs(_sorted(of_system, recipe), catalogue), recipe), NUM_OF_SYSTEM),
-    ]
+    keys = sorted(path.stem for path in folder.glob("*.yaml"))
+    of_model = [key for key in keys if model_family(key) == family]
+    rows = [row for key in of_model for row in load_model_rows(folder, key)]
+    found = list(islice(_distinct(_runs(_sorted(rows, recipe), recipe, catalogue)), NUM_SHOWN))
+    if len(found) < NUM_ENOUGH:
+        others = [row for key in keys if key not in of_model for row in load_model_rows(folder, key)]
+        on_system = [row for row in others if _is_like(row, recipe)]
+        found += islice(_of_kind(_runs(_sorted(on_system, recipe), recipe, catalogue), recipe), NUM_OF_SYSTEM)
     return tuple(_projected(run, recipe, constants) for run in found)
 
 
@@ -81,25 +83,36 @@ def _is_on_system(row: PublishedRow, recipe: Recipe) -> bool:
     return recipe.system.key == name or recipe.system.key.startswith(f"{name}_")
 
 
-def _runs(rows: Iterable[PublishedRow], catalogue: Catalogue) -> Iterator[InferredRun]:
-    for row in filter(is_scored, rows):
+def _runs(rows: Iterable[PublishedRow], recipe: Recipe, catalogue: Catalogue) -> Iterator[InferredRun]:
+    for row in rows:
+        if not is_scored(row) and row.id != recipe.reproduces:
+            continue
         run = infer(row, catalogue)
         if isinstance(run, InferredRun):
             yield run
 
 
-def _like(runs: Iterable[InferredRun], recipe: Recipe) -> Iterator[InferredRun]:
-    """Runs of other models that have experts where the recipe's has them; one of each model."""
+def _is_like(row: PublishedRow, recipe: Recipe) -> bool:
+    return _is_on_system(row, recipe) and row.precision == PRECISIONS.get(recipe.precision)
+
+
+def _distinct(runs: Iterable[InferredRun]) -> Iterator[InferredRun]:
+    """The first run of each configuration."""
+    seen: set[str] = set()
+    for run in runs:
+        if run.configuration not in seen:
+            seen.add(run.configuration)
+            yield run
+
+
+def _of_kind(runs: Iterable[InferredRun], recipe: Recipe) -> Iterator[InferredRun]:
+    """Runs of models that have experts where the recipe's has them; one of each model."""
     seen: set[str] = set()
     for run in runs:
         key = run.recipe.model.key
         if (run.recipe.model.moe is None) == (recipe.model.moe is None) and key not in seen:
             seen.add(key)
             yield run
-
-
-def _first(runs: Iterable[InferredRun], number: int) -> list[InferredRun]:
-    return [run for _, run in zip(range(number), runs, strict=False)]
 
 
 def _projected(run: InferredRun, recipe: Recipe, constants: Constants | None) -> NearRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from moe_bench.projection.layer_time import LayerTimes
 from moe_bench.projection.operations import Pass
 from moe_bench.projection.pricing import PARTS, PASSES
 from moe_bench.projection.schedule import ChunkTime, ScheduleKind, Timeline, simulate
-from moe_bench.projection.step_time import StepTable, StepTimes, step_table, step_times
+from moe_bench.projection.step_time import StepTable, StepTimes, step_table, step_times, sync_seconds
 from moe_bench.projection.step_work import StepWork, step_work
+from moe_bench.projection.sync_windows import exposed_s, gathering_windows_s, reduction_windows_s
 from moe_bench.projection.traits import MEGATRON, Traits
 from moe_bench.results.flops_convention import OUR_COUNTING
 from moe_bench.spec.recipe import Recipe
@@ -80,28 +81,41 @@ def project(
     """
     constants = constants or Constants()
     work = step_work(recipe, efficiency, load=load, traits=traits)
-    table = step_table([work])
-    times = step_times(table, constants)
-    timeline = simulated(work, times.layers, first_layer=0, transfer_s=_transfer_s(table, 0, constants))
-    if timeline is not None:
-        table = replace(table, schedule_factor=np.array([_schedule_factor(times, 0, timeline)]))
-        times = step_times(table, constants)
-    return _projection(work, table, times, timeline)
+    table, (timeline,) = _simulated_all([work], constants)
+    return _projection(work, table, step_times(table, constants), timeline)
 
 
 def with_schedules(works: Sequence[StepWork], constants: Constants) -> StepTable:
-    """`works` as columns, each with what its simulated pipeline takes over the closed form."""
+    """`works` as columns, each with what its simulated pipeline takes and hides over the closed form."""
+    table, _ = _simulated_all(works, constants)
+    return table
+
+
+def _simulated_all(
+    works: Sequence[StepWork], constants: Constants
+) -> tuple[StepTable, list[Timeline | None]]:
     table = step_table(works)
     times = step_times(table, constants)
-    factors = np.ones(len(works))
+    gradients_s = sync_seconds(table.gradients_s, constants)
+    parameters_s = sync_seconds(table.parameters_s, constants)
+    timelines = []
     first_layer = 0
     for row, work in enumerate(works):
         transfer_s = _transfer_s(table, row, constants)
         timeline = simulated(work, times.layers, first_layer=first_layer, transfer_s=transfer_s)
-        if timeline is not None:
-            factors[row] = _schedule_factor(times, row, timeline)
+        timelines.append(timeline)
         first_layer += len(work.layers)
-    return replace(table, schedule_factor=factors)
+        if timeline is None:
+            continue
+        table.schedule_factor[row] = _schedule_factor(times, row, timeline)
+        rank = int(times.critical_rank[row] - table.first_rank[row])
+        reduced = reduction_windows_s(timeline, rank, num_buckets=work.gradients.num_buckets)
+        gathered = gathering_windows_s(timeline, rank, num_buckets=work.parameters.num_buckets)
+        traffic_s = float(gradients_s[row])
+        table.gradient_window_s[row] = traffic_s - exposed_s(reduced, traffic_s)
+        traffic_s = float(parameters_s[row])
+        table.parameter_window_s[row] = traffic_s - exposed_s(gathered, traffic_s)
+    return table, timelines
 
 
 def simulated(work: StepWork, layers: LayerTimes, *, first_layer: int, transfer_s: float) -> Timeline | None:
@@ -178,6 +192,9 @@ def _projection(work: StepWork, table: StepTable, times: StepTimes, timeline: Ti
         for part, grade in priced.grades.items():
             grades[part] = max(grade, grades.get(part, grade))
     worst = max(grades.values())
+    # the simulation knows which transfers are hidden, the closed form a share; together they are the waiting
+    waiting_s = float(times.bubble_s[0] + times.transfer_s[0])
+    transfer_s = min(float(times.transfer_s[0]), waiting_s)
     by_part = np.einsum("l,lqp->qp", counts, layers.parts_s)
     terms = [
         Term(name=part.value, seconds=float(seconds), grade=grades[part])
@@ -189,15 +206,15 @@ def _projection(work: StepWork, table: StepTable, times: StepTimes, timeline: Ti
         ("tensor parallel", float(counts @ layers.tensor_s.sum(1)), Grade.PRIOR),
         ("context parallel", float(counts @ layers.context_s.sum(1)), Grade.PRIOR),
         ("host", float(counts @ layers.host_s.sum(1)), Grade.FITTED),
-        ("pipeline bubble", float(times.bubble_s[0]), worst),
-        ("pipeline transfers", float(times.transfer_s[0]), Grade.PRIOR),
+        ("pipeline bubble", waiting_s - transfer_s, worst),
+        ("pipeline transfers", transfer_s, Grade.PRIOR),
         ("weight gathers", float(times.gathers_s[0]), Grade.PRIOR),
         ("gradient reduction", float(times.gradients_s[0]), Grade.PRIOR),
         ("parameter gathering", float(times.parameters_s[0]), Grade.PRIOR),
         ("optimizer", float(times.optimizer_s[0]), Grade.PRIOR),
         ("stragglers", float(times.straggler_s[0]), Grade.FITTED),
     ):
-        if seconds:
+        if seconds > 0:  # what the host adds is a difference of powers, and may be a rounding error below 0
             terms.append(Term(name=name, seconds=seconds, grade=term_grade))
     return Projection(
         recipe=recipe,

@@ -87,7 +87,7 @@ def accuracy_view(made: Accuracy) -> RenderableType:
             parts.append(Text(f"and {len(groups) - len(shown)} more: --json", style="dim"))
     parts += [
         Text(),
-        *(Text(line) for line in _sentences(made)),
+        *(Text(line) for line in sentences(made)),
         Text(),
         _suspects(made),
         Text(),
@@ -143,7 +143,8 @@ def _summary_table(groups: Mapping[str, ErrorSummary]) -> Columns:
     )
 
 
-def _sentences(made: Accuracy) -> Sequence[str]:
+def sentences(made: Accuracy) -> Sequence[str]:
+    """Ranking, regret, anchors and uneven routing in words; at least one row must count."""
     order = ranking(made.counted)
     lines = []
     if order.ordered_fraction is not None:

@@ -1,0 +1,58 @@
+"""The accuracy of projections under cross-validation, as the tables of docs/projection.md and README.md.
+
+    python benchmarks/accuracy_table.py            # prints them, and the widths of the intervals
+    python benchmarks/accuracy_table.py --write    # writes them into both pages and projection/interval.py
+
+Runs for about a minute of one core. To be run after every change of rows, rules, rates or constants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import get_args
+
+from moe_bench.projection.accuracy import accuracy_of, projectable
+from moe_bench.projection.row_folds import FoldBy
+from moe_bench.projection.row_inference import load_catalogue
+from moe_bench.report.accuracy_page import accuracy_page, readme_table, replaced, widths
+from moe_bench.report.accuracy_view import Accuracy
+from moe_bench.results.published import load_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERVAL = ROOT / "moe_bench" / "projection" / "interval.py"
+
+
+def main() -> None:
+    """Cross-validate in every way, then print or write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true")
+    is_written = parser.parse_args().write
+    found = projectable(load_rows(ROOT / "results" / "published"), load_catalogue(ROOT / "recipes"))
+    by_fold = {
+        fold: Accuracy(found=found, results=accuracy_of(found, left_out=fold), left_out=fold)
+        for fold in get_args(FoldBy)
+    }
+    for path, table in (
+        (ROOT / "docs" / "projection.md", accuracy_page(by_fold)),
+        (ROOT / "README.md", readme_table(by_fold)),
+    ):
+        if is_written:
+            path.write_text(replaced(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+        else:
+            print(table, end="\n\n")
+    source = INTERVAL.read_text(encoding="utf-8")
+    for name, width in widths(by_fold["model"]).items():
+        p50, p90 = f"{width.p50_fraction:.3f}", f"{width.p90_fraction:.3f}"
+        text = f"{name} = HalfWidths(p50_fraction={p50}, p90_fraction={p90})"
+        print(text)
+        source = re.sub(rf"^{name} = HalfWidths\(.*\)$", text, source, flags=re.MULTILINE)
+    if is_written:
+        INTERVAL.write_text(source, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

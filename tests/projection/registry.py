@@ -1,0 +1,22 @@
+"""The registry held against its projections, once for all tests that need it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from moe_bench.projection.accuracy import Projectable, accuracy_of, projectable
+from moe_bench.projection.row_folds import FoldBy
+from moe_bench.report.accuracy_view import Accuracy
+from tests.projection.rows import CATALOGUE, ROWS
+
+
+@cache
+def found() -> Projectable:
+    """Every training row as a complete recipe."""
+    return projectable(ROWS, CATALOGUE)
+
+
+@cache
+def accuracy(left_out: FoldBy | None) -> Accuracy:
+    """Every projectable row under constants that did not see its group."""
+    return Accuracy(found=found(), results=accuracy_of(found(), left_out=left_out), left_out=left_out)

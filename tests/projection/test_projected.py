@@ -1,0 +1,48 @@
+"""One recipe alone and many together are the same steps, and the waterfall is the whole of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_bench.errors import BadInputError
+from moe_bench.projection.constants import Constants
+from moe_bench.projection.projected import project, with_schedules
+from moe_bench.projection.step_time import step_times
+from moe_bench.projection.step_work import step_work
+from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
+from moe_bench.spec.load import Loader
+
+LOADER = Loader(root=recipes_root(), rules=())
+NAMES = ("deepseek_v3", "qwen3_30b_a3b", "mixtral_8x22b", "deepseek_v3/gb300_nvl72_256g_mxfp8")
+RECIPES = [LOADER.recipe(find_recipe(name, LOADER)) for name in NAMES]
+
+
+def test_simulating_many_pipelines_together_gives_what_each_has_alone() -> None:
+    constants = Constants()
+    together = step_times(with_schedules([step_work(one) for one in RECIPES], constants), constants).step_s
+    assert together == pytest.approx([project(one, constants=constants).step_s for one in RECIPES], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "path", recipe_paths(recipes_root()), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_the_terms_of_every_recipe_sum_to_its_step(path: object) -> None:
+    projection = project(LOADER.recipe(path))
+    assert sum(term.seconds for term in projection.terms) == pytest.approx(projection.step_s, rel=1e-9)
+    assert all(term.seconds > 0 for term in projection.terms)
+
+
+def test_the_kernels_by_pass_are_the_kernels_by_part() -> None:
+    projection = project(RECIPES[0])
+    traffic = ("exposed", "tensor parallel", "context parallel", "host", "pipeline", "weight", "gradient")
+    others = (*traffic, "parameter gathering", "optimizer", "stragglers")
+    kernels_s = sum(term.seconds for term in projection.terms if not term.name.startswith(others))
+    assert sum(projection.passes_s.values()) == pytest.approx(kernels_s, rel=1e-9)
+
+
+def test_a_machine_without_gpus_and_a_format_without_rates_are_refused() -> None:
+    host = RECIPES[1].model_copy(update={"system": LOADER.system("cpu_host")})
+    with pytest.raises(BadInputError):
+        project(host)
+    with pytest.raises(BadInputError):
+        project(RECIPES[1].model_copy(update={"precision": "fp32"}))
