@@ -11,6 +11,7 @@ _BRIDGE_25_11 = "Megatron-Bridge v0.2.0 scripts/performance/configs/*/workload_b
 _DGXC_25_05 = "NVIDIA/dgxc-benchmarking v25.05.05"
 _NVL72 = ("GB200", "GB300")
 _SELECTIVE_SHARE = 0.36
+_OFFLOADED_25_09 = {"llama3_70b": 40, "llama3_1_405b": 95}
 NO_RECOMPUTATION = "nothing is recomputed"
 """The rule that stands for no knowledge, which the memory of the GPU may overrule."""
 _LAYER_GRAPHS = CudaGraphs(implementation="local")
@@ -211,6 +212,22 @@ MEMORY_RULES: tuple[Rule, ...] = (
         evidence="NeMo and ModelZoo set no granularity where they name no modules",
         applies=always,
         value=constant(Recompute()),
+    ),
+    Rule(
+        name="offload of layers in Bridge 25.09",
+        field="offload",
+        when="Bridge 25.09, Llama3-70B and Llama3.1-405B under FSDP on GB200",
+        then="activations of 40 layers of Llama3-70B, of 95 of Llama3.1-405B",
+        evidence=f"{BRIDGE_25_09} scripts/performance/configs/llama3/llama3_70b_llm_pretrain.yaml and "
+        "llama31/llama31_405b_llm_pretrain.yaml: cpu_offloading_num_layers of fp8_cs",
+        applies=lambda case: (
+            case.stack.is_bridge(2025, 9)
+            and case.is_on("GB200")
+            and case.is_model(*_OFFLOADED_25_09)
+            and case.has("parallel.data_sharding", "megatron_fsdp")
+        ),
+        value=lambda case: Offload(num_activation_layers=_OFFLOADED_25_09[case.model.key]),
+        is_of_release=True,
     ),
     Rule(
         name="paged stash of full-iteration graphs",

@@ -129,6 +129,21 @@ BATCH_RULES: tuple[Rule, ...] = (
         value=lambda case: _TORCHTITAN_LOCAL_BATCHES[case.model.key] * _ranks_per_batch(case),
     ),
     Rule(
+        name="as many micro batches as stages in torchtitan's first pipelines",
+        field="micro_batch_size",
+        when="torchtitan before 2025-04 with a printed local batch, PP > 1",
+        then="local batch / PP",
+        evidence="pytorch/torchtitan 9dec370 parallelisms/pipelining_utils.py: n_microbatches is "
+        "pipeline_parallel_degree unless given; #1073 of 2025-04 brought micro batches of one",
+        applies=lambda case: (
+            _is_torchtitan(case)
+            and case.stack.is_before(2025, 4)
+            and case.row.local_batch is not None
+            and case.number("parallel.pipeline") > 1
+        ),
+        value=lambda case: (case.row.local_batch or 1) // case.number("parallel.pipeline"),
+    ),
+    Rule(
         name="micro batches of one in torchtitan's pipelines",
         field="micro_batch_size",
         when="torchtitan, PP > 1",
