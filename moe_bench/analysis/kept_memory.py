@@ -1,6 +1,6 @@
-"""What stays on the GPU of a layer's kept tensors: products in low precision shrink them, offload takes them.
+"""What stays on the GPU of a layer's kept tensors, which low precision shrinks and offload takes.
 
-transformer_engine 2.20.2, pytorch/module/linear.py, layernorm_linear.py, pytorch/cpu_offload.py; Megatron-Core
+transformer_engine 2.20.2, module/linear.py, module/layernorm_linear.py and cpu_offload.py; Megatron-Core
 0.19.2, pipeline_parallel/fine_grained_activation_offload.py.
 """
 

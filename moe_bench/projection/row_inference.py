@@ -79,6 +79,16 @@ class InferredRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Configured:
+    """A row as a complete recipe, whether or not it states a throughput."""
+
+    row: PublishedRow
+    recipe: Recipe
+    stack: Stack
+    assumptions: tuple[Assumption, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NotProjectable:
     """A row that cannot be projected, and why."""
 
@@ -122,23 +132,43 @@ def infer(row: PublishedRow, catalogue: Catalogue) -> InferredRun | NotProjectab
     """
     if not row.is_training:
         return NotProjectable(row=row, reason="no training of a whole model from scratch")
+    case = _case(row, catalogue)
+    if isinstance(case, NotProjectable):
+        return case
+    target = target_of(row, case.model, case.system)
+    if target is None:
+        return NotProjectable(row=row, reason="no throughput")
+    made = _configured(case, catalogue)
+    if isinstance(made, NotProjectable):
+        return made
+    return InferredRun(
+        row=row, recipe=made.recipe, stack=case.stack, target=target, assumptions=made.assumptions
+    )
+
+
+def configured(row: PublishedRow, catalogue: Catalogue) -> Configured | NotProjectable:
+    """`infer` for a row without throughput: one of memory, or of a run that failed."""
+    case = _case(row, catalogue)
+    return case if isinstance(case, NotProjectable) else _configured(case, catalogue)
+
+
+def _case(row: PublishedRow, catalogue: Catalogue) -> Case | NotProjectable:
     model = catalogue.model(row.model, row.num_layers)
     if model is None:
         return NotProjectable(row=row, reason=f"no architecture facts of {row.model}")
     system = _system(row, catalogue)
     if system is None or system.gpu is None:
         return NotProjectable(row=row, reason=f"no system file of {row.hardware}")
-    target = target_of(row, model, system)
-    if target is None:
-        return NotProjectable(row=row, reason="no throughput")
-    stack = stack_of(row)
-    case = Case(row=row, stack=stack, model=model, system=system, draft=printed_fields(row))
-    fields = _fields_of(case, catalogue.reproducing.get(row.id))
+    return Case(row=row, stack=stack_of(row), model=model, system=system, draft=printed_fields(row))
+
+
+def _configured(case: Case, catalogue: Catalogue) -> Configured | NotProjectable:
+    fields = _fields_of(case, catalogue.reproducing.get(case.row.id))
     if isinstance(fields, str):
-        return NotProjectable(row=row, reason=fields)
+        return NotProjectable(row=case.row, reason=fields)
     draft, assumptions = fields
-    recipe = _recipe(draft, model, system)
-    return InferredRun(row=row, recipe=recipe, stack=stack, target=target, assumptions=assumptions)
+    recipe = _recipe(draft, case.model, case.system)
+    return Configured(row=case.row, recipe=recipe, stack=case.stack, assumptions=assumptions)
 
 
 def _fields_of(case: Case, donor: Recipe | None) -> tuple[Draft, tuple[Assumption, ...]] | str:

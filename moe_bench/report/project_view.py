@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.analysis.memory import needed_bytes
+from moe_bench.analysis.memory_verdict import rank_verdict, verdict
 from moe_bench.projection.cost import TrainingCost
 from moe_bench.projection.forecast import Forecast
 from moe_bench.projection.interval import Bounds
@@ -16,7 +17,6 @@ from moe_bench.projection.projected import Projection
 from moe_bench.projection.scaleout import ScaleOut
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text, seconds_text, tflops_text
-from moe_bench.report.projected_memory import rank_verdict, verdict
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB
 

@@ -1,4 +1,4 @@
-"""Whether a recipe fits its GPU, as far as the closed form can say, rank by rank."""
+"""Whether a rank fits its GPU, as far as the closed form can say."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def verdict(fit: MemoryFit) -> MemoryVerdict:
 
 def rank_verdict(rank: RankMemory, usable_bytes: int) -> MemoryVerdict:
     """Of one pipeline rank."""
-    if needed_bytes(rank) <= usable_bytes:
+    return bounds_verdict(rank.total_bytes, needed_bytes(rank), usable_bytes)
+
+
+def bounds_verdict(held_bytes: int, needed_bytes: int, usable_bytes: int) -> MemoryVerdict:
+    """Of what is held at the least, and what is needed with margins, beside what the GPU gives."""
+    if needed_bytes <= usable_bytes:
         return MemoryVerdict.FITS
-    return MemoryVerdict.TOO_CLOSE if rank.total_bytes <= usable_bytes else MemoryVerdict.DOES_NOT_FIT
+    return MemoryVerdict.TOO_CLOSE if held_bytes <= usable_bytes else MemoryVerdict.DOES_NOT_FIT
