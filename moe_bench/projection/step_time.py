@@ -50,6 +50,9 @@ class StepTable:
     optimizer_memory_s: Floats
     schedule_factor: Floats
     """Simulated pipeline time over the closed form's; 1 where there is no pipeline."""
+    gradient_window_s: Floats
+    parameter_window_s: Floats
+    """Time in which the simulated pipeline hides that traffic; NaN: one micro batch's pass of the rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,8 @@ def step_table(works: Sequence[StepWork], *, schedule_factor: Floats | None = No
         overlaps_parameters=_column(recipe.overlap.param_gather for recipe in recipes),
         optimizer_memory_s=_column(work.optimizer_memory_s for work in works),
         schedule_factor=np.ones(len(works)) if schedule_factor is None else schedule_factor,
+        gradient_window_s=np.full(len(works), np.nan),
+        parameter_window_s=np.full(len(works), np.nan),
     )
 
 
@@ -141,10 +146,18 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
     forward, backward = rank_busy_s[critical, 0], rank_busy_s[critical, 1]
     gathers_s = _gathers(table, constants, slowest)
     gradients_s = _synced(
-        table.gradients_s, table.overlaps_gradients, backward, table.gradient_buckets, constants
+        table.gradients_s,
+        table.overlaps_gradients,
+        np.where(np.isnan(table.gradient_window_s), backward, table.gradient_window_s),
+        table.gradient_buckets,
+        constants,
     )
     parameters_s = _synced(
-        table.parameters_s, table.overlaps_parameters, forward, table.parameter_buckets, constants
+        table.parameters_s,
+        table.overlaps_parameters,
+        np.where(np.isnan(table.parameter_window_s), forward, table.parameter_window_s),
+        table.parameter_buckets,
+        constants,
     )
     optimizer_s = table.optimizer_memory_s / constants.stream_fraction + _OPTIMIZER_START_S
     together = pipeline_s + gathers_s + gradients_s + parameters_s + optimizer_s
@@ -204,6 +217,11 @@ def _synced(
     left = np.maximum(seconds - window_s, seconds / num_buckets)
     exposed: Floats = np.where(overlaps > 0, left, seconds)
     return exposed
+
+
+def sync_seconds(links_s: Floats, constants: Constants) -> Floats:
+    """[recipe] seconds of a step's data-parallel collectives, were nothing to hide them."""
+    return _link_seconds(links_s, constants)
 
 
 def _link_seconds(links_s: Floats, constants: Constants) -> Floats:
