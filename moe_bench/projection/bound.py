@@ -52,7 +52,7 @@ class StepBound:
         self._loads: dict[Family, float] = {}
         self._known: dict[Family, Floats] = {}
         num_gpus = space.base.parallel.num_gpus
-        self._straggler = 1 + constants.straggler_sigma * math.sqrt(2 * math.log(num_gpus))
+        self._straggler = 1 + constants.straggler_std * math.sqrt(2 * math.log(num_gpus))
         first = tuple(0 for _ in space.sizes)
         kinds: dict[LayerKind, None] = {}
         chunks = []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
+
+import yaml
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, reference_model_keys
@@ -22,6 +25,7 @@ from moe_bench.spec.recipe import (
     Routing,
 )
 from moe_bench.spec.system import SystemSpec
+from moe_bench.spec.yaml_tree import parse_value, parse_yaml
 
 _DEFAULT_SEQ_LEN = 4096
 _DEFAULTS = (
@@ -75,6 +79,8 @@ def search_base(asked: Asked, loader: Loader) -> Base:
     system or precision that does not exist, and where no batch can be known.
     """
     precision = _precision(asked.precision)
+    if "/" not in asked.model:
+        loader.model(asked.model)  # names the nearest models where there is none of this name
     system = loader.system(asked.system)
     if system.gpu is None:
         raise BadInputError(f"--system {asked.system}: it has no GPU to project on; choose one that has")
@@ -82,10 +88,7 @@ def search_base(asked: Asked, loader: Loader) -> Base:
     unchecked = Loader(root=loader.root, rules=(), trees=loader.trees)
     if asked.model in reference_model_keys(loader.root):
         recipe, notes = _default_recipe(loader.model(asked.model), system, asked), [_DEFAULTS]
-        if asked.changes:
-            raise BadInputError(
-                f"--set {asked.changes[0]}: {asked.model} has no recipe that could be changed; leave it out"
-            )
+        recipe = _changed(recipe, asked.changes, unchecked)
     else:
         path = _nearest_recipe(asked, precision, unchecked)
         own = unchecked.recipe(path)
@@ -143,6 +146,18 @@ def _sized(recipe: Recipe, asked: Asked, own: Recipe) -> tuple[Recipe, str]:
         recipe.model_copy(update={"global_batch_size": number}),
         f"global batch {number:,}, for as many tokens per GPU and step",
     )
+
+
+def _changed(recipe: Recipe, changes: Sequence[str], loader: Loader) -> Recipe:
+    """`recipe` with `key=value` changes, as a loader makes them to a file."""
+    tree = parse_yaml(yaml.safe_dump(recipe.model_dump(mode="json")), shown_as="defaults")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise BadInputError(f"--set {change}: expected key=value, such as parallel.expert=8")
+        leaf = parse_value(value, shown_as=f"--set {change}")
+        tree = tree.with_value_at(tuple(key.split(".")), leaf)
+    return loader.recipe_from_tree(tree)
 
 
 def _moved(recipe: Recipe, asked: Asked, system: SystemSpec, precision: Precision | None) -> Recipe:

@@ -41,7 +41,9 @@ class Legality:
     refused: Counter[str] = field(default_factory=Counter)
     """Layouts by the name of the first rule that refuses them."""
     _roots: dict[str, _Branch | bool] = field(default_factory=dict)
-    _splits: dict[tuple[int, ...], tuple[tuple[int, ...], Counter[str]]] = field(default_factory=dict)
+    _axes: dict[str, set[Axis]] = field(default_factory=dict)
+    """What each rule has read so far."""
+    _splits: dict[tuple[object, ...], tuple[tuple[int, ...], Counter[str]]] = field(default_factory=dict)
 
     def legal_families(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Every choice on all axes but the last that leaves a legal layout, with the legal indices there.
@@ -81,9 +83,11 @@ class Legality:
                 yield from self._below(extended, left, num_each)
 
     def _legal_splits(self, chosen: tuple[int, ...], pending: Sequence[_Pending]) -> tuple[int, ...]:
-        """What the last axis leaves, known from the places at which the undecided rules stand."""
-        places = tuple(id(branch) for _, branch in pending)
-        if places not in self._splits:
+        """What the last axis leaves: the same wherever undecided rules stand at the same places of their
+        trees, and the axes that they read have the same values.
+        """
+        key = self._key(chosen, pending)
+        if key not in self._splits:
             legal, refused = [], Counter[str]()
             for value in range(self.space.sizes[Axis.SPLIT]):
                 left = self._judged((*chosen, value), pending)
@@ -91,10 +95,16 @@ class Legality:
                     refused[left] += 1
                 else:
                     legal.append(value)
-            self._splits[places] = tuple(legal), refused
-        legal_splits, refusals = self._splits[places]
+            # asked again, since the rules may have read more axes than they had before
+            key = self._key(chosen, pending)
+            self._splits[key] = tuple(legal), refused
+        legal_splits, refusals = self._splits[key]
         self.refused.update(refusals)
         return legal_splits
+
+    def _key(self, chosen: tuple[int, ...], pending: Sequence[_Pending]) -> tuple[object, ...]:
+        axes = set().union(*(self._axes[rule.name] for rule, _ in pending)) - {Axis.SPLIT}
+        return (*(id(branch) for _, branch in pending), *(chosen[axis] for axis in sorted(axes)))
 
     def _judged(self, chosen: tuple[int, ...], pending: Sequence[_Pending]) -> list[_Pending] | str:
         """The rules that are still undecided, or the name of the first that refuses."""
@@ -131,6 +141,7 @@ class Legality:
         watched = cast(Recipe, _Watched(self.space.recipe(indices), "", reads))
         is_legal = next(rule.find(watched), None) is None
         axes = tuple(reads)
+        self._axes.setdefault(rule.name, set()).update(axes)
         if not axes:
             self._roots[rule.name] = is_legal
             return

@@ -282,13 +282,14 @@ def _recomputes(base: Recipe) -> tuple[Recompute, ...]:
         "moe": moe is None,
         "moe_act": moe is None,
     }
-    found: dict[Recompute, None] = {Recompute(): None, base.recompute: None}
+    found = [Recompute(), base.recompute]
     for modules in _RECOMPUTED:
         kept = tuple(module for module in modules if not missing.get(module, False))
         if kept:
-            found[Recompute(granularity="selective", modules=kept)] = None
-    found[Recompute(granularity="full", method="uniform", num_layers=1)] = None
-    return tuple(found)
+            found.append(Recompute(granularity="selective", modules=kept))
+    found.append(Recompute(granularity="full", method="uniform", num_layers=1))
+    distinct = {(one.granularity, frozenset(one.modules), one.method, one.num_layers): one for one in found}
+    return tuple(distinct.values())
 
 
 def _splits(base: Recipe, pinned: frozenset[str]) -> tuple[Split, ...]:
