@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import stdtrit
 
 CONFIDENCE_FRACTION = 0.95
 BAND_FRACTION = 0.05
@@ -145,7 +145,7 @@ def _required(runs_s: Sequence[RunTimes]) -> Sequence[RunTimes]:
 
 
 def _t_quantile(freedom: float) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE_FRACTION) / 2, freedom))
+    return float(stdtrit(freedom, (1 + CONFIDENCE_FRACTION) / 2))
 
 
 def _t_interval(estimate: float, spread: float, *, num_runs: int, freedom: float) -> RatioInterval:
@@ -157,6 +157,8 @@ def _bootstrap_interval(
     steps_s: tuple[Array, ...], log_ratio: Callable[..., Array], *, num_runs: int
 ) -> RatioInterval:
     """The percentile interval of `log_ratio`, which takes one array of steps per side and an axis."""
+    from scipy import stats  # takes longer than all else here, and only single runs need it
+
     resampled = stats.bootstrap(
         steps_s,
         log_ratio,

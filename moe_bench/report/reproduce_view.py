@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -25,7 +26,7 @@ LEGEND = (
 
 def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
     """One line per row and set of runs, as many as fit; `--json` has all of them."""
-    shown = found[: MAX_LINES - _LINES_AROUND]
+    shown = newest_sets(found, num_lines=MAX_LINES - _LINES_AROUND)
     table = Columns(
         headings=("recipe", "published", "ours", "ratio, 95 %", "verdict", "projected"),
         rows=tuple(
@@ -47,6 +48,19 @@ def reproduce_view(found: Sequence[Reproduction]) -> RenderableType:
         parts.append(Text(f"and {len(found) - len(shown)} more: name recipes, or use --json", style="dim"))
     parts.append(Text(LEGEND, style="dim"))
     return Group(*parts)
+
+
+def newest_sets(found: Sequence[Reproduction], *, num_lines: int) -> tuple[Reproduction, ...]:
+    """As many of `found` as fit, in their order: the newest set of every recipe, then the second, and so on.
+
+    A recipe that ran a hundred times does not push the others off the page.
+    """
+    num_before: Counter[str] = Counter()
+    ages = []
+    for index, one in enumerate(found):
+        ages.append((num_before[one.published.recipe], index))
+        num_before[one.published.recipe] += 1
+    return tuple(found[index] for index in sorted(index for _, index in sorted(ages)[:num_lines]))
 
 
 def summary_line(found: Sequence[Reproduction]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from itertools import groupby
@@ -108,6 +108,9 @@ class MissingPoint(Point):
     """A run that was asked for and left no number: it failed, ran out of time or memory, or has not ended."""
 
     reason: str
+    """What became of the newest of them."""
+    num_jobs: int = 1
+    """Of this recipe and size that left no number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,8 @@ class Curve:
     efficiencies: tuple[Efficiency, ...]
     missing: tuple[MissingPoint, ...] = ()
     """Sizes of the same family that have no number, with the reason; never at a size that has one."""
+    lost_repeats: tuple[MissingPoint, ...] = ()
+    """Runs of the same family that left no number, at sizes that have one from others."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -215,7 +220,9 @@ def missing_points(jobs: Iterable[JobReport]) -> tuple[MissingPoint, ...]:
         if job.record is None and job.plan is not None and not job.plan.is_slice:
             reason = f"{job.state}: {job.reason}" if job.reason else str(job.state)
             point = missing_point(job.plan, reason)
-            found.setdefault((point.recipe_family, point.num_gpus, point.global_batch_size), point)
+            key = (point.recipe_family, point.num_gpus, point.global_batch_size)
+            before = found.get(key)
+            found[key] = point if before is None else replace(before, num_jobs=before.num_jobs + 1)
     return tuple(found.values())
 
 
@@ -295,7 +302,7 @@ def curves(points: Iterable[ScalingPoint], missing: Iterable[MissingPoint] = ())
             for equal, members in groupby(sorted(family, key=by_batch), key=by_batch):
                 ordered = sorted(members, key=lambda point: (point.num_gpus, -point.tokens_per_s_per_gpu))
                 beside = [point for point in without if by_batch(point) == equal]
-                curve = _curve(ordered, mode, _without_number(ordered, beside))
+                curve = _curve(ordered, mode, beside)
                 if len(curve.sizes) > 1:
                     found.append(curve)
     return tuple(sorted(found, key=lambda curve: (curve.subject, curve.mode, curve.kind, curve.name)))
@@ -311,15 +318,6 @@ def _families_without_number(
     for point in open_points:
         sizes.setdefault(point.recipe_family, set()).add(point.num_gpus)
     return tuple(point for point in open_points if len(sizes[point.recipe_family]) > 1)
-
-
-def _without_number(
-    points: Sequence[ScalingPoint], missing: Iterable[MissingPoint]
-) -> tuple[MissingPoint, ...]:
-    """Those of `missing` that belong to the family of `points`, at sizes that it has no number of."""
-    family, sizes = points[0].recipe_family, {point.num_gpus for point in points}
-    found = (point for point in missing if point.recipe_family == family and point.num_gpus not in sizes)
-    return tuple(sorted(found, key=lambda point: point.num_gpus))
 
 
 def unscaled_families(points: Iterable[ScalingPoint]) -> tuple[str, ...]:
@@ -340,16 +338,25 @@ def _families(points: Iterable[ScalingPoint]) -> list[list[ScalingPoint]]:
     return list(families.values())
 
 
-def _curve(points: Sequence[ScalingPoint], mode: Mode, missing: tuple[MissingPoint, ...]) -> Curve:
-    """`points` by size, the fastest of each size first; the first one is the reference."""
+def _curve(points: Sequence[ScalingPoint], mode: Mode, missing: Iterable[MissingPoint]) -> Curve:
+    """`points` by size, the fastest of each size first, and what of `missing` is of their family.
+
+    The first point is the reference.
+    """
     reference = points[0]
+    sizes = {point.num_gpus for point in points}
+    without = sorted(
+        (point for point in missing if point.recipe_family == reference.recipe_family),
+        key=lambda point: point.num_gpus,
+    )
     return Curve(
         mode=mode,
         kind=reference.kind,
         subject=reference.subject,
         name=_name(reference),
         efficiencies=tuple(_efficiency(reference, point) for point in points),
-        missing=missing,
+        missing=tuple(point for point in without if point.num_gpus not in sizes),
+        lost_repeats=tuple(point for point in without if point.num_gpus in sizes),
     )
 
 

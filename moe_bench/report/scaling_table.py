@@ -42,8 +42,11 @@ def scaling_frame(scaling: Scaling) -> pd.DataFrame:
 
 def _rows(curve: Curve) -> list[dict[str, object]]:
     rows = [_row(curve, one) for one in curve.efficiencies]
-    rows += [_missing_row(point, mode=str(curve.mode), curve=curve.name) for point in curve.missing]
-    # stable: the fastest of a size stays first
+    rows += [
+        _missing_row(point, mode=str(curve.mode), curve=curve.name)
+        for point in (*curve.missing, *curve.lost_repeats)
+    ]
+    # stable: the fastest of a size stays first, and its lost repeats come last
     return sorted(rows, key=lambda row: int(str(row["num_gpus"])))
 
 
@@ -60,7 +63,7 @@ def _row(curve: Curve, one: Efficiency) -> dict[str, object]:
 
 
 def _missing_row(point: MissingPoint, *, mode: str, curve: str) -> dict[str, object]:
-    return {**_asked(point, mode=mode, kind=Kind.MEASURED, curve=curve), "remark": point.reason}
+    return {**_asked(point, mode=mode, kind=Kind.MEASURED, curve=curve), "remark": missing_text(point)}
 
 
 def _asked(point: Point, *, mode: str, kind: Kind, curve: str) -> dict[str, object]:
@@ -106,7 +109,7 @@ def _missing_lines(points: Sequence[MissingPoint]) -> list[RenderableType]:
     if not points:
         return []
     lines = [
-        f"  {point.num_gpus} GPUs, {point.label}: {point.reason}"
+        f"  {point.num_gpus} GPUs, {point.label}: {missing_text(point)}"
         for point in sorted(points, key=lambda point: (point.subject, point.num_gpus, point.label))
     ]
     return [Text("\n".join(["\nno run of these families left a number:", *lines]))]
@@ -122,7 +125,18 @@ def _curve_table(curve: Curve) -> RenderableType:
         right=frozenset(numbers),
         is_stacked=True,
     )
-    return Group(Text("\n" + curve_title(curve), style="italic"), table)
+    lost = [Text(lost_repeat_text(point)) for point in curve.lost_repeats]
+    return Group(Text("\n" + curve_title(curve), style="italic"), table, *lost)
+
+
+def missing_text(point: MissingPoint) -> str:
+    """What became of the jobs of a size that left no number."""
+    return point.reason if point.num_jobs == 1 else f"{point.reason} (the newest of {point.num_jobs} jobs)"
+
+
+def lost_repeat_text(point: MissingPoint) -> str:
+    """That a size whose number comes from other runs has jobs without one."""
+    return f"not in the number of {point.num_gpus} GPUs: {missing_text(point)}"
 
 
 def _measured_cells(one: Efficiency) -> tuple[str, ...]:
@@ -140,7 +154,7 @@ def _measured_cells(one: Efficiency) -> tuple[str, ...]:
 
 def _missing_cells(point: MissingPoint) -> tuple[str, ...]:
     return (
-        f"{point.label}: {point.reason}",
+        f"{point.label}: {missing_text(point)}",
         str(point.num_gpus),
         str(point.global_batch_size),
         *("-", "-", "-"),

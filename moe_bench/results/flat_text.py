@@ -41,7 +41,8 @@ def _dispatcher(text: str) -> Found | None:
         ("alltoall", "alltoall"),
         ("all-to-all", "alltoall"),
     )
-    return next(({"dispatcher": name} for word, name in words if word in text.lower()), None)
+    found = next((name for word, name in words if word in text.lower()), None)
+    return None if found is None else {"dispatcher": found}
 
 
 def _recompute(text: str) -> Found | None:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import batched, islice
 from pathlib import Path
@@ -107,26 +107,22 @@ class Index:
         """What is wrong with the files below `under` that are no readable records, each with its name."""
         return tuple(problem for _, problem in self._select("problem", "problem IS NOT NULL", under))
 
-    def summaries(self, paths: Iterable[Path]) -> tuple[RunSummary, ...]:
-        """The summaries of records that `entries` has named, in their order."""
+    def runs(self, under: Path, wanted: Callable[[Entry], bool]) -> Iterator[tuple[Entry, RunSummary]]:
+        """The records below `under` that are `wanted`, by path, with their summaries."""
         shared = _Shared(self._db)
-        found = []
-        for path in paths:
-            query = self._db.execute("SELECT summary FROM file WHERE path = ?", (self._name(path),))
-            found.append(_summary(query.fetchone()[0], shared))
-        return tuple(found)
+        for path, entry, summary in self._select("entry, summary", "entry IS NOT NULL", under):
+            found = _entry(self._root / path, entry)
+            if wanted(found):
+                yield found, _summary(summary, shared)
 
-    def _select(self, column: str, condition: str, under: Path) -> Iterator[tuple[str, str]]:
-        rows = self._db.execute(f"SELECT path, {column} FROM file WHERE {condition} ORDER BY path")
+    def _select(self, columns: str, condition: str, under: Path) -> Iterator[tuple[str, ...]]:
+        """Rows of a path and `columns`, by path."""
+        rows = self._db.execute(f"SELECT path, {columns} FROM file WHERE {condition} ORDER BY path")
         prefix = self._prefix(under)
-        return ((path, content) for path, content in rows if path.startswith(prefix))
+        return (row for row in rows if row[0].startswith(prefix))
 
     def _prefix(self, under: Path) -> str:
-        return "" if under == self._root else f"{self._name(under)}/"
-
-    def _name(self, path: Path) -> str:
-        # ten times faster than `relative_to`
-        return path.as_posix().removeprefix(f"{self._root.as_posix()}/")
+        return "" if under == self._root else f"{under.relative_to(self._root).as_posix()}/"
 
 
 @contextmanager

@@ -65,9 +65,9 @@ class RunSet:
 
 def run_sets(runs: Iterable[Run]) -> tuple[RunSet, ...]:
     """Runs that are repeats of each other, put together; sets and repeats in the order of their start."""
-    grouped: dict[tuple[tuple[str, str], ...], list[RunSummary]] = {}
+    grouped: dict[tuple[frozenset[tuple[str, str]], ...], list[RunSummary]] = {}
     for run in sorted(map(summary_of, runs), key=lambda run: run.started_at):
-        key = (*sorted(run.facts.items()), *sorted(run.software.items()))
+        key = frozenset(run.facts.items()), frozenset(run.software.items())
         grouped.setdefault(key, []).append(run)
     return tuple(
         RunSet(runs=tuple(same), facts=same[0].facts, software=same[0].software) for same in grouped.values()

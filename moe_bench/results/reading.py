@@ -69,8 +69,7 @@ def _read(
     for place in places:
         if place.is_dir():
             with _fresh_index(place, listener) as index:
-                entries = tuple(filter(wanted, index.entries(place)))
-                yield from zip(entries, index.summaries(entry.path for entry in entries), strict=True)
+                yield from index.runs(place, wanted)
         else:
             summary = read_summary(place)
             entry = entry_of(summary, place)

@@ -138,6 +138,17 @@ def test_the_page_says_what_was_measured_and_what_was_published(page: Page) -> N
     assert "Not the recipe as asked" in page.text
 
 
+def test_the_table_of_runs_holds_the_newest_and_says_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moe_bench.report.html.page.MAX_OVERVIEW_RUNS", 2)
+    table = render_page(full_page()).split('<section id="runs">')[1].split("</table>")[0]
+    assert "The newest 2 runs" in table
+    assert "lists all 3" in table
+    assert table.count("<tr>") == 1 + 2
+    assert "2026-11-20 09" not in table
+
+
 def test_throughput_shows_the_row_its_neighbours_the_runs_and_the_projection(html: str) -> None:
     chart = html.split('id="throughput"')[1].split("</figure>")[0]
     assert chart.count('class="mark measured"') == 1

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moe_bench.cli import main
 from moe_bench.report.reproduce import Reproduction, Verdict, reproductions
-from moe_bench.report.reproduce_view import MAX_LINES, reproduce_view, summary_line
+from moe_bench.report.reproduce_view import MAX_LINES, newest_sets, reproduce_view, summary_line
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.record import Record
 from moe_bench.results.renormalised import renormalised
@@ -150,6 +150,19 @@ def test_at_120_columns_the_table_has_at_most_40_lines(has_results: bool) -> Non
         assert "comparable with differences" in lines[0]
     else:
         assert lines[0].startswith("no full-scale result yet: 50 published rows have a recipe")
+
+
+def test_a_recipe_that_ran_often_does_not_hide_the_others() -> None:
+    often = [
+        one
+        for number in range(50)
+        for one in runs(published_step_s(), plan=PLAN, seed=number, commit=f"{number}")
+    ]
+    others = [recipe for recipe in all_recipes() if recipe.reproduces is not None and recipe != RECIPE][:5]
+    once = [one for recipe in others for one in runs(1.0, plan=full_plan(recipe, modified=()))]
+    shown = newest_sets(reproductions([RECIPE, *others], ROWS, [*often, *once]), num_lines=20)
+    names = [one.published.recipe for one in shown]
+    assert names == [RECIPE.name] * 15 + [recipe.name for recipe in others]
 
 
 def test_the_verb_prints_rows_without_results_and_verdicts_with_them(

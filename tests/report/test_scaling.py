@@ -11,6 +11,8 @@ from rich.console import Console
 
 from moe_bench.cli import main
 from moe_bench.errors import BadInputError
+from moe_bench.launch.job_state import JobState
+from moe_bench.launch.jobs import JobReport
 from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.scaling import (
     Curve,
@@ -21,12 +23,13 @@ from moe_bench.report.scaling import (
     Subject,
     curves,
     missing_point,
+    missing_points,
     record_points,
     row_points,
     scaling_of,
 )
 from moe_bench.report.scaling_plot import write_scaling_plot
-from moe_bench.report.scaling_table import scaling_frame, scaling_view
+from moe_bench.report.scaling_table import missing_text, scaling_frame, scaling_view
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.record import Record
 from moe_bench.results.store import write_record
@@ -260,6 +263,51 @@ def test_a_size_that_failed_stays_in_its_curve_with_the_reason() -> None:
         (64, "out of memory"),
     ]
     assert found.missing == ()
+    (repeat,) = curve.lost_repeats
+    assert (repeat.num_gpus, repeat.reason) == (16, "out of memory")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(scaling_view(found))
+    assert "not in the number of 16 GPUs: out of memory" in console.export_text().splitlines()
+    frame = scaling_frame(found)
+    assert list(frame["num_gpus"]) == [8, 16, 16, 32, 64]
+    assert list(frame["remark"]) == ["", "", *["out of memory"] * 3]
+    (chart,) = scaling_charts(found.curves, {})
+    assert chart.caption.endswith(" a: not in the number of 16 GPUs: out of memory.")
+    assert len(chart.marks) == len(chart.data.rows) == 4
+
+
+def test_jobs_of_one_size_that_left_no_number_are_counted_under_the_newest() -> None:
+    plan = full()
+    jobs = [
+        JobReport(
+            id=str(number),
+            recipe=plan.asked,
+            scale="full",
+            modified=(),
+            num_ranks=8,
+            repeat=0,
+            started_at=f"2026-11-2{number}",
+            state=state,
+            reason="",
+            record=None,
+            log=None,
+            plan=plan,
+        )
+        for number, state in ((2, JobState.TIMED_OUT), (1, JobState.OUT_OF_MEMORY))
+    ]
+    (point,) = missing_points(jobs)
+    assert (point.reason, point.num_jobs) == ("timed out", 2)
+    assert missing_text(point) == "timed out (the newest of 2 jobs)"
+
+
+def test_a_chart_has_a_name_for_more_curves_than_letters() -> None:
+    found = curves(
+        dataclasses.replace(point, family=f"{number:02}")
+        for number in range(30)
+        for point in record_points([*runs_at(8, 1.0, batch=512), *runs_at(16, 1.1, batch=1024)])
+    )
+    (chart,) = scaling_charts(found, {})
+    assert [entry.text.split()[0] for entry in chart.legend][24:28] == ["y", "z", "aa", "bb"]
 
 
 def test_one_number_and_failures_beside_it_are_a_curve() -> None:

@@ -32,6 +32,9 @@ from moe_bench.results.summary import RunSummary, summary_of
 from moe_bench.spec.recipe import Difference, Recipe
 from moe_bench.spec.scale import Substitution
 
+MAX_OVERVIEW_RUNS = 200
+"""Lines of the table of runs; more belong into `moe-bench results`, which can choose among them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportData:
@@ -120,7 +123,7 @@ def render_page(data: ReportData) -> str:
     return templates.get_template("page.html.j2").render(
         data=data,
         num_runs=len(runs),
-        overview=[overview_row(run) for run in runs],
+        overview=[overview_row(run) for run in runs[-MAX_OVERVIEW_RUNS:]],
         runs=[_run_part(index, record) for index, record in enumerate(latest)],
         num_older=len(runs) - len(latest),
         throughput=throughput_chart("throughput", lines) if lines else None,

@@ -21,6 +21,8 @@ def page_recipes(loader: Loader, names: Sequence[str], runs: Sequence[Run]) -> t
     found: dict[str, Recipe] = {}
     for run in runs:
         asked = run.plan.asked
+        if asked in found:
+            continue
         if asked in catalogue:
             found[asked] = loader.recipe(catalogue[asked])
         elif run.plan.scale == "full":

@@ -21,7 +21,7 @@ from moe_bench.report.html.chart import (
     Stroke,
 )
 from moe_bench.report.scaling import Curve, Efficiency, Kind, MissingPoint, Mode
-from moe_bench.report.scaling_table import interval_text
+from moe_bench.report.scaling_table import interval_text, lost_repeat_text, missing_text
 
 HEIGHT_PX = 240
 _SHAPES: dict[Kind, Shape] = {Kind.MEASURED: "dot", Kind.PUBLISHED: "square", Kind.PROJECTED: "diamond"}
@@ -49,13 +49,18 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
     bottom, right = HEIGHT_PX - BOTTOM_PX, RIGHT_PX - 16
     x = logarithmic(sizes[0], sizes[-1], start_px=LEFT_PX + 10, end_px=right - 6)
     y = linear(values[0], values[-1], start_px=bottom, end_px=TOP_PX)
-    letters = dict(zip(range(len(curves)), string.ascii_lowercase, strict=False))
+    letters = [_letter(index) for index in range(len(curves))]
+    lost = [
+        f" {letters[index]}: {lost_repeat_text(point)}."
+        for index, curve in enumerate(curves)
+        for point in curve.lost_repeats
+    ]
     model = names.get(subject.model, subject.model)
     return Chart(
         key=key,
         title=f"{str(mode).capitalize()} scaling: {model} on {subject.system}",
         caption=f"{subject.precision}, {subject.seq_len:,} tokens per sequence, equal {_EQUAL[mode]}. "
-        "The vertical axis does not start at 0.",
+        f"The vertical axis does not start at 0.{''.join(lost)}",
         height_px=HEIGHT_PX,
         x=Axis(title="GPUs (logarithmic)", ticks=_size_ticks(sizes, x)),
         y=Axis(title="efficiency (%)", ticks=ticks(values, y)),
@@ -99,7 +104,7 @@ def _missing_mark(point: MissingPoint, x: Place, y_px: float) -> Mark:
 
 
 def _missing_text(point: MissingPoint) -> str:
-    return f"{point.num_gpus} GPUs, no number: {point.reason}"
+    return f"{point.num_gpus} GPUs, no number: {missing_text(point)}"
 
 
 def _depth(curve: Curve) -> int:
@@ -130,7 +135,13 @@ def _strokes(curve: Curve, x: Place, y: Place) -> Iterable[Stroke]:
             yield Stroke(role=f"interval {curve.kind}", points_px=ends)
 
 
-def _letters(curves: Sequence[Curve], letters: dict[int, str], x: Place, y: Place) -> Iterable[Note]:
+def _letter(index: int) -> str:
+    """`a` to `z`, then `aa`, `bb`, ...: what curves are called on a chart."""
+    rounds, place = divmod(index, len(string.ascii_lowercase))
+    return string.ascii_lowercase[place] * (rounds + 1)
+
+
+def _letters(curves: Sequence[Curve], letters: Sequence[str], x: Place, y: Place) -> Iterable[Note]:
     """A letter behind the last point of every curve, pushed down where two would lie on each other."""
     ends = sorted(
         (y(curve.efficiencies[-1].efficiency_ratio * 100), index) for index, curve in enumerate(curves)
@@ -152,7 +163,7 @@ def _rows(letter: str, curve: Curve) -> Iterable[tuple[str, ...]]:
     for point in curve.missing:
         yield (
             letter,
-            f"{curve.kind}, no number: {point.reason}",
+            f"{curve.kind}, no number: {missing_text(point)}",
             str(point.num_gpus),
             str(point.global_batch_size),
             *("-", "-", "-"),
