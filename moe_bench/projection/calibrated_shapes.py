@@ -95,22 +95,15 @@ class CalibratedShapes:
 
 
 def read_calibrations(gpu: GpuSpec, results: Path) -> tuple[measured.Calibration, ...]:
-    """The calibration files of `gpu` under `results`, oldest first; BadInputError for one that is broken."""
+    """The calibration files of `gpu` under `results`, oldest first, those of toy shapes left out.
+
+    Raises BadInputError for one that is broken.
+    """
     paths = sorted((results / CALIBRATION_FOLDER).glob("*/*.json"), key=lambda path: path.name)
     calibrations = [measured.read_calibration(path) for path in paths]
-    return tuple(one for one in calibrations if one.provenance.gpu.name == gpu.device_name)
-
-
-def launch_s(calibrations: Sequence[measured.Calibration]) -> float | None:
-    """Host seconds per kernel, of the measurement with the most kernels; None where nobody measured it."""
-    found = [
-        (one.what.num_kernels, one.median_s / one.what.num_kernels)
-        for calibration in calibrations
-        for one in calibration.measurements
-        if isinstance(one.what, measured.Launch)
-    ]
-    most = max((number for number, _ in found), default=0)
-    return statistics.median(time_s for number, time_s in found if number == most) if found else None
+    return tuple(
+        one for one in calibrations if one.is_evidence and one.provenance.gpu.name == gpu.device_name
+    )
 
 
 def sustained_clock_fraction(calibrations: Sequence[measured.Calibration]) -> float | None:
@@ -129,7 +122,7 @@ def _fastest(measurements: Iterable[measured.Measurement]) -> dict[Kind, dict[Ke
     """
     by_kind: dict[Kind, list[tuple[Kernel, measured.Measurement]]] = defaultdict(list)
     for one in measurements:
-        for operation in _operation(one):
+        for operation in operations_of(one):
             by_kind[kind_of(operation)].append((operation, one))
     times_s: dict[Kind, dict[Kernel, float]] = {}
     for kind, pairs in by_kind.items():
@@ -142,8 +135,8 @@ def _fastest(measurements: Iterable[measured.Measurement]) -> dict[Kind, dict[Ke
     return times_s
 
 
-def _operation(one: measured.Measurement) -> Iterator[Kernel]:
-    """The measured call in the projection's terms; nothing for what the projection has no operation for."""
+def operations_of(one: measured.Task) -> Iterator[Kernel]:
+    """A measured call in the projection's terms; nothing for what the projection has no operation for."""
     what, number = one.what, _NUMBERS.get(one.dtype)
     if isinstance(what, measured.DenseGemm) and number is not None:
         yield Gemm(

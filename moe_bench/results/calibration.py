@@ -145,10 +145,11 @@ class Launch(Spec):
     """The host's time to start kernels that do next to nothing."""
 
     operation: Literal["launch"]
-    through: Literal["kernels", "layers"] = "kernels"
-    """`kernels`: one call after another. `layers`: forward and backward passes of Megatron-Core's layers over
-    few tokens, with the time of its modules and of autograd."""
     num_kernels: PositiveInt
+    layers_of: Text | None = None
+    """Model whose layers at toy widths start them through Megatron-Core, forward and backward, with the time
+    of its modules and of autograd; the kernels are then those that the projection counts. None: one call
+    after another."""
 
     @property
     def num_flops(self) -> int:

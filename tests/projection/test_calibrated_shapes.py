@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_bench.errors import BadInputError
-from moe_bench.projection.calibrated_shapes import launch_s, read_calibrations, sustained_clock_fraction
+from moe_bench.projection.calibrated_shapes import read_calibrations, sustained_clock_fraction
 from moe_bench.projection.efficiency import Efficiency, Unanswered
 from moe_bench.projection.evidence import Grade
 from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
@@ -211,13 +211,6 @@ def test_only_the_files_of_the_gpu_are_read(tmp_path: Path) -> None:
     files = read_calibrations(SYSTEM.gpu, tmp_path)
     assert [file.provenance.gpu.name for file in files] == [H100]
     assert read_calibrations(SYSTEM.gpu, tmp_path / "none") == ()
-
-
-def test_the_cost_of_a_launch_is_that_of_the_longest_queue() -> None:
-    few, many = ({"operation": "launch", "num_kernels": number} for number in (10, 1000))
-    files = [calibration(measured(few, 9e-5, dtype="fp32"), measured(many, 4e-3, dtype="fp32"))]
-    assert launch_s(files) == pytest.approx(4e-6)
-    assert launch_s([calibration(measured(DENSE, 1e-3))]) is None
 
 
 def test_the_clock_that_is_left_after_a_run_is_a_fraction_of_the_highest() -> None:
