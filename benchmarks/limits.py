@@ -46,6 +46,18 @@ LIMITS = (
         limit_s=0.4,
     ),
     Limit(name="check one", arguments=("check", "deepseek_v3"), limit_s=1.0),
+    Limit(name="project", arguments=("project", "deepseek_v3"), limit_s=1.0),
+    Limit(
+        name="project seven sizes",
+        arguments=("project", "deepseek_v3", "--num-gpus", "256,512,1024,2048,4096,8192,16384"),
+        limit_s=1.5,
+    ),
+    Limit(
+        name="accuracy, models left out",
+        arguments=("accuracy", "--cross-validate", "model"),
+        limit_s=120.0,
+        num_runs=1,
+    ),
     Limit(name="report of 57 records", arguments=("report", "{records}"), limit_s=2.0),
     Limit(
         name="dryrun of the fewest micro batches",

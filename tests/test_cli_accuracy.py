@@ -52,7 +52,8 @@ def test_every_row_of_a_file_is_projected_or_named(
     assert (made["rows"], made["projected"], made["counted"]) == (4, 3, 3)
     assert [one["id"] for one in made["not_projected"]] == ["unknown"]
     assert made["not_projected"][0]["prints_full_layout"] is True
-    assert made["suspects"] == ["wrong"]
+    assert [one["id"] for one in made["suspects"]] == ["wrong"]
+    assert "2 other rows of its model, GPU and precision" in made["suspects"][0]["evidence"]
     assert made["cross_validation"] is None
 
 

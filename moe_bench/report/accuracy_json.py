@@ -42,7 +42,14 @@ def accuracy_json(made: Accuracy) -> dict[str, object]:
             "rows": len(made.uneven),
             **(errors_json(summary(made.uneven)) if made.uneven else {}),
         },
-        "suspects": [one.run.row.id for one in made.suspects],
+        "suspects": [
+            {
+                "id": one.result.run.row.id,
+                "step_time_error_fraction": one.result.step_time_error,
+                "evidence": one.evidence,
+            }
+            for one in made.suspects
+        ],
         "not_projected": [
             {"id": one.row.id, "reason": one.reason, "prints_full_layout": prints_layout(one.row)}
             for one in found.failed

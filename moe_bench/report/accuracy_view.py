@@ -21,6 +21,7 @@ from moe_bench.projection.accuracy import (
     summary,
 )
 from moe_bench.projection.ranking import APART_FRACTION, anchored, ranking
+from moe_bench.projection.suspects import Suspect, suspects
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text
 from moe_bench.report.recipe_list import layout_label
@@ -59,10 +60,9 @@ class Accuracy:
         return tuple(one for one in self.counted if one.has_natural_routing)
 
     @property
-    def suspects(self) -> tuple[RowResult, ...]:
+    def suspects(self) -> tuple[Suspect, ...]:
         """Rows that the projection contradicts, worst first, those that do not count included."""
-        far = (one for one in self.results if one.is_suspect)
-        return tuple(sorted(far, key=lambda one: -abs(one.step_time_error)))
+        return suspects(self.results)
 
 
 def accuracy_view(made: Accuracy) -> RenderableType:
@@ -183,14 +183,15 @@ def _suspects(made: Accuracy) -> RenderableType:
     return Group(
         Text(f"suspects: contradicted by more than {SUSPECT_FRACTION:.0%}", style="bold"),
         Columns(
-            headings=("row", "published", "projected", "step time", "trust"),
+            headings=("row", "published", "projected", "step time", "trust", "evidence"),
             rows=tuple(
                 (
-                    one.run.row.id,
-                    rate_text(one.run.tokens_per_s_per_gpu),
-                    rate_text(one.projected_tokens_per_s_per_gpu),
-                    f"{one.step_time_error:+.0%}",
-                    one.run.row.trust,
+                    one.result.run.row.id,
+                    rate_text(one.result.run.tokens_per_s_per_gpu),
+                    rate_text(one.result.projected_tokens_per_s_per_gpu),
+                    f"{one.result.step_time_error:+.0%}",
+                    one.result.run.row.trust,
+                    one.evidence,
                 )
                 for one in made.suspects
             ),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bench.analysis.memory import MemoryFit, memory_fit, needed_bytes
+from moe_bench.analysis.memory_verdict import verdict
 from moe_bench.analysis.size import CountedSize
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.report.recipe_list import layout_label
@@ -44,9 +45,8 @@ def plan_view(plan: Plan) -> RenderableType:
 
 def memory_table(fit: MemoryFit) -> Table:
     """Closed form of the memory of each pipeline rank, in GiB."""
-    verdict = "fits" if fit.fits else "does not fit"
-    usable = f"{fit.usable_bytes / GIB:.1f} GiB usable"
-    title = f"memory per GPU from the closed form: {verdict}, {needed_bytes(fit.worst) / GIB:.1f} of {usable}"
+    sizes = f"{needed_bytes(fit.worst) / GIB:.1f} of {fit.usable_bytes / GIB:.1f} GiB usable"
+    title = f"memory per GPU from the closed form: {verdict(fit)}, {sizes}"
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for heading in (
         "stage",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moe_bench.analysis.memory import GIB, MemoryFit, RankMemory, needed_bytes
+from moe_bench.analysis.memory_verdict import verdict
 from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks
 from moe_bench.report.html.chart import (
     BOTTOM_PX,
@@ -50,7 +51,7 @@ def memory_chart(key: str, fit: MemoryFit) -> Chart:
         key=key,
         title="Memory per GPU, by pipeline stage",
         caption=f"Closed form, not measured. The fullest stage needs {worst_gib:.1f} of {usable_gib:.1f} "
-        f"GiB, margins included: the recipe {'fits' if fit.fits else 'does not fit'}.",
+        f"GiB, margins included: {verdict(fit)}.",
         height_px=height,
         top_px=TOP_PX,
         x=Axis(title="memory (GiB)", ticks=ticks(values, x)),
