@@ -119,12 +119,15 @@ def test_a_curve_names_the_sizes_that_are_illegal(capsys: pytest.CaptureFixture[
 def test_a_training_is_priced(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--train-tokens", "15e12", "--price-per-gpu-hour", "2.5")
     made = projected(capsys, DEEPSEEK, *arguments)
-    training = made["training"]
+    (training,) = made["training"]
     gpu_hours = 15e12 / made["tokens_per_s_per_gpu"] / 3600
     assert training["gpu_hours"] == pytest.approx(gpu_hours)
     assert training["price"] == pytest.approx(2.5 * gpu_hours)
     assert main(["project", DEEPSEEK, *arguments]) == 0
     assert "GPU-hours" in capsys.readouterr().out
+    sizes = projected(capsys, DEEPSEEK, *arguments, "--num-gpus", "256,512")["training"]
+    assert [one["num_gpus"] for one in sizes] == [256, 512]
+    assert sizes[1]["time_s"] == pytest.approx(sizes[0]["time_s"] / 2, rel=0.02)
 
 
 def test_a_skewed_load_is_slower_than_a_balanced_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moe_bench.projection.constants import Constants
     from moe_bench.projection.forecast import Forecast
     from moe_bench.projection.nearest import NearRow
+    from moe_bench.projection.projected import Projection
+    from moe_bench.projection.scaleout import ScaleOut
     from moe_bench.spec.recipe import Recipe
 
 
@@ -66,12 +68,9 @@ def project(
 ) -> None:
     """Step time, memory and scaling before anyone pays for the cluster, beside the published rows."""
     from moe_bench.projection.constants import Constants
-    from moe_bench.projection.cost import training_cost
     from moe_bench.projection.forecast import forecast
-    from moe_bench.projection.load_choice import load_choice
-    from moe_bench.projection.scaleout import scale_out
-    from moe_bench.report.project_json import cost_json, forecast_json, near_json, scale_json
-    from moe_bench.report.project_view import cost_view, forecast_view, scale_view, what_if_view
+    from moe_bench.report.project_json import forecast_json, near_json
+    from moe_bench.report.project_view import forecast_view
 
     if price is not None and train_tokens is None:
         raise BadInputError("--price-per-gpu-hour prices a training; add --train-tokens N")
@@ -81,29 +80,80 @@ def project(
     asked = _recipe(recipe, changes)
     made = forecast(asked, constants=constants, load=load)
     near = _near(asked, constants)
-    parts: list[RenderableType] = [forecast_view(made, near, modified=changes or ())]
-    data = {**forecast_json(made), "modified": changes or [], "nearest": near_json(near)}
+    answer = _Answer(
+        parts=[forecast_view(made, near, modified=changes or ())],
+        data={**forecast_json(made), "modified": changes or [], "nearest": near_json(near)},
+    )
     if what_if:
-        other = _other(recipe, changes or [], what_if, constants, load)
-        parts.append(what_if_view(made, other, what_if))
-        data["what_if"] = {"changes": what_if, **forecast_json(other)}
+        _add_what_if(answer, made, _other(recipe, changes or [], what_if, constants, load), what_if)
+    sized = [made.projection]
     if num_gpus is not None:
-        curve = scale_out(
-            asked,
-            _sizes(num_gpus),
-            strong=strong,
-            changes=tuple(changes or ()),
-            constants=constants,
-            load_of=lambda member: load_choice(member, load).busiest_over_mean_ratio,
-        )
-        parts.append(scale_view(curve))
-        data["scaling"] = scale_json(curve)
+        curve = _curve(asked, _sizes(num_gpus), strong, tuple(changes or ()), constants, load)
+        sized = [point.projection for point in curve.points]
+        _add_curve(answer, curve)
     if train_tokens is not None:
-        cost = training_cost(made.projection, num_tokens=round(train_tokens))
-        parts.append(cost_view(cost, num_gpus=asked.parallel.num_gpus, price_per_gpu_hour=price))
-        data["training"] = cost_json(cost, price_per_gpu_hour=price)
+        _add_costs(answer, made, sized, round(train_tokens), price)
     _write_files(made, trace=trace, plot=plot, plot_pipeline=plot_pipeline)
-    _print(parts, data, as_json)
+    _print(answer, as_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What is printed, for people and for scripts, part by part."""
+
+    parts: list[RenderableType]
+    data: dict[str, object]
+
+
+def _add_what_if(answer: _Answer, made: Forecast, other: Forecast, changes: list[str]) -> None:
+    from moe_bench.report.project_json import forecast_json
+    from moe_bench.report.project_view import what_if_view
+
+    answer.parts.append(what_if_view(made, other, changes))
+    answer.data["what_if"] = {"changes": changes, **forecast_json(other)}
+
+
+def _add_curve(answer: _Answer, curve: ScaleOut) -> None:
+    from moe_bench.report.project_json import scale_json
+    from moe_bench.report.project_view import scale_view
+
+    answer.parts.append(scale_view(curve))
+    answer.data["scaling"] = scale_json(curve)
+
+
+def _add_costs(
+    answer: _Answer, made: Forecast, sized: list[Projection], num_tokens: int, price: float | None
+) -> None:
+    from moe_bench.projection.cost import training_cost
+    from moe_bench.report.project_json import cost_json
+    from moe_bench.report.project_view import cost_view
+
+    costs = [training_cost(one, num_tokens=num_tokens) for one in sized]
+    step_s, ends = made.projection.step_s, made.interval.p90
+    ratios = ends.low_s / step_s, ends.high_s / step_s
+    answer.parts.append(cost_view(costs, ratios, price_per_gpu_hour=price))
+    answer.data["training"] = cost_json(costs, price_per_gpu_hour=price)
+
+
+def _curve(
+    recipe: Recipe,
+    sizes: tuple[int, ...],
+    strong: bool,
+    changes: tuple[str, ...],
+    constants: Constants,
+    load: str | None,
+) -> ScaleOut:
+    from moe_bench.projection.load_choice import load_choice
+    from moe_bench.projection.scaleout import scale_out
+
+    return scale_out(
+        recipe,
+        sizes,
+        strong=strong,
+        changes=changes,
+        constants=constants,
+        load_of=lambda member: load_choice(member, load).busiest_over_mean_ratio,
+    )
 
 
 def _recipe(name: str, changes: list[str] | None) -> Recipe:
@@ -167,9 +217,9 @@ def _write_files(
             write_chart(pipeline_picture("pipeline", timeline), plot_pipeline)
 
 
-def _print(parts: list[RenderableType], data: dict[str, object], as_json: bool) -> None:
+def _print(answer: _Answer, as_json: bool) -> None:
     from rich.console import Group
     from rich.text import Text
 
-    spaced = [piece for part in parts for piece in (part, Text())][:-1]
-    print_view(Group(*spaced), data, as_json)
+    spaced = [piece for part in answer.parts for piece in (part, Text())][:-1]
+    print_view(Group(*spaced), answer.data, as_json)

@@ -14,6 +14,7 @@ _S_PER_HOUR = 3600
 class TrainingCost:
     """A whole training at the projected speed, without restarts, checkpoints and evaluation."""
 
+    num_gpus: int
     num_tokens: int
     time_s: float
     gpu_hours: float
@@ -31,6 +32,7 @@ def training_cost(projection: Projection, *, num_tokens: int) -> TrainingCost:
     time_s = num_tokens / (projection.tokens_per_s_per_gpu * num_gpus)
     gpu_hours = num_gpus * time_s / _S_PER_HOUR
     return TrainingCost(
+        num_gpus=num_gpus,
         num_tokens=num_tokens,
         time_s=time_s,
         gpu_hours=gpu_hours,

@@ -108,7 +108,12 @@ def scale_json(curve: ScaleOut) -> dict[str, object]:
     }
 
 
-def cost_json(cost: TrainingCost, *, price_per_gpu_hour: float | None) -> dict[str, object]:
-    """A whole training; the energy is an upper bound."""
-    price = None if price_per_gpu_hour is None else cost.price(per_gpu_hour=price_per_gpu_hour)
-    return {**dataclasses.asdict(cost), "price_per_gpu_hour": price_per_gpu_hour, "price": price}
+def cost_json(costs: Sequence[TrainingCost], *, price_per_gpu_hour: float | None) -> list[dict[str, object]]:
+    """A whole training at each size; the energy is an upper bound."""
+    prices = [
+        None if price_per_gpu_hour is None else cost.price(per_gpu_hour=price_per_gpu_hour) for cost in costs
+    ]
+    return [
+        {**dataclasses.asdict(cost), "price_per_gpu_hour": price_per_gpu_hour, "price": price}
+        for cost, price in zip(costs, prices, strict=True)
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moe_bench.analysis.memory import needed_bytes
+from moe_bench.analysis.memory import GIB, needed_bytes
 from moe_bench.analysis.memory_verdict import rank_verdict, verdict
 from moe_bench.projection.cost import TrainingCost
 from moe_bench.projection.forecast import Forecast
@@ -18,10 +18,9 @@ from moe_bench.projection.scaleout import ScaleOut
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text, seconds_text, tflops_text
 from moe_bench.report.recipe_list import layout_label
-from moe_bench.report.show import GIB
 
 NOT_MEASURED = "projected: nothing here was measured"
-_KWH_J = 3.6e6
+_MWH_J = 3.6e9
 _S_PER_DAY = 86_400
 _BAR_COLUMNS = 24
 
@@ -119,17 +118,41 @@ def scale_view(curve: ScaleOut) -> RenderableType:
     return Group(Text(mode, style="bold"), table, *refused)
 
 
-def cost_view(cost: TrainingCost, *, num_gpus: int, price_per_gpu_hour: float | None) -> RenderableType:
-    """What a whole training takes."""
-    parts = [
-        f"{cost.num_tokens:.3g} tokens on {num_gpus:,} GPUs: {cost.time_s / _S_PER_DAY:,.1f} days",
-        f"{cost.gpu_hours:,.0f} GPU-hours",
-        f"at most {cost.max_energy_j / _KWH_J:,.0f} kWh (every GPU at its maximum power)",
-    ]
-    if price_per_gpu_hour is not None:
-        price = cost.price(per_gpu_hour=price_per_gpu_hour)
-        parts.append(f"{price:,.0f} at {price_per_gpu_hour:g} per GPU-hour")
-    return Text("; ".join(parts) + "; restarts, checkpoints and evaluation are not counted")
+def cost_view(
+    costs: Sequence[TrainingCost], interval_ratios: tuple[float, float], *, price_per_gpu_hour: float | None
+) -> RenderableType:
+    """What a whole training takes at each size; `interval_ratios` are the ends of the wide interval over the
+    step.
+    """
+    headings = ("GPUs", "days", "nine in ten", "GPU-hours", "MWh at most")
+    priced = () if price_per_gpu_hour is None else (f"price at {price_per_gpu_hour:g}",)
+    table = Columns(
+        headings=(*headings, *priced),
+        rows=tuple(
+            (
+                f"{cost.num_gpus:,}",
+                f"{cost.time_s / _S_PER_DAY:,.1f}",
+                "-".join(f"{cost.time_s * ratio / _S_PER_DAY:,.1f}" for ratio in interval_ratios),
+                f"{cost.gpu_hours:,.0f}",
+                f"{cost.max_energy_j / _MWH_J:,.0f}",
+                *(
+                    ()
+                    if price_per_gpu_hour is None
+                    else (f"{cost.price(per_gpu_hour=price_per_gpu_hour):,.0f}",)
+                ),
+            )
+            for cost in costs
+        ),
+        right=frozenset((*headings, *priced)),
+    )
+    return Group(
+        Text(f"training on {costs[0].num_tokens:.3g} tokens", style="bold"),
+        table,
+        Text(
+            "energy: every GPU at its maximum power; not counted are hosts, restarts and evaluation",
+            style="dim",
+        ),
+    )
 
 
 def what_if_view(base: Forecast, other: Forecast, changes: Sequence[str]) -> RenderableType:
