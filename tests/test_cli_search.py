@@ -13,7 +13,8 @@ from moe_bench.spec.load import Loader
 SMALL = (
     "search", "qwen3_30b_a3b", "--system", "h100_sxm", "--num-gpus", "16", "--global-batch", "256",
     "--micro-batch", "1,2", "--top", "3", "--set", "parallel.tensor=1", "--set", "parallel.pipeline=2",
-    "--set", "parallel.virtual_pipeline=4", "--set", "dispatch.dispatcher=deepep", "--set", "parallel.expert=8",
+    "--set", "parallel.virtual_pipeline=4", "--set", "dispatch.dispatcher=deepep",
+    "--set", "parallel.expert=8",
 )  # fmt: skip
 
 

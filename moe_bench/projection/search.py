@@ -14,7 +14,13 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from moe_bench.analysis.memory import MemoryFit, memory_fit
+from moe_bench.analysis.memory import (
+    CONTEXT_BYTES,
+    FRAGMENTATION_FRACTION,
+    MemoryFit,
+    memory_fit,
+    rank_memory,
+)
 from moe_bench.errors import BadInputError
 from moe_bench.projection.bound import Family, StepBound
 from moe_bench.projection.constants import Constants
@@ -113,7 +119,7 @@ def search(space: Space, *, num_wanted: int, constants: Constants | None = None)
     examined = _Examined(space, num_wanted, constants, efficiency)
     for index in np.argsort(candidates.step_s, kind="stable"):
         at_least_bytes = candidates.memory_bytes[index]
-        limit_s = examined.front.limit_s(at_least_bytes)
+        limit_s = examined.limit_s(at_least_bytes)
         if candidates.step_s[index] > limit_s:
             continue
         family, split = candidates.families[candidates.family[index]], int(candidates.split[index])
@@ -144,7 +150,11 @@ class _Examined:
 
     def __init__(self, space: Space, num_wanted: int, constants: Constants, efficiency: Efficiency) -> None:
         gpu = space.base.system.gpu
-        self.front = Front(gpu.usable_bytes if gpu is not None else 0, num_wanted)
+        usable_bytes = gpu.usable_bytes if gpu is not None else 0
+        self.front = Front(usable_bytes, num_wanted)
+        self._close = Front(usable_bytes, num_wanted, ceilings=())
+        self._most_fitting_bytes = (usable_bytes - CONTEXT_BYTES) / (1 + FRAGMENTATION_FRACTION)
+        self._best_s = float("inf")
         self.fitting: list[Found] = []
         self.close: list[Found] = []
         self.num_not_fitting = 0
@@ -154,8 +164,18 @@ class _Examined:
     def num_examined(self) -> int:
         return len(self.fitting) + len(self.close) + self.num_not_fitting
 
+    def limit_s(self, num_bytes: float) -> float:
+        """Time above which a layout of at least `num_bytes` would be in no list."""
+        if num_bytes > self._most_fitting_bytes:
+            return min(self._best_s, self._close.limit_s(num_bytes))
+        return self.front.limit_s(num_bytes)
+
     def examine(self, indices: Sequence[int]) -> None:
         recipe = self._space.recipe(indices)
+        # the first rank holds most micro batches, and alone settles most of what does not fit
+        if rank_memory(recipe, 0).total_bytes > self.front.usable_bytes:
+            self.num_not_fitting += 1
+            return
         memory = memory_fit(recipe)
         if peak_bytes(memory) > memory.usable_bytes:
             self.num_not_fitting += 1
@@ -170,8 +190,10 @@ class _Examined:
         if memory.fits:
             self.fitting.append(found)
             self.front.add(projection.step_s, found.peak_bytes)
+            self._best_s = min(self._best_s, projection.step_s)
         else:
             self.close.append(found)
+            self._close.add(projection.step_s, found.peak_bytes)
 
 
 def peak_bytes(memory: MemoryFit) -> int:
