@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations
 
 from moe_bench.projection.accuracy import ErrorSummary, RowResult, summary
@@ -68,6 +69,41 @@ def anchored(results: Sequence[RowResult]) -> ErrorSummary | None:
     return summary(corrected) if corrected else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleOutErrors:
+    """Efficiency of larger jobs over smaller ones of one layout, projected against published."""
+
+    num_pairs: int
+    mean_fraction: float
+    """Mean of |projected efficiency / published - 1|."""
+    worst_fraction: float
+    bias_fraction: float
+    """Mean with its sign; positive where the projection loses too little."""
+
+
+def scale_out_errors(results: Sequence[RowResult]) -> ScaleOutErrors | None:
+    """Over pairs of rows that differ in replicas alone, by weak or strong scaling; None where there are none.
+
+    Efficiency is throughput per GPU of the larger job over that of the smaller.
+    """
+    errors = []
+    for members in _grouped(results, _replica):
+        for one, two in combinations(sorted(members, key=_num_gpus), 2):
+            has_equal_batch = two.run.recipe.global_batch_size == one.run.recipe.global_batch_size
+            if _num_gpus(one) < _num_gpus(two) and (has_equal_batch or _per_gpu(one) == _per_gpu(two)):
+                published = two.run.tokens_per_s_per_gpu / one.run.tokens_per_s_per_gpu
+                projected = two.projected_tokens_per_s_per_gpu / one.projected_tokens_per_s_per_gpu
+                errors.append(projected / published - 1)
+    if not errors:
+        return None
+    return ScaleOutErrors(
+        num_pairs=len(errors),
+        mean_fraction=sum(map(abs, errors)) / len(errors),
+        worst_fraction=max(map(abs, errors)),
+        bias_fraction=sum(errors) / len(errors),
+    )
+
+
 def _pairs(results: Iterable[RowResult], key: Callable[[RowResult], str]) -> Iterator[bool]:
     """Of every pair of one group that is far enough apart: whether its order is right."""
     for members in _grouped(results, key):
@@ -110,6 +146,19 @@ def _choice(one: RowResult) -> str:
 
 def _stack(one: RowResult) -> str:
     return f"{_model_and_gpu(one)} {one.run.recipe.precision} {one.run.fold('release')}"
+
+
+def _replica(one: RowResult) -> str:
+    """What a replica of the model is, the release and the knobs: all but the number of replicas."""
+    return f"{_stack(one)} {one.run.fold('layout')} {_knobs(one)}"
+
+
+def _num_gpus(one: RowResult) -> int:
+    return one.run.recipe.parallel.num_gpus
+
+
+def _per_gpu(one: RowResult) -> Fraction:
+    return Fraction(one.run.recipe.global_batch_size, _num_gpus(one))
 
 
 def _distance(one: RowResult, other: RowResult) -> tuple[int, float, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moe_bench.projection.accuracy import ErrorSummary, RowResult, prints_layout, summaries_by, summary
-from moe_bench.projection.ranking import anchored, ranking
+from moe_bench.projection.ranking import anchored, ranking, scale_out_errors
 from moe_bench.report.accuracy_view import GROUPS, Accuracy, row_line
 
 
@@ -16,7 +16,7 @@ def accuracy_json(made: Accuracy) -> dict[str, object]:
     found, counted = made.found, made.counted
     rows = [run.row for run in found.runs] + [one.row for one in found.failed]
     order = ranking(counted)
-    anchor = anchored(counted)
+    anchor, scaling = anchored(counted), scale_out_errors(counted)
     return {
         "cross_validation": made.left_out,
         "rows": len(rows),
@@ -38,6 +38,7 @@ def accuracy_json(made: Accuracy) -> dict[str, object]:
             "like_ordered_fraction": order.like_ordered_fraction,
         },
         "anchored": None if anchor is None else {"rows": anchor.num_rows, **errors_json(anchor)},
+        "scale_out": None if scaling is None else dataclasses.asdict(scaling),
         "uneven_routing": {
             "rows": len(made.uneven),
             **(errors_json(summary(made.uneven)) if made.uneven else {}),

@@ -20,7 +20,7 @@ from moe_bench.projection.accuracy import (
     summaries_by,
     summary,
 )
-from moe_bench.projection.ranking import APART_FRACTION, anchored, ranking
+from moe_bench.projection.ranking import APART_FRACTION, anchored, ranking, scale_out_errors
 from moe_bench.projection.suspects import Suspect, suspects
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text
@@ -161,6 +161,13 @@ def sentences(made: Accuracy) -> Sequence[str]:
         lines.append(
             f"regret of the layout projected fastest: {order.regret_fraction:.1%} "
             f"over {order.num_choices} choices"
+        )
+    scaling = scale_out_errors(made.counted)
+    if scaling is not None:
+        lines.append(
+            f"scale-out: efficiency of the larger job off by {scaling.mean_fraction:.1%} on average (bias "
+            f"{scaling.bias_fraction:+.1%}), {scaling.worst_fraction:.1%} at worst, over {scaling.num_pairs} "
+            "pairs that differ in replicas alone"
         )
     anchor = anchored(made.counted)
     if anchor is not None:

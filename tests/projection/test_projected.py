@@ -6,11 +6,13 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
+from moe_bench.projection.load import popularity_load, power_law
 from moe_bench.projection.projected import project, with_schedules
 from moe_bench.projection.step_time import step_times
 from moe_bench.projection.step_work import step_work
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
+from moe_bench.spec.recipe import TokenDrop
 
 LOADER = Loader(root=recipes_root(), rules=())
 NAMES = ("deepseek_v3", "qwen3_30b_a3b", "mixtral_8x22b", "deepseek_v3/gb300_nvl72_256g_mxfp8")
@@ -38,6 +40,33 @@ def test_the_kernels_by_pass_are_the_kernels_by_part() -> None:
     others = (*traffic, "parameter gathering", "optimizer", "stragglers")
     kernels_s = sum(term.seconds for term in projection.terms if not term.name.startswith(others))
     assert sum(projection.passes_s.values()) == pytest.approx(kernels_s, rel=1e-9)
+
+
+def test_a_skew_of_zero_is_the_balanced_step_and_more_skew_is_never_faster() -> None:
+    recipe = RECIPES[1]
+    assert recipe.model.moe is not None
+    num_experts = recipe.model.moe.num_experts
+    steps_s = [
+        project(recipe, load=popularity_load(recipe, power_law(num_experts, alpha))).step_s
+        for alpha in (0.0, 0.1, 0.2, 0.5, 1.0)
+    ]
+    assert steps_s[0] == pytest.approx(project(recipe, load=1.0).step_s, rel=1e-9)
+    assert steps_s == sorted(steps_s)
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_a_larger_capacity_is_never_faster(is_padded: bool) -> None:
+    plain = RECIPES[1]
+    assert plain.model.moe is not None
+    alltoall = plain.dispatch.model_copy(update={"dispatcher": "alltoall"})
+    skew = power_law(plain.model.moe.num_experts, 0.5)
+    steps_s = []
+    for factor in (1.0, 1.5, 2.0, 3.0, 5.0):
+        drop = TokenDrop(capacity_factor=factor, pad_to_capacity=is_padded)
+        recipe = plain.model_copy(update={"token_drop": drop, "dispatch": alltoall})
+        steps_s.append(project(recipe, load=popularity_load(recipe, skew)).step_s)
+    assert steps_s == sorted(steps_s)
+    assert steps_s[-1] > steps_s[0]
 
 
 def test_a_machine_without_gpus_and_a_format_without_rates_are_refused() -> None:

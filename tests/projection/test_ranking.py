@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.projection.accuracy import RowResult
-from moe_bench.projection.ranking import anchored, ranking
+from moe_bench.projection.ranking import anchored, ranking, scale_out_errors
 from tests.projection.rows import inferred
 
 
@@ -59,3 +59,16 @@ def test_an_anchor_is_another_configuration_of_the_same_release() -> None:
     assert corrected is not None
     assert corrected.num_rows == 2
     assert corrected.mape_fraction == pytest.approx(0)
+
+
+def test_efficiencies_are_compared_between_rows_that_differ_in_replicas_alone() -> None:
+    small = result(1000, 900)
+    weak = result(950, 882, id="weak", num_gpus=32, gbs=2048)  # published 0.95, projected 0.98
+    other_batch = result(500, 100, id="batch", num_gpus=64, gbs=3072)
+    other_layout = result(500, 100, id="layout", num_gpus=32, gbs=2048, ep=4)
+    found = scale_out_errors([small, weak, other_batch, other_layout])
+    assert found is not None
+    assert found.num_pairs == 1
+    assert found.bias_fraction == found.mean_fraction == found.worst_fraction
+    assert found.bias_fraction == pytest.approx(0.98 / 0.95 - 1)
+    assert scale_out_errors([small]) is None
