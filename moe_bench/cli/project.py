@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from moe_bench.projection.constants import Constants
+    from moe_bench.projection.cost import TrainingCost
     from moe_bench.projection.forecast import Forecast
     from moe_bench.projection.nearest import NearRow
     from moe_bench.projection.projected import Projection
@@ -24,115 +26,98 @@ if TYPE_CHECKING:
     from moe_bench.spec.recipe import Recipe
 
 
+SizesOption = Annotated[
+    str | None,
+    typer.Option("--num-gpus", metavar="N,N,...", help="Members of the scaling family: a table."),
+]
+WhatIfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--what-if",
+        metavar="KEY=VALUE",
+        help="Both columns: a key of the recipe, as in --set, or constants.NAME; repeatable, together.",
+    ),
+]
+LoadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--load",
+        help="balanced, random, power-law:ALPHA, or a JSON file of tokens per layer and expert; "
+        "default: what routing.mode leads to.",
+    ),
+]
+TokensOption = Annotated[
+    float | None,
+    typer.Option("--train-tokens", min=1, help="Time, GPU-hours and energy to train so many, as 15e12."),
+]
+PriceOption = Annotated[
+    float | None, typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: the price, too.")
+]
+TraceOption = Annotated[
+    Path | None, typer.Option("--trace", help="Write the pipeline for ui.perfetto.dev (JSON).")
+]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw where the step goes (SVG).")]
+PipelineOption = Annotated[
+    Path | None, typer.Option("--plot-pipeline", help="Draw which rank computes when (SVG).")
+]
+
+
 @app.command(rich_help_panel=PREDICT)
 def project(
     recipe: RecipeArgument,
-    num_gpus: Annotated[
-        str | None,
-        typer.Option("--num-gpus", metavar="N,N,...", help="Members of the scaling family: a table."),
-    ] = None,
+    num_gpus: SizesOption = None,
     strong: StrongOption = False,
-    what_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--what-if",
-            metavar="KEY=VALUE",
-            help="Both columns: a key of the recipe, as in --set, or constants.NAME; repeatable, together.",
-        ),
-    ] = None,
-    load: Annotated[
-        str | None,
-        typer.Option(
-            "--load",
-            help="balanced, random, power-law:ALPHA, or a JSON file of tokens per layer and expert; "
-            "default: what routing.mode leads to.",
-        ),
-    ] = None,
-    train_tokens: Annotated[
-        float | None,
-        typer.Option("--train-tokens", min=1, help="Time, GPU-hours and energy to train so many, as 15e12."),
-    ] = None,
-    price: Annotated[
-        float | None,
-        typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: the price, too."),
-    ] = None,
-    trace: Annotated[
-        Path | None, typer.Option("--trace", help="Write the pipeline for ui.perfetto.dev (JSON).")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw where the step goes (SVG).")] = None,
-    plot_pipeline: Annotated[
-        Path | None, typer.Option("--plot-pipeline", help="Draw which rank computes when (SVG).")
-    ] = None,
+    what_if: WhatIfOption = None,
+    load: LoadOption = None,
+    train_tokens: TokensOption = None,
+    price: PriceOption = None,
+    trace: TraceOption = None,
+    plot: PlotOption = None,
+    plot_pipeline: PipelineOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Step time, memory and scaling before anyone pays for the cluster, beside the published rows."""
     from moe_bench.projection.constants import Constants
     from moe_bench.projection.forecast import forecast
-    from moe_bench.report.project_json import forecast_json, near_json
-    from moe_bench.report.project_view import forecast_view
+    from moe_bench.report import project_json, project_view
 
     if price is not None and train_tokens is None:
         raise BadInputError("--price-per-gpu-hour prices a training; add --train-tokens N")
     if strong and num_gpus is None:
         raise BadInputError("--strong says how --num-gpus scales; add --num-gpus N,N")
-    constants = Constants()
-    asked = _recipe(recipe, changes)
+    constants, modified = Constants(), tuple(changes or ())
+    asked = _recipe(recipe, modified)
     made = forecast(asked, constants=constants, load=load)
     near = _near(asked, constants)
-    answer = _Answer(
-        parts=[forecast_view(made, near, modified=changes or ())],
-        data={**forecast_json(made), "modified": changes or [], "nearest": near_json(near)},
-    )
+    parts: list[RenderableType] = [project_view.forecast_view(made, near, modified=modified)]
+    data = {
+        **project_json.forecast_json(made),
+        "modified": modified,
+        "nearest": project_json.near_json(near),
+    }
     if what_if:
-        _add_what_if(answer, made, _other(recipe, changes or [], what_if, constants, load), what_if)
+        other = _other(recipe, modified, what_if, constants, load)
+        parts.append(project_view.what_if_view(made, other, what_if))
+        data["what_if"] = {"changes": what_if, **project_json.forecast_json(other)}
     sized = [made.projection]
     if num_gpus is not None:
-        curve = _curve(asked, _sizes(num_gpus), strong, tuple(changes or ()), constants, load)
+        curve = _curve(asked, _sizes(num_gpus), strong, modified, constants, load)
         sized = [point.projection for point in curve.points]
-        _add_curve(answer, curve)
+        parts.append(project_view.scale_view(curve))
+        data["scaling"] = project_json.scale_json(curve)
     if train_tokens is not None:
-        _add_costs(answer, made, sized, round(train_tokens), price)
+        costs = _costs(sized, round(train_tokens))
+        parts.append(project_view.cost_view(costs, made, price_per_gpu_hour=price))
+        data["training"] = project_json.cost_json(costs, price_per_gpu_hour=price)
     _write_files(made, trace=trace, plot=plot, plot_pipeline=plot_pipeline)
-    _print(answer, as_json)
+    _print(parts, data, as_json)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
-    """What is printed, for people and for scripts, part by part."""
-
-    parts: list[RenderableType]
-    data: dict[str, object]
-
-
-def _add_what_if(answer: _Answer, made: Forecast, other: Forecast, changes: list[str]) -> None:
-    from moe_bench.report.project_json import forecast_json
-    from moe_bench.report.project_view import what_if_view
-
-    answer.parts.append(what_if_view(made, other, changes))
-    answer.data["what_if"] = {"changes": changes, **forecast_json(other)}
-
-
-def _add_curve(answer: _Answer, curve: ScaleOut) -> None:
-    from moe_bench.report.project_json import scale_json
-    from moe_bench.report.project_view import scale_view
-
-    answer.parts.append(scale_view(curve))
-    answer.data["scaling"] = scale_json(curve)
-
-
-def _add_costs(
-    answer: _Answer, made: Forecast, sized: list[Projection], num_tokens: int, price: float | None
-) -> None:
+def _costs(sized: Sequence[Projection], num_tokens: int) -> tuple[TrainingCost, ...]:
     from moe_bench.projection.cost import training_cost
-    from moe_bench.report.project_json import cost_json
-    from moe_bench.report.project_view import cost_view
 
-    costs = [training_cost(one, num_tokens=num_tokens) for one in sized]
-    step_s, ends = made.projection.step_s, made.interval.p90
-    ratios = ends.low_s / step_s, ends.high_s / step_s
-    answer.parts.append(cost_view(costs, ratios, price_per_gpu_hour=price))
-    answer.data["training"] = cost_json(costs, price_per_gpu_hour=price)
+    return tuple(training_cost(one, num_tokens=num_tokens) for one in sized)
 
 
 def _curve(
@@ -156,9 +141,9 @@ def _curve(
     )
 
 
-def _recipe(name: str, changes: list[str] | None) -> Recipe:
+def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
     loader = make_loader()
-    return loader.recipe(find_recipe(name, loader), changes=tuple(changes or ()))
+    return loader.recipe(find_recipe(name, loader), changes=changes)
 
 
 def _near(recipe: Recipe, constants: Constants) -> tuple[NearRow, ...]:
@@ -171,7 +156,7 @@ def _near(recipe: Recipe, constants: Constants) -> tuple[NearRow, ...]:
 
 
 def _other(
-    name: str, changes: list[str], asked: list[str], constants: Constants, load: str | None
+    name: str, changes: tuple[str, ...], asked: list[str], constants: Constants, load: str | None
 ) -> Forecast:
     """The recipe with what is asked to be otherwise on top of `--set`."""
     from moe_bench.projection.forecast import forecast
@@ -179,7 +164,7 @@ def _other(
 
     split = what_if(asked, constants)
     try:
-        recipe = _recipe(name, [*changes, *split.recipe_changes])
+        recipe = _recipe(name, (*changes, *split.recipe_changes))
     except RecipeError as error:
         # the loader calls every change `--set`; these were typed behind another option
         own = {f"--set {change}": f"--what-if {change}" for change in split.recipe_changes}
@@ -217,9 +202,9 @@ def _write_files(
             write_chart(pipeline_picture("pipeline", timeline), plot_pipeline)
 
 
-def _print(answer: _Answer, as_json: bool) -> None:
+def _print(parts: list[RenderableType], data: dict[str, object], as_json: bool) -> None:
     from rich.console import Group
     from rich.text import Text
 
-    spaced = [piece for part in answer.parts for piece in (part, Text())][:-1]
-    print_view(Group(*spaced), answer.data, as_json)
+    spaced = [piece for part in parts for piece in (part, Text())][:-1]
+    print_view(Group(*spaced), data, as_json)

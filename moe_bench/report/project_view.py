@@ -119,11 +119,11 @@ def scale_view(curve: ScaleOut) -> RenderableType:
 
 
 def cost_view(
-    costs: Sequence[TrainingCost], interval_ratios: tuple[float, float], *, price_per_gpu_hour: float | None
+    costs: Sequence[TrainingCost], made: Forecast, *, price_per_gpu_hour: float | None
 ) -> RenderableType:
-    """What a whole training takes at each size; `interval_ratios` are the ends of the wide interval over the
-    step.
-    """
+    """What a whole training takes at each size, as sure as the step of `made` is."""
+    step_s, ends = made.projection.step_s, made.interval.p90
+    ratios = ends.low_s / step_s, ends.high_s / step_s
     headings = ("GPUs", "days", "nine in ten", "GPU-hours", "MWh at most")
     priced = () if price_per_gpu_hour is None else (f"price at {price_per_gpu_hour:g}",)
     table = Columns(
@@ -132,7 +132,7 @@ def cost_view(
             (
                 f"{cost.num_gpus:,}",
                 f"{cost.time_s / _S_PER_DAY:,.1f}",
-                "-".join(f"{cost.time_s * ratio / _S_PER_DAY:,.1f}" for ratio in interval_ratios),
+                "-".join(f"{cost.time_s * ratio / _S_PER_DAY:,.1f}" for ratio in ratios),
                 f"{cost.gpu_hours:,.0f}",
                 f"{cost.max_energy_j / _MWH_J:,.0f}",
                 *(
