@@ -91,17 +91,17 @@ def test_many_skipped_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
 def test_reproduce_reads_no_more_than_it_was_asked_for(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[Path] = []
-    from moe_bench.results.index import Index
+    read: list[str] = []
+    from moe_bench.results import index
 
-    summaries = Index.summaries
+    parsed = index._summary
 
-    def spied(self: Index, paths):  # type: ignore[no-untyped-def]
-        asked = list(paths)
-        read.extend(asked)
-        return summaries(self, asked)
+    def spied(text, shared):  # type: ignore[no-untyped-def]
+        read.append(text)
+        return parsed(text, shared)
 
-    monkeypatch.setattr(Index, "summaries", spied)
+    monkeypatch.setattr(index, "_summary", spied)
+    monkeypatch.setattr(index, "MIN_RECORDS", 0)
     assert main(["reproduce", "qwen3_30b_a3b/h100_sxm_16g_bf16", "--results", str(root)]) == 0
     assert read == []
     assert main(["report", str(root)]) == 0
@@ -156,6 +156,7 @@ def test_runs_without_a_scheduler_are_listed_shown_and_cancelled(
     assert main([*jobs, "cancel", f"pid{process.pid}"]) == 2
     assert "is cancelled: there is nothing to cancel" in capsys.readouterr().err
     assert main([*jobs, "show", "pid8"]) == 2
-    assert main(["jobs", "show", "pid7", "--results", str(root)]) == 0
+    for name in ("pid7", "7"):
+        assert main(["jobs", "show", name, "--results", str(root)]) == 0
     assert main([*jobs, "--state", "faild"]) == 2
     assert "did you mean 'failed'" in capsys.readouterr().err

@@ -76,9 +76,10 @@ def ratio_between(base_runs_s: Sequence[RunTimes], new_runs_s: Sequence[RunTimes
     """Throughput of `new_runs_s` over that of `base_runs_s`, for equal tokens per step.
 
     The estimate is the ratio of the geometric means of the runs' medians. With two runs or more on both
-    sides its interval is Welch's t on the logarithms of the medians. Else it is the percentile bootstrap over
-    the steps of every run, each drawn from its own; None where one has fewer than MIN_STEPS. Raises
-    ValueError where a side has no runs.
+    sides its interval is Welch's t on the logarithms of the medians. A single run is taken to scatter like
+    the n runs of the other side: Student's t with their standard deviation s, half width t s sqrt(1 + 1 / n).
+    With one run on each side it is the percentile bootstrap over the steps of both, each drawn from its own;
+    None where one has fewer than MIN_STEPS. Raises ValueError where a side has no runs.
     """
     base = [math.log(statistics.median(times_s)) for times_s in _required(base_runs_s)]
     new = [math.log(statistics.median(times_s)) for times_s in _required(new_runs_s)]
@@ -93,16 +94,19 @@ def ratio_between(base_runs_s: Sequence[RunTimes], new_runs_s: Sequence[RunTimes
         return _interval(
             estimate, _t_quantile(freedom) * error, basis="runs", num_runs=len(new), log_std=spread
         )
+    several = max(base, new, key=len)
+    if len(several) > 1:
+        spread = statistics.stdev(several)
+        half = _t_quantile(len(several) - 1) * spread * math.sqrt(1 + 1 / len(several))
+        estimate = statistics.mean(base) - statistics.mean(new)
+        return _interval(estimate, half, basis="runs", num_runs=len(new), log_std=math.hypot(spread, spread))
     if any(len(times_s) < MIN_STEPS for times_s in (*base_runs_s, *new_runs_s)):
         return None
-    num_base = len(base)
-
-    def log_ratio(*runs_s: Array, axis: int) -> Array:
-        logs = [np.log(np.median(times_s, axis=axis)) for times_s in runs_s]
-        return np.asarray(sum(logs[:num_base]) / num_base - sum(logs[num_base:]) / len(new))
-
-    runs = tuple(np.asarray(times_s) for times_s in (*base_runs_s, *new_runs_s))
-    return _bootstrap_interval(runs, log_ratio, num_runs=len(new))
+    return _bootstrap_interval(
+        (np.asarray(base_runs_s[0]), np.asarray(new_runs_s[0])),
+        lambda base_s, new_s, axis: np.log(np.median(base_s, axis=axis) / np.median(new_s, axis=axis)),
+        num_runs=1,
+    )
 
 
 def claim(interval: RatioInterval | None, *, band_fraction: float = BAND_FRACTION) -> Claim:

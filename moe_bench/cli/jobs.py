@@ -119,7 +119,9 @@ def _job(root: Path, job_id: str) -> JobReport:
     from moe_bench.spec.load import UnknownNameError
 
     reports = _jobs(root).reports
-    found = [report for report in reports if report.id == job_id.removeprefix("job")]
+    number = job_id.removeprefix("job")
+    found = [report for report in reports if report.id == number]
+    found = found or [report for report in reports if report.id == f"pid{number}"]
     if not found:
-        raise UnknownNameError("job", job_id, [report.id for report in reports])
+        raise UnknownNameError("job", job_id, list(dict.fromkeys(report.id for report in reports)))
     return found[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 import textwrap
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_bench.errors import BadInputError
 from moe_bench.report.scaling import Curve, Efficiency, Kind, MissingPoint
+from moe_bench.report.scaling_table import curve_letter, missing_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,8 +59,8 @@ def _draw_panel(place: Axes, curves: Sequence[Curve]) -> None:
     place.set_title(f"{curves[0].mode} scaling of {curves[0].subject}", fontsize=9, loc="left")
     place.grid(axis="y", color="#e4e1da", linewidth=0.6)
     place.axhline(100, color="#6d7177", linewidth=0.8)
-    for letter, curve in zip(string.ascii_lowercase, curves, strict=False):
-        _draw_curve(place, curve, letter)
+    for index, curve in enumerate(curves):
+        _draw_curve(place, curve, curve_letter(index))
     every = [one for curve in curves for one in curve.efficiencies]
     sizes = sorted({size for curve in curves for size in curve.sizes})
     place.set_xscale("log", base=2)
@@ -68,9 +68,9 @@ def _draw_panel(place: Axes, curves: Sequence[Curve]) -> None:
     place.minorticks_off()
     place.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.25)
     place.set_ylim(min(88.0, *(_low_pct(one) - 2 for one in every)), max(104.0, *map(_top_pct, every)))
-    for letter, curve in zip(string.ascii_lowercase, curves, strict=False):
+    for index, curve in enumerate(curves):
         for point in curve.missing:
-            _draw_missing(place, point, letter)
+            _draw_missing(place, point, curve_letter(index))
     _write_letters(place, curves)
     place.set_xlabel("GPUs", fontsize=8)
     place.set_ylabel("efficiency (%)", fontsize=8)
@@ -105,7 +105,7 @@ def _draw_curve(place: Axes, curve: Curve, letter: str) -> None:
 
 def _draw_missing(place: Axes, point: MissingPoint, letter: str) -> None:
     """A cross on the axis, with the reason below the panel: there is a size, and no efficiency."""
-    text = f"{letter}  {point.num_gpus} GPUs, no number: {point.reason}"
+    text = f"{letter}  {point.num_gpus} GPUs, no number: {missing_text(point)}"
     place.plot(
         [point.num_gpus],
         [place.get_ylim()[0]],
@@ -121,8 +121,8 @@ def _write_letters(place: Axes, curves: Sequence[Curve]) -> None:
     """A letter behind every curve's last point, moved up where two would lie on each other."""
     low, high = place.get_ylim()
     ends = sorted(
-        (curve.efficiencies[-1].efficiency_ratio * 100, letter, curve.efficiencies[-1].point.num_gpus)
-        for letter, curve in zip(string.ascii_lowercase, curves, strict=False)
+        (one.efficiency_ratio * 100, curve_letter(index), one.point.num_gpus)
+        for index, one in enumerate(curve.efficiencies[-1] for curve in curves)
     )
     lowest = low
     for percent, letter, num_gpus in ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 import pandas as pd
@@ -102,6 +103,12 @@ def scaling_view(scaling: Scaling) -> RenderableType:
 def curve_title(curve: Curve) -> str:
     """Mode, subject, kind and name."""
     return f"{curve.mode} scaling of {curve.subject} ({curve.kind}: {curve.name})"
+
+
+def curve_letter(index: int) -> str:
+    """`a` to `z`, then `aa`, `bb`, ...: what the curves of one plot are called."""
+    rounds, place = divmod(index, len(string.ascii_lowercase))
+    return string.ascii_lowercase[place] * (rounds + 1)
 
 
 def _missing_lines(points: Sequence[MissingPoint]) -> list[RenderableType]:

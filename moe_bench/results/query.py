@@ -93,6 +93,6 @@ def entry_by_id(entries: Sequence[Entry], asked: str) -> Entry:
     if not found:
         raise UnknownNameError("result", asked, [entry.id for entry in entries])
     if len(found) > 1:
-        shown = ", ".join(entry.id for entry in found[:4])
-        raise BadInputError(f"{asked}: {len(found)} results are meant, {shown}, ...; write more of the id")
+        shown = ", ".join([*(entry.id for entry in found[:4]), *(["..."] if len(found) > 4 else [])])
+        raise BadInputError(f"{asked}: {len(found)} results are meant, {shown}; write more of the id")
     return found[0]

@@ -152,13 +152,31 @@ def test_swapping_the_sides_inverts_the_ratio_and_its_interval(base: list[float]
     assert there.low_ratio == pytest.approx(1 / back.high_ratio)
 
 
-def test_one_run_against_several_is_the_ratio_of_the_numbers_that_tables_show() -> None:
-    # medians 1, 1 and 8 have the geometric mean 2; the median of all their steps is 1
-    base = [[level * (1 + step / 1000) for step in range(-10, 11)] for level in (1.0, 1.0, 8.0)]
-    found = ratio_between(base, [[1.0 + step / 1000 for step in range(-10, 11)]])
+def test_a_single_run_is_taken_to_scatter_like_the_runs_of_the_other_side() -> None:
+    # medians 1, e^0.01 and e^0.02: s = 0.01; half width t(0.975, 2) x 0.01 x sqrt(1 + 1/3)
+    base = [[1.0], [math.exp(0.01)], [math.exp(0.02)]]
+    found = ratio_between(base, [[1.0]])
+    assert found is not None
+    assert (found.basis, found.num_runs) == ("runs", 1)
+    assert math.log(found.estimate_ratio) == pytest.approx(0.01)
+    assert math.log(found.high_ratio) - 0.01 == pytest.approx(4.3027 * 0.01 * math.sqrt(4 / 3), rel=1e-4)
+    assert found.log_std == pytest.approx(0.01 * math.sqrt(2))
+    back = ratio_between([[1.0]], base)
+    assert back is not None
+    assert back.num_runs == 3
+    assert back.high_ratio == pytest.approx(1 / found.low_ratio)
+
+
+def test_a_new_run_inside_the_scatter_of_the_baseline_is_not_slower() -> None:
+    # its steps alone are quiet, and would call 6 % slower
+    baseline = [[level] * 20 for level in (1.0, 1.06, 0.94)]
+    assert claim(ratio_between(baseline, [[1.06] * 20])) is Claim.INCONCLUSIVE
+
+
+def test_one_run_each_is_judged_by_its_steps() -> None:
+    runs_s = [[1.0 + step / 1000 for step in range(-10, 11)]]
+    found = ratio_between([[2 * time_s for time_s in runs_s[0]]], runs_s)
     assert found is not None
     assert found.basis == "steps"
     assert found.estimate_ratio == pytest.approx(2.0)
-    assert found.low_ratio < 2.0 < found.high_ratio < 2.02
-    assert ratio_between(base, [[1.0] * 20, [1.0] * 3]) is not None
-    assert ratio_between([[1.0] * 20], [[1.0] * 20, [1.0] * 3]) is None
+    assert 1.98 < found.low_ratio < 2.0 < found.high_ratio < 2.02

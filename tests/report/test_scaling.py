@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,22 @@ def test_a_plot_of_nothing_or_in_an_unknown_format_is_refused(tmp_path: Path) ->
         write_scaling_plot((), tmp_path / "x.png")
     with pytest.raises(BadInputError, match="change the suffix"):
         write_scaling_plot((), tmp_path / "x.jpeg")
+
+
+def test_sizes_without_room_for_their_label_have_a_tick_alone() -> None:
+    sizes = [16 * 2**power for power in range(11)]
+    (chart,) = scaling_charts(curves(point(size, size, 100.0) for size in sizes), {})
+    labels = [tick.label for tick in chart.x.ticks]
+    assert len(labels) == len(sizes)
+    assert labels[-1] == "16384"
+    assert labels[-2] == ""
+    assert labels[:4] == ["16", "32", "64", "128"]
+    ends = [
+        (tick.position_px - 3.65 * len(tick.label), tick.position_px + 3.65 * len(tick.label))
+        for tick in chart.x.ticks
+        if tick.label
+    ]
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(ends))
 
 
 def test_the_frame_of_no_curves_is_empty() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -21,11 +20,12 @@ from moe_bench.report.html.chart import (
     Stroke,
 )
 from moe_bench.report.scaling import Curve, Efficiency, Kind, MissingPoint, Mode
-from moe_bench.report.scaling_table import interval_text, lost_repeat_text, missing_text
+from moe_bench.report.scaling_table import curve_letter, interval_text, lost_repeat_text, missing_text
 
 HEIGHT_PX = 240
 _SHAPES: dict[Kind, Shape] = {Kind.MEASURED: "dot", Kind.PUBLISHED: "square", Kind.PROJECTED: "diamond"}
 _EQUAL = {Mode.WEAK: "sequences per GPU", Mode.STRONG: "sequences per step"}
+_DIGIT_PX, _LABEL_GAP_PX = 7.3, 4.0
 _LETTER_PX = 12
 """Letters of neighbouring curves stand at least so far apart."""
 
@@ -46,10 +46,11 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
         min(0.9, *(one.low_ratio or one.efficiency_ratio for one in every)) * 100,
         max(1.02, *(one.high_ratio or one.efficiency_ratio for one in every)) * 100,
     )
+    from_zero = "" if values[0] == 0 else " The vertical axis does not start at 0."
     bottom, right = HEIGHT_PX - BOTTOM_PX, RIGHT_PX - 16
     x = logarithmic(sizes[0], sizes[-1], start_px=LEFT_PX + 10, end_px=right - 6)
     y = linear(values[0], values[-1], start_px=bottom, end_px=TOP_PX)
-    letters = [_letter(index) for index in range(len(curves))]
+    letters = [curve_letter(index) for index in range(len(curves))]
     lost = [
         f" {letters[index]}: {lost_repeat_text(point)}."
         for index, curve in enumerate(curves)
@@ -59,8 +60,8 @@ def _scaling_chart(key: str, curves: Sequence[Curve], names: Mapping[str, str]) 
     return Chart(
         key=key,
         title=f"{str(mode).capitalize()} scaling: {model} on {subject.system}",
-        caption=f"{subject.precision}, {subject.seq_len:,} tokens per sequence, equal {_EQUAL[mode]}. "
-        f"The vertical axis does not start at 0.{''.join(lost)}",
+        caption=f"{subject.precision}, {subject.seq_len:,} tokens per sequence, equal {_EQUAL[mode]}."
+        f"{from_zero}{''.join(lost)}",
         height_px=HEIGHT_PX,
         x=Axis(title="GPUs (logarithmic)", ticks=_size_ticks(sizes, x)),
         y=Axis(title="efficiency (%)", ticks=ticks(values, y)),
@@ -135,12 +136,6 @@ def _strokes(curve: Curve, x: Place, y: Place) -> Iterable[Stroke]:
             yield Stroke(role=f"interval {curve.kind}", points_px=ends)
 
 
-def _letter(index: int) -> str:
-    """`a` to `z`, then `aa`, `bb`, ...: what curves are called on a chart."""
-    rounds, place = divmod(index, len(string.ascii_lowercase))
-    return string.ascii_lowercase[place] * (rounds + 1)
-
-
 def _letters(curves: Sequence[Curve], letters: Sequence[str], x: Place, y: Place) -> Iterable[Note]:
     """A letter behind the last point of every curve, pushed down where two would lie on each other."""
     ends = sorted(
@@ -154,7 +149,14 @@ def _letters(curves: Sequence[Curve], letters: Sequence[str], x: Place, y: Place
 
 
 def _size_ticks(sizes: Sequence[int], place: Place) -> tuple[Tick, ...]:
-    return tuple(Tick(position_px=place(size), label=str(size)) for size in sizes)
+    """A tick for every size; from the last one back, those with room for it have a label."""
+    found, free_px = [], float("inf")
+    for size in reversed(sizes):
+        at_px, half_px = place(size), _DIGIT_PX * len(str(size)) / 2
+        has_room = at_px + half_px < free_px
+        found.append(Tick(position_px=at_px, label=str(size) if has_room else ""))
+        free_px = at_px - half_px - _LABEL_GAP_PX if has_room else free_px
+    return tuple(reversed(found))
 
 
 def _rows(letter: str, curve: Curve) -> Iterable[tuple[str, ...]]:

@@ -11,8 +11,8 @@ from moe_bench.report.figures import seconds_text
 from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks
 from moe_bench.report.html.chart import BOTTOM_PX, RIGHT_PX, TOP_PX, Chart, Data, Mark, Stroke, legend_of
 
-LEFT_PX = 196
-"""Room for the longest name of a term."""
+LEFT_PX = 208
+"""Room for the title of the axis and the longest name of a term."""
 ROW_PX = 17.0
 BAR_FRACTION = 0.72
 MIN_BAR_PX = 0.8
