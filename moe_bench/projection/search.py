@@ -21,6 +21,7 @@ from moe_bench.analysis.memory import (
     memory_fit,
     rank_memory,
 )
+from moe_bench.analysis.memory_verdict import MemoryVerdict, verdict
 from moe_bench.errors import BadInputError
 from moe_bench.projection.bound import Family, StepBound
 from moe_bench.projection.constants import Constants
@@ -177,7 +178,8 @@ class _Examined:
             self.num_not_fitting += 1
             return
         memory = memory_fit(recipe)
-        if peak_bytes(memory) > memory.usable_bytes:
+        fits = verdict(memory)
+        if fits is MemoryVerdict.DOES_NOT_FIT:
             self.num_not_fitting += 1
             return
         projection = project(recipe, constants=self._constants, efficiency=self._efficiency)
@@ -187,7 +189,7 @@ class _Examined:
             projection=projection,
             memory=memory,
         )
-        if memory.fits:
+        if fits is MemoryVerdict.FITS:
             self.fitting.append(found)
             self.front.add(projection.step_s, found.peak_bytes)
             self._best_s = min(self._best_s, projection.step_s)

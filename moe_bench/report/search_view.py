@@ -133,7 +133,7 @@ def space_rows(space: Space) -> Iterator[tuple[str, str]]:
         "PP x VPP",
         (
             _joined(f"{pipeline} x {virtual}" for pipeline, virtual in sizes)
-            + f"; {len(space.splits)} ways to divide the layers"
+            + f"; divisions of the layers: {len(space.splits)}"
         ),
     )
     yield "dispatcher", _joined(space.dispatchers)

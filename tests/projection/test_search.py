@@ -8,7 +8,7 @@ from moe_bench.projection.pareto import CEILING_FRACTIONS
 from moe_bench.projection.projected import project
 from moe_bench.projection.search import SearchResult, peak_bytes, search
 from moe_bench.projection.space import Space
-from tests.projection.search_spaces import legal_families, space_of
+from tests.projection.search_spaces import LOADER, legal_families, space_of
 
 NUM_WANTED = 5
 SPACES = {
@@ -110,6 +110,17 @@ def test_what_is_too_close_to_say_is_faster_than_the_first_that_fits(
     found = list(dict.fromkeys(one.projection.step_s for one in result.close))
     assert found == pytest.approx(expected[: len(found)], rel=1e-12)
     assert bool(found) == bool(expected)
+
+
+def test_a_published_layout_is_found_again_where_nothing_is_projected_to_be_faster() -> None:
+    published = LOADER.recipe(LOADER.root / "qwen3_30b_a3b/h100_sxm_16g_bf16.yaml")
+    space = space_of(
+        "qwen3_30b_a3b", 16, micro_batch_sizes=(1,), global_batch_size=published.global_batch_size
+    )
+    first = search(space, num_wanted=1).ranked[0]
+    assert first.projection.step_s <= project(published).step_s
+    assert first.recipe.parallel == published.parallel
+    assert first.recipe.overlap == published.overlap
 
 
 def test_dispatchers_that_are_projected_alike_are_one_result() -> None:
