@@ -178,6 +178,30 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert problem in refused(capsys, *arguments)
 
 
+def test_reproduce_shows_projected_over_published_and_no_verdict_of_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["reproduce", DEEPSEEK, "--results", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    ours = {row["recipe"]: row for row in rows}["deepseek_v3/h100_sxm_256g_bf16"]
+    ratio = ours["projected_tokens_per_s_per_gpu"] / ours["published_tokens_per_s_per_gpu"]
+    assert ours["projected_over_published_ratio"] == pytest.approx(ratio)
+    assert ours["verdict"] == "not run"
+
+
+def test_scaling_shows_projected_curves_when_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["report", str(tmp_path), "--scaling", "--model", DEEPSEEK, "--json"]
+    kinds = []
+    for asked in ([], ["--projected"]):
+        assert main([*arguments, *asked]) == 0
+        kinds.append({point["kind"] for point in json.loads(capsys.readouterr().out)})
+    assert kinds == [{"published"}, {"published", "projected"}]
+    assert main(["report", "--projected"]) == 2
+    assert "go with --scaling" in capsys.readouterr().err
+
+
 def test_project_loads_neither_torch_nor_pandas_nor_scipy() -> None:
     code = (
         "import sys; from moe_bench.cli import main; main(['project', 'deepseek_v3', '--json']); "
