@@ -6,13 +6,25 @@ from collections.abc import Sequence
 
 import typer
 
-from moe_bench.cli import accuracy, jobs, predict, project, read, recipes, report, results, run, search
+from moe_bench.cli import (
+    accuracy,
+    calibrate,
+    jobs,
+    predict,
+    project,
+    read,
+    recipes,
+    report,
+    results,
+    run,
+    search,
+)
 from moe_bench.cli.app import PANELS, app
 from moe_bench.errors import BadInputError, MoeBenchError
 
 __all__ = ["app", "main"]
 
-_VERBS = (recipes, project, search, predict, run, jobs, read, accuracy, report, results)
+_VERBS = (recipes, project, search, predict, run, calibrate, jobs, read, accuracy, report, results)
 """Modules whose import registers the verbs."""
 
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
+from typing import Any
 
 import pynvml
 import torch
@@ -57,11 +59,22 @@ def energy_counter_j() -> float | None:
 
     NVML counts in millijoules, from Volta on (nvmlDeviceGetTotalEnergyConsumption).
     """
+    used_mj = _asked_of_driver(pynvml.nvmlDeviceGetTotalEnergyConsumption)
+    return None if used_mj is None else used_mj * _J_PER_MJ
+
+
+def sm_clock_hz() -> float | None:
+    """Clock of this rank's GPU at this moment; None where the driver does not say."""
+    clock_mhz = _asked_of_driver(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM))
+    return None if clock_mhz is None else clock_mhz * _HZ_PER_MHZ
+
+
+def _asked_of_driver(question: Callable[[Any], int]) -> float | None:
+    """NVML's answer about this rank's GPU; None where it does not support the question."""
     uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     pynvml.nvmlInit()
     try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) * _J_PER_MJ
+        return float(question(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
     except pynvml.NVMLError_NotSupported:
         return None
     finally:

@@ -9,6 +9,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,14 +18,22 @@ if TYPE_CHECKING:
 
 def load_measure() -> Callable[..., Record | None]:
     """`moe_bench.harness.measure.measure`, imported quietly; takes several seconds the first time."""
+    measure: Callable[..., Record | None] = _loaded("moe_bench.harness.measure").measure
+    return measure
+
+
+def load_calibrate() -> ModuleType:
+    """`moe_bench.harness.calibrate.sweep`, imported quietly."""
+    return _loaded("moe_bench.harness.calibrate.sweep")
+
+
+def _loaded(name: str) -> ModuleType:
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = importlib.import_module("moe_bench.harness.measure")
+            return importlib.import_module(name)
     finally:
         noisy.setLevel(level)
-    measure: Callable[..., Record | None] = module.measure
-    return measure

@@ -1,0 +1,235 @@
+"""The verb that measures what single operations achieve on this machine's GPU: calibrate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_bench.cli.app import RUN, app
+from moe_bench.cli.options import JsonOption, make_console, make_loader, print_view, results_root
+from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.spec.catalogue import SYSTEMS_FOLDER, data_root, find_recipe, recipe_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_bench.harness.calibrate.sweep import Sweep
+    from moe_bench.projection.calibration_plan import CalibrationPlan
+    from moe_bench.results.calibration import CalibrationProvenance
+    from moe_bench.results.calibration_journal import Journal
+    from moe_bench.results.calibration_tasks import OperationName
+    from moe_bench.spec.load import Loader
+    from moe_bench.spec.recipe import Recipe
+    from moe_bench.spec.system import SystemSpec
+
+DEFAULT_SYSTEM = "h100_sxm"
+"""Whose laws give the estimates where there is no GPU."""
+TINY_MODELS = ("deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b")
+"""Whose toys have every kind of operation: latent, windowed and grouped attention, both ways of routing."""
+
+
+@app.command(rich_help_panel=RUN)
+def calibrate(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="Recipes whose shapes are measured; default: all shipped.")
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Toy shapes, without a GPU on the CPU; no projection reads them.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="OPERATION,...", help="As dense_gemm,launch.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run that was not finished here.")
+    ] = False,
+    budget_seconds: Annotated[
+        float | None, typer.Option("--budget-seconds", min=1, help="The most valuable that fit into it.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print every measurement with its seconds and memory; no torch.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", help="With --plan: the system to estimate for.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what single operations achieve on this GPU; the projection reads the file."""
+    operations = _operations(only)
+    loader = make_loader()
+    found = _recipes(recipes, loader, tiny=tiny)
+    if plan:
+        from moe_bench.report.calibration_view import plan_json, plan_view
+
+        planned = _plan(found, _system_for_plan(system, loader), loader, operations, tiny, budget_seconds)
+        print_view(plan_view(planned), plan_json(planned), as_json)
+        return
+    if system is not None:
+        raise BadInputError("--system estimates without a GPU; add --plan, or drop it")
+    gpu = _gpu_here()
+    if gpu is None and not tiny:
+        raise MissingRequirementError(
+            "calibrate needs a GPU and this machine has none; see what would run with --plan, or run the "
+            "command on the CPU with --tiny"
+        )
+    here = _system_of_gpu(gpu, loader) if gpu is not None else loader.system(DEFAULT_SYSTEM)
+    planned = _plan(found, here, loader, operations, tiny, budget_seconds)
+    toys_on = here if gpu is not None else loader.system("cpu_host")
+    _measure(
+        planned,
+        toys_on,
+        loader,
+        out or results_root(),
+        resume=resume,
+        budget_s=budget_seconds,
+        as_json=as_json,
+    )
+
+
+def _operations(only: str | None) -> tuple[OperationName, ...]:
+    from moe_bench.results.calibration_tasks import OPERATIONS
+
+    if only is None:
+        return OPERATIONS
+    named = [part.strip() for part in only.split(",") if part.strip()]
+    unknown = [name for name in named if name not in OPERATIONS]
+    if unknown or not named:
+        raise BadInputError(
+            f"--only {only}: {', '.join(unknown) or 'nothing'}: unknown operation; choose from "
+            f"{','.join(OPERATIONS)}"
+        )
+    return tuple(name for name in OPERATIONS if name in named)
+
+
+def _recipes(names: list[str] | None, loader: Loader, *, tiny: bool) -> list[Recipe]:
+    from moe_bench.spec.derive_calibration import calibration_toy
+
+    if names or tiny:
+        paths = tuple(find_recipe(name, loader) for name in names or TINY_MODELS)
+    else:
+        paths = recipe_paths(loader.root)
+    found = [loader.recipe(path) for path in paths]
+    host = loader.system("cpu_host")
+    return [calibration_toy(recipe, host=host) for recipe in found] if tiny else found
+
+
+def _gpu_here() -> str | None:
+    """Name of the first GPU that the driver lists, which is that of torch; None without one."""
+    from moe_bench.launch.here import num_gpus_here
+    from moe_bench.launch.runner import run_captured
+
+    if num_gpus_here(run_captured) == 0:
+        return None
+    answer = run_captured(("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"))
+    return answer.stdout.strip().splitlines()[0].strip()
+
+
+def _system_of_gpu(name: str, loader: Loader) -> SystemSpec:
+    keys = sorted(path.stem for path in (loader.root / SYSTEMS_FOLDER).glob("*.yaml"))
+    systems = [loader.system(key) for key in keys]
+    for one in systems:
+        if one.gpu is not None and one.gpu.device_name == name:
+            return one
+    raise BadInputError(
+        f"{name}: no system has this GPU; add recipes/systems/<name>.yaml with its datasheet figures"
+    )
+
+
+def _system_for_plan(key: str | None, loader: Loader) -> SystemSpec:
+    if key is not None:
+        return loader.system(key)
+    gpu = _gpu_here()
+    return loader.system(DEFAULT_SYSTEM) if gpu is None else _system_of_gpu(gpu, loader)
+
+
+def _plan(
+    recipes: list[Recipe],
+    system: SystemSpec,
+    loader: Loader,
+    operations: tuple[OperationName, ...],
+    tiny: bool,
+    budget_s: float | None,
+) -> CalibrationPlan:
+    from importlib.util import find_spec
+
+    from moe_bench.projection.calibration_plan import calibration_plan
+
+    return calibration_plan(
+        recipes,
+        system,
+        launching=_launching_toy(loader, system, num_layers=2),
+        only=operations,
+        installed=lambda package: find_spec(package) is not None,
+        is_tiny=tiny,
+        budget_s=budget_s,
+    )
+
+
+def _launching_toy(loader: Loader, system: SystemSpec, *, num_layers: int) -> Recipe:
+    from moe_bench.spec.derive_calibration import LAUNCHING_MODEL, launching_toy
+
+    recipe = loader.recipe(find_recipe(LAUNCHING_MODEL, loader))
+    host = loader.system("cpu_host")
+    return launching_toy(recipe, num_layers=num_layers, host=host, system=system)
+
+
+def _measure(
+    plan: CalibrationPlan,
+    system: SystemSpec,
+    loader: Loader,
+    root: Path,
+    *,
+    resume: bool,
+    budget_s: float | None,
+    as_json: bool,
+) -> None:
+    """Run the plan, or the rest of it, write the file and print it."""
+    from moe_bench.harness.start import load_calibrate
+    from moe_bench.projection.calibrated_constants import constants_for
+    from moe_bench.report.calibration_view import calibration_json, calibration_progress, calibration_view
+    from moe_bench.results.calibration import read_calibration
+
+    harness = load_calibrate()
+    sweep: Sweep = harness.sweep_here(
+        lambda num_layers: _launching_toy(loader, system, num_layers=num_layers), is_tiny=plan.is_tiny
+    )
+    journal = _journal(root, harness.provenance_here, resume=resume, is_tiny=plan.is_tiny)
+    tasks = [one.task for one in plan.tasks]
+    num_done = sum(task in journal.done for task in tasks)
+    with calibration_progress(len(tasks), num_done, make_console(stderr=True)) as (on_task, on_entry):
+        num_left = harness.run_tasks(
+            sweep, tasks, journal, budget_s=budget_s, on_task=on_task, on_entry=on_entry
+        )
+    path = journal.finish(end_sm_clock_hz=sweep.sm_clock_hz())
+    calibration = read_calibration(path)
+    view = calibration_view(calibration, constants_for(plan.system, [calibration], with_shapes=False))
+    print_view(view, calibration_json(calibration, str(path)), as_json)
+    if num_left:
+        typer.echo(f"the budget ended before {num_left} of {len(tasks)} measurements", err=True)
+    if not as_json:
+        typer.echo(f"written to {path}")
+
+
+def _journal(
+    root: Path, provenance_here: Callable[..., CalibrationProvenance], *, resume: bool, is_tiny: bool
+) -> Journal:
+    """A new journal, or with `resume` the newest one of this GPU that is not finished."""
+    from moe_bench.launch.environment import current_environment
+    from moe_bench.results.calibration_journal import resume_journal, start_journal, unfinished_journals
+
+    here = provenance_here(
+        command=tuple(sys.argv), environment=current_environment(), source_root=data_root()
+    )
+    unfinished = unfinished_journals(root, here.gpu.name)
+    if resume:
+        if not unfinished:
+            raise BadInputError(
+                f"--resume: no unfinished calibration of {here.gpu.name} in {root}; leave it off"
+            )
+        return resume_journal(unfinished[-1], here, is_tiny=is_tiny)
+    if unfinished:
+        typer.echo(f"{unfinished[-1]} was not finished: --resume would go on with it", err=True)
+    return start_journal(root, here, is_tiny=is_tiny)
