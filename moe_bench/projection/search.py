@@ -264,12 +264,16 @@ def _front(ordered: Sequence[Found], front: Front) -> Iterator[tuple[float, Foun
 
 
 def _nothing_legal(space: Space, legality: Legality) -> str:
+    """With the rule that refuses most layouts, and what it says of one of them."""
     name, number = legality.refused.most_common(1)[0]
+    begun = legality.examples[name]
+    recipe = space.recipe((*begun, *(0 for _ in space.sizes[len(begun) :])))
     rule = next(rule for rule in RULES if rule.name == name)
+    problem = next(rule.problems(recipe))
     return (
         f"no legal layout of {space.base.model.key} on {space.base.parallel.num_gpus} GPUs of "
-        f"{space.base.system.key}: most, {number:,} of {space.num_layouts:,}, break the rule {name}: "
-        f"{rule.reason}; change the batch, the number of GPUs, or what --set holds fixed"
+        f"{space.base.system.key}: most, {number:,} of {space.num_layouts:,}, break the rule {name}, such as "
+        f"{problem.problem}; {problem.fix}"
     )
 
 

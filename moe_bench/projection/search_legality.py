@@ -40,6 +40,8 @@ class Legality:
     space: Space
     refused: Counter[str] = field(default_factory=Counter)
     """Layouts by the name of the first rule that refuses them."""
+    examples: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By the name of a rule, the first indices of layouts that it refuses, whatever the other indices are."""
     _roots: dict[str, _Branch | bool] = field(default_factory=dict)
     _axes: dict[str, set[Axis]] = field(default_factory=dict)
     """What each rule has read so far."""
@@ -54,7 +56,7 @@ class Legality:
         for rule in RULES:
             root = self._advance(rule, self._root(rule), (), 0)
             if root is False:
-                self.refused[rule.name] += self.space.num_layouts
+                self._refuse(rule.name, (), self.space.num_layouts)
                 return
             if isinstance(root, _Branch):
                 pending.append((rule, root))
@@ -78,7 +80,7 @@ class Legality:
             extended = (*chosen, value)
             left = self._judged(extended, pending)
             if isinstance(left, str):
-                self.refused[left] += num_each
+                self._refuse(left, extended, num_each)
             else:
                 yield from self._below(extended, left, num_each)
 
@@ -93,6 +95,7 @@ class Legality:
                 left = self._judged((*chosen, value), pending)
                 if isinstance(left, str):
                     refused[left] += 1
+                    self.examples.setdefault(left, (*chosen, value))
                 else:
                     legal.append(value)
             # asked again, since the rules may have read more axes than they had before
@@ -101,6 +104,10 @@ class Legality:
         legal_splits, refusals = self._splits[key]
         self.refused.update(refusals)
         return legal_splits
+
+    def _refuse(self, name: str, chosen: tuple[int, ...], num_layouts: int) -> None:
+        self.refused[name] += num_layouts
+        self.examples.setdefault(name, chosen)
 
     def _key(self, chosen: tuple[int, ...], pending: Sequence[_Pending]) -> tuple[object, ...]:
         axes = set().union(*(self._axes[rule.name] for rule, _ in pending)) - {Axis.SPLIT}

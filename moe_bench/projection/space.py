@@ -258,6 +258,8 @@ def _env(base: Recipe, layout: Layout) -> dict[str, str]:
     else:
         group = layout.expert * layout.widths.expert_tensor
         env[HYBRIDEP_DOMAIN] = str(min(group, system.nvlink_domain_gpus, HYBRIDEP_MAX_DOMAIN))
+        env.setdefault("NVLINK_DOMAIN_SIZE", str(system.nvlink_domain_gpus))
+        env.setdefault("USE_MNNVL", str(int(system.nvlink_domain_gpus > system.gpus_per_node)))
     if system.gpu is None or system.gpu.architecture != "hopper":
         return env
     # before Blackwell one connection orders tensor and context collectives, and would serialise all others

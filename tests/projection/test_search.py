@@ -140,7 +140,9 @@ def test_dispatchers_that_are_projected_alike_are_one_result() -> None:
 
 def test_without_a_legal_layout_the_rule_that_refuses_most_is_named() -> None:
     space = space_of("qwen3_30b_a3b", 16, "parallel.expert=7")
-    with pytest.raises(BadInputError, match=r"most, .*, break the rule experts_per_rank: every"):
+    with pytest.raises(
+        BadInputError, match=r"most, .*, break the rule experts_per_rank, such as EP7, 128 experts: every"
+    ):
         search(space, num_wanted=1)
 
 

@@ -62,3 +62,6 @@ def test_a_layout_counts_for_the_first_rule_that_refuses_it() -> None:
     assert list(legality.legal_families()) == []
     assert sum(legality.refused.values()) == space.num_layouts
     assert legality.refused["experts_per_rank"] > 0
+    example = legality.examples["experts_per_rank"]
+    recipe = space.recipe((*example, *(0 for _ in space.sizes[len(example) :])))
+    assert "experts_per_rank" in {problem.rule for problem in legality_problems(recipe)}

@@ -70,6 +70,9 @@ def test_hybridep_is_told_how_many_ranks_share_a_domain_and_others_are_not() -> 
     key = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"
     assert made(dispatcher="hybridep", expert=4).env[key] == "4"
     assert made(dispatcher="hybridep", expert=16).env[key] == "8"
+    on_racks = space_of("qwen3_235b_a22b", 64, system="gb200_nvl72").base
+    env = recipe_of(on_racks, PLAIN._replace(dispatcher="hybridep", expert=64)).env
+    assert (env[key], env["NVLINK_DOMAIN_SIZE"], env["USE_MNNVL"]) == ("64", "72", "1")
     assert not any("HYBRID" in name or "NVLINK" in name for name in made().env)
     assert "moe_permute_fusion_into_hybridep" not in made().mcore
 
