@@ -22,6 +22,9 @@ def accuracy(
         Literal["model", "layout", "system", "release"] | None,
         typer.Option("--cross-validate", help="Refit every fitted constant with that group left out."),
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Memory instead: runs that ran, printed peaks, runs that failed.")
+    ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per row.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,9 +38,19 @@ def accuracy(
 
     if as_csv and as_json:
         raise BadInputError("--csv and --json are two ways to print; drop one of them")
+    if memory and (as_csv or cross_validate is not None):
+        raise BadInputError("--memory fits nothing and has no --csv; drop --cross-validate and --csv")
     root = data_root()
     rows = load_rows(root / "results" / "published") if registry is None else read_registry(registry)
-    found = projectable(rows, load_catalogue(root / "recipes"))
+    catalogue = load_catalogue(root / "recipes")
+    if memory:
+        from moe_bench.projection.memory_record import load_evidence, memory_record
+        from moe_bench.report.memory_record_view import memory_record_json, memory_record_view
+
+        record = memory_record(rows, load_evidence(root / "results" / "published" / "known"), catalogue)
+        print_view(memory_record_view(record), memory_record_json(record), as_json)
+        return
+    found = projectable(rows, catalogue)
     made = Accuracy(
         found=found,
         results=accuracy_of(found, left_out=cross_validate),

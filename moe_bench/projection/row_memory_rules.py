@@ -12,6 +12,8 @@ _DGXC_25_05 = "NVIDIA/dgxc-benchmarking v25.05.05"
 _NVL72 = ("GB200", "GB300")
 _SELECTIVE_SHARE = 0.36
 _OFFLOADED_25_09 = {"llama3_70b": 40, "llama3_1_405b": 95}
+OPERATOR_CHECKPOINTING = "torchtitan's selective checkpointing"
+"""The rule that stands in for a setting which no recipe can say; torch_memory.py knows what it keeps."""
 NO_RECOMPUTATION = "nothing is recomputed"
 """The rule that stands for no knowledge, which the memory of the GPU may overrule."""
 _LAYER_GRAPHS = CudaGraphs(implementation="local")
@@ -195,7 +197,7 @@ MEMORY_RULES: tuple[Rule, ...] = (
         is_of_release=True,
     ),
     Rule(
-        name="torchtitan's selective checkpointing",
+        name=OPERATOR_CHECKPOINTING,
         field="recompute",
         when="torchtitan, not `full`",
         then="36 % of the layers of each chunk in full",
