@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import PREDICT, app
-from moe_bench.cli.options import JsonOption, RecipeArgument, SetOption, StrongOption, make_loader, print_view
+from moe_bench.cli.options import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    StrongOption,
+    make_loader,
+    print_view,
+    results_root,
+)
 from moe_bench.errors import BadInputError, RecipeError
 from moe_bench.spec.catalogue import data_root, find_recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moe_bench.projection.constants import Constants
     from moe_bench.projection.cost import TrainingCost
-    from moe_bench.projection.forecast import Forecast
+    from moe_bench.projection.forecast import Basis, Forecast
     from moe_bench.projection.nearest import NearRow
     from moe_bench.projection.projected import Projection
     from moe_bench.projection.scaleout import ScaleOut
@@ -61,6 +68,14 @@ PipelineOption = Annotated[
     Path | None, typer.Option("--plot-pipeline", help="Draw which rank computes when (SVG).")
 ]
 
+UncalibratedOption = Annotated[
+    bool,
+    typer.Option("--uncalibrated", help="Leave out results/calibration: the same number on every machine."),
+]
+TablesOption = Annotated[
+    bool, typer.Option("--tables", help="Ask the tables of aiconfigurator-core too (moe_bench[prior]).")
+]
+
 
 @app.command(rich_help_panel=PREDICT)
 def project(
@@ -74,11 +89,12 @@ def project(
     trace: TraceOption = None,
     plot: PlotOption = None,
     plot_pipeline: PipelineOption = None,
+    uncalibrated: UncalibratedOption = False,
+    tables: TablesOption = False,
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Step time, memory and scaling before anyone pays for the cluster, beside the published rows."""
-    from moe_bench.projection.constants import Constants
     from moe_bench.projection.forecast import forecast
     from moe_bench.report import project_json, project_view
 
@@ -86,10 +102,11 @@ def project(
         raise BadInputError("--price-per-gpu-hour prices a training; add --train-tokens N")
     if strong and num_gpus is None:
         raise BadInputError("--strong says how --num-gpus scales; add --num-gpus N,N")
-    constants, modified = Constants(), tuple(changes or ())
+    modified = tuple(changes or ())
     asked = _recipe(recipe, modified)
-    made = forecast(asked, constants=constants, load=load)
-    near = _near(asked, constants)
+    basis = _basis(asked, uncalibrated=uncalibrated, tables=tables)
+    made = forecast(asked, basis=basis, load=load)
+    near = _near(asked)
     parts: list[RenderableType] = [project_view.forecast_view(made, near, modified=modified)]
     data = {
         **project_json.forecast_json(made),
@@ -97,12 +114,12 @@ def project(
         "nearest": project_json.near_json(near),
     }
     if what_if:
-        other = _other(recipe, modified, what_if, constants, load)
+        other = _other(recipe, modified, what_if, basis, load)
         parts.append(project_view.what_if_view(made, other, what_if))
         data["what_if"] = {"changes": what_if, **project_json.forecast_json(other)}
     sized = [made.projection]
     if num_gpus is not None:
-        curve = _curve(asked, _sizes(num_gpus), strong, modified, constants, load)
+        curve = _curve(asked, _sizes(num_gpus), strong, modified, basis, load)
         sized = [point.projection for point in curve.points]
         parts.append(project_view.scale_view(curve))
         data["scaling"] = project_json.scale_json(curve)
@@ -125,20 +142,22 @@ def _curve(
     sizes: tuple[int, ...],
     strong: bool,
     changes: tuple[str, ...],
-    constants: Constants,
+    basis: Basis,
     load: str | None,
 ) -> ScaleOut:
-    from moe_bench.projection.load_choice import load_choice
     from moe_bench.projection.scaleout import scale_out
 
-    return scale_out(
-        recipe,
-        sizes,
-        strong=strong,
-        changes=changes,
-        constants=constants,
-        load_of=lambda member: load_choice(member, load).busiest_over_mean_ratio,
-    )
+    return scale_out(recipe, sizes, strong=strong, changes=changes, basis=basis, load=load)
+
+
+def _basis(recipe: Recipe, *, uncalibrated: bool, tables: bool) -> Basis:
+    """Laws and fitted constants, with what was measured here of the recipe's GPU."""
+    from moe_bench.projection.calibrated_shapes import read_calibrations
+    from moe_bench.projection.forecast import Basis
+
+    gpu = recipe.system.gpu
+    own = () if uncalibrated or gpu is None else read_calibrations(gpu, results_root())
+    return Basis(calibrations=own, uses_tables=tables).calibrated(recipe.system)
 
 
 def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
@@ -146,23 +165,22 @@ def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
     return loader.recipe(find_recipe(name, loader), changes=changes)
 
 
-def _near(recipe: Recipe, constants: Constants) -> tuple[NearRow, ...]:
+def _near(recipe: Recipe) -> tuple[NearRow, ...]:
+    """Under the shipped constants: those rows did not run on the machine that was calibrated."""
     from moe_bench.projection.nearest import nearest_rows
     from moe_bench.projection.row_inference import load_catalogue
 
     root = data_root()
     catalogue = load_catalogue(root / "recipes")
-    return nearest_rows(recipe, root / "results" / "published", catalogue, constants=constants)
+    return nearest_rows(recipe, root / "results" / "published", catalogue)
 
 
-def _other(
-    name: str, changes: tuple[str, ...], asked: list[str], constants: Constants, load: str | None
-) -> Forecast:
+def _other(name: str, changes: tuple[str, ...], asked: list[str], basis: Basis, load: str | None) -> Forecast:
     """The recipe with what is asked to be otherwise on top of `--set`."""
     from moe_bench.projection.forecast import forecast
     from moe_bench.projection.whatif import what_if
 
-    split = what_if(asked, constants)
+    split = what_if(asked, basis.constants)
     try:
         recipe = _recipe(name, (*changes, *split.recipe_changes))
     except RecipeError as error:
@@ -171,7 +189,7 @@ def _other(
         raise RecipeError(
             tuple(replace(one, file=own.get(one.file, one.file)) for one in error.mistakes)
         ) from error
-    return forecast(recipe, constants=split.constants, load=load)
+    return forecast(recipe, basis=replace(basis, constants=split.constants), load=load)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

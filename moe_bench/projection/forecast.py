@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from moe_bench.analysis.memory import MemoryFit, memory_fit
+from moe_bench.projection.calibrated_constants import constants_for
 from moe_bench.projection.constants import Constants
+from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.interval import Interval, interval, rates_are_prior
 from moe_bench.projection.load_choice import LoadChoice, load_choice
 from moe_bench.projection.projected import Projection, Term, project
 from moe_bench.projection.schedule import ScheduleKind
-from moe_bench.projection.traits import MEGATRON, Traits
+from moe_bench.results.calibration import Calibration
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.system import SystemSpec
 
 _NUM_LIMITS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Basis:
+    """What a forecast rests on beside the laws: constants, measurements of this GPU, tables."""
+
+    constants: Constants = field(default_factory=Constants)
+    calibrations: tuple[Calibration, ...] = ()
+    """Files of results/calibration; none for a projection that is the same on every machine."""
+    uses_tables: bool = False
+    """Whether `aiconfigurator-core` is asked, too."""
+
+    def efficiency(self, system: SystemSpec) -> Efficiency:
+        """Rates of the GPU of `system`; files of other GPUs are passed over.
+
+        Raises BadInputError for a system without a GPU, MissingRequirementError without the tables.
+        """
+        name = None if system.gpu is None else system.gpu.device_name
+        own = [one for one in self.calibrations if one.is_evidence and one.provenance.gpu.name == name]
+        return Efficiency(system, own, tables=self.uses_tables)
+
+    def calibrated(self, system: SystemSpec) -> Basis:
+        """The same with the constants that its calibrations determine."""
+        return replace(self, constants=constants_for(system, self.calibrations, self.constants).constants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +66,27 @@ class Forecast:
         return tuple(ordered[:_NUM_LIMITS])
 
 
-def forecast(
-    recipe: Recipe, *, constants: Constants | None = None, load: str | None = None, traits: Traits = MEGATRON
-) -> Forecast:
+def forecast(recipe: Recipe, *, basis: Basis | None = None, load: str | None = None) -> Forecast:
     """`recipe` before it runs; `load` as in `load_choice`.
 
     Raises BadInputError for a system without a GPU, a precision without rates, or an unknown load.
     """
+    basis = Basis() if basis is None else basis
     memory = memory_fit(recipe)
     chosen = load_choice(recipe, load)
-    projection = project(recipe, constants=constants, load=chosen.busiest_over_mean_ratio, traits=traits)
+    efficiency = basis.efficiency(recipe.system)
+    projection = project(
+        recipe,
+        constants=basis.constants,
+        efficiency=efficiency,
+        load=chosen.busiest_over_mean_ratio,
+    )
     return Forecast(
         projection=projection,
         interval=interval(recipe, projection.step_s),
         memory=memory,
         load=chosen,
-        assumptions=tuple(_assumptions(projection, chosen)),
+        assumptions=(*_assumptions(projection, chosen), *_own_evidence(basis, recipe, efficiency)),
     )
 
 
@@ -72,3 +104,13 @@ def _assumptions(projection: Projection, load: LoadChoice) -> Iterable[str]:
         yield "every micro batch takes the same time; the pipeline is simulated, not its noise"
     if recipe.routing.mode == "natural":
         yield "experts are as unequal as a balancing loss leaves them on real text"
+
+
+def _own_evidence(basis: Basis, recipe: Recipe, efficiency: Efficiency) -> Iterable[str]:
+    """Which constants were measured on this GPU, and what was asked of measurements in vain."""
+    measured = constants_for(recipe.system, basis.calibrations, basis.constants).sources
+    if measured:
+        yield f"measured on this GPU: {', '.join(f'{name} ({what})' for name, what in measured.items())}"
+    missed = {f"{one.kind} ({one.reason})" for one in efficiency.unanswered}
+    if missed:
+        yield f"answered by law for want of a measurement: {'; '.join(sorted(missed))}"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from moe_bench.projection.constants import Constants
 from moe_bench.projection.projected import project
 from moe_bench.projection.row_engines import is_scored, traits_of
 from moe_bench.projection.row_folds import model_family
@@ -39,9 +38,7 @@ class NearRow:
         return self.projected_tokens_per_s_per_gpu / self.run.tokens_per_s_per_gpu
 
 
-def nearest_rows(
-    recipe: Recipe, folder: Path, catalogue: Catalogue, *, constants: Constants | None = None
-) -> tuple[NearRow, ...]:
+def nearest_rows(recipe: Recipe, folder: Path, catalogue: Catalogue) -> tuple[NearRow, ...]:
     """Rows in `folder` (`results/published`) of the recipe's model, nearest first.
 
     Where these are few, rows of other models on its system in its precision stand besides.
@@ -57,7 +54,7 @@ def nearest_rows(
         others = [row for key in keys if key not in of_model for row in load_model_rows(folder, key)]
         on_system = [row for row in others if _is_like(row, recipe)]
         found += islice(_of_kind(_runs(_sorted(on_system, recipe), recipe, catalogue), recipe), NUM_OF_SYSTEM)
-    return tuple(_projected(run, recipe, constants) for run in found)
+    return tuple(_projected(run, recipe) for run in found)
 
 
 def _sorted(rows: Sequence[PublishedRow], recipe: Recipe) -> list[PublishedRow]:
@@ -115,9 +112,9 @@ def _of_kind(runs: Iterable[InferredRun], recipe: Recipe) -> Iterator[InferredRu
             yield run
 
 
-def _projected(run: InferredRun, recipe: Recipe, constants: Constants | None) -> NearRow:
+def _projected(run: InferredRun, recipe: Recipe) -> NearRow:
     run = with_recompute(run)
-    projection = project(run.recipe, constants=constants, traits=traits_of(run))
+    projection = project(run.recipe, traits=traits_of(run))
     return NearRow(
         run=run,
         projected_tokens_per_s_per_gpu=projection.tokens_per_s_per_gpu,

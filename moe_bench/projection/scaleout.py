@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist
@@ -12,6 +12,8 @@ from moe_bench.analysis.collectives import Group
 from moe_bench.errors import BadInputError, RecipeError
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.fabric import Fabric
+from moe_bench.projection.forecast import Basis
+from moe_bench.projection.load_choice import load_choice
 from moe_bench.projection.projected import Projection, project
 from moe_bench.spec.family import scaled_recipe
 from moe_bench.spec.recipe import Recipe
@@ -79,15 +81,16 @@ def scale_out(
     *,
     strong: bool,
     changes: tuple[str, ...] = (),
-    constants: Constants | None = None,
-    load_of: Callable[[Recipe], float] | None = None,
+    basis: Basis | None = None,
+    load: str | None = None,
 ) -> ScaleOut:
     """Members of the recipe's scaling family (spec/family.py) at `sizes`, each projected.
 
-    `changes` as in `scaled_recipe`. Raises RecipeError where no size is legal, BadInputError for one above
-    MAX_GPUS.
+    `changes` as in `scaled_recipe`, `load` as in `load_choice`. Raises RecipeError where no size is legal,
+    BadInputError for one above MAX_GPUS.
     """
-    constants = constants or Constants()
+    basis = Basis() if basis is None else basis
+    efficiency = basis.efficiency(recipe.system)
     projections, refused = [], []
     error: RecipeError | None = None
     for size in sorted(set(sizes)):
@@ -101,13 +104,13 @@ def scale_out(
             first = caught.mistakes[0]
             refused.append(RefusedSize(num_gpus=size, rule=f"{first.key}: {first.problem}; {first.fix}"))
             continue
-        load = None if load_of is None else load_of(member)
-        projections.append(project(member, constants=constants, load=load))
+        ratio = load_choice(member, load).busiest_over_mean_ratio
+        projections.append(project(member, constants=basis.constants, efficiency=efficiency, load=ratio))
     if error is not None and not projections:
         raise error
     base_tokens_per_s = projections[0].tokens_per_s_per_gpu
     points = tuple(
-        _point(projection, projection.tokens_per_s_per_gpu / base_tokens_per_s, constants)
+        _point(projection, projection.tokens_per_s_per_gpu / base_tokens_per_s, basis.constants)
         for projection in projections
     )
     return ScaleOut(points=points, refused=tuple(refused), is_strong=strong)
