@@ -2,9 +2,11 @@
 
     python benchmarks/many_results.py FOLDER
     python benchmarks/many_results.py FOLDER --num-records 500
+    python benchmarks/many_results.py FOLDER --num-layers 2
 
-Writes 45 GB of made-up records into FOLDER, which must not exist, and leaves them there. Every line of the
-table is one command; its memory is the largest sum over it and its processes, looked at fifty times a second.
+Writes 45 GB of made-up records into FOLDER, which must not exist, and leaves them there; with loads of two
+layers 4 GB, which is enough for what reads the index. Every line of the table is one command; its memory is
+the largest sum over it and its processes, looked at fifty times a second.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from moe_bench.spec.scale import full_plan
 
 RECIPES = ("qwen3_235b_a22b/h100_sxm_256g_bf16", "qwen3_30b_a3b/h100_sxm_16g_bf16")
 NUM_RANKS, NUM_WARMUP, NUM_TIMED = 256, 5, 50
-SAMPLES_OF = 94, 128
-"""Expert layers and experts whose loads are made up: those of Qwen3-235B, the most layers of any recipe."""
+NUM_LAYERS, NUM_EXPERTS = 94, 128
+"""Those whose loads are made up: of Qwen3-235B, the most layers of any recipe."""
 GIB = 2**30
 MIB = 2**20
 
@@ -53,9 +55,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--num-records", type=int, default=10_000)
+    arguments.add_argument("--num-layers", type=int, default=NUM_LAYERS)
     options = arguments.parse_args()
     root, num_records = options.folder, options.num_records
-    num_bytes = write_records(root, num_records)
+    num_bytes = write_records(root, num_records, options.num_layers)
     print(f"{num_records:,} records of {num_bytes / MIB:.1f} MiB\n")
     print("| call | seconds | peak MiB |\n|---|--:|--:|", flush=True)
     listing = ("results", "--results", str(root))
@@ -69,6 +72,10 @@ def main() -> None:
         ("results show", (*listing, "show", newest(first).stem)),
         ("report, every record a line", ("report", str(root), "--format", "csv")),
         ("reproduce, both recipes", ("reproduce", *RECIPES, "--results", str(root))),
+        ("reproduce, every recipe", ("reproduce", "--results", str(root))),
+        ("report --scaling", ("report", str(root), "--scaling", "--model", "qwen3_30b_a3b")),
+        ("report --html", ("report", str(root), "--html", str(root / "page.html"))),
+        ("jobs", ("jobs", "--results", str(root))),
     ):
         report(what, timed(command))
     newest(first).unlink()
@@ -121,7 +128,7 @@ def newest(folder: Path) -> Path:
     return max(folder.glob("*.json"))
 
 
-def write_records(root: Path, num_records: int) -> int:
+def write_records(root: Path, num_records: int, num_layers: int) -> int:
     """Write `num_records` files below `root` and return the size of one.
 
     One record of each recipe is made up in full; the others are copies with their own start, commit and job.
@@ -132,7 +139,7 @@ def write_records(root: Path, num_records: int) -> int:
     size = 0
     for offset, name in enumerate(RECIPES):
         recipe = loader.recipe(find_recipe(name, loader))
-        found = made_up(recipe, generator)
+        found = made_up(recipe, num_layers, generator)
         text = found.model_dump_json()
         folder = record_folder(root, found.plan)
         folder.mkdir(parents=True)
@@ -147,9 +154,8 @@ def write_records(root: Path, num_records: int) -> int:
     return size
 
 
-def made_up(recipe: Recipe, generator: random.Random) -> Record:
+def made_up(recipe: Recipe, num_layers: int, generator: random.Random) -> Record:
     """A record of the size of a run of 256 GPUs; no number in it was measured."""
-    layers, experts = SAMPLES_OF
 
     def steps(num_steps: int) -> tuple[float, ...]:
         return tuple(generator.gauss(10, 0.05) for _ in range(num_steps))
@@ -185,8 +191,8 @@ def made_up(recipe: Recipe, generator: random.Random) -> Record:
             peak_memory_bytes=tuple(generator.randrange(60 * GIB, 75 * GIB) for _ in range(NUM_RANKS)),
             tokens_per_expert=tuple(
                 tuple(
-                    tuple(generator.randrange(200_000, 320_000) for _ in range(experts))
-                    for _ in range(layers)
+                    tuple(generator.randrange(200_000, 320_000) for _ in range(NUM_EXPERTS))
+                    for _ in range(num_layers)
                 )
                 for _ in range(NUM_TIMED)
             ),

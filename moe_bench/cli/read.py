@@ -81,7 +81,7 @@ def reproduce(
     from moe_bench.report.projected_throughput import projected_throughput
     from moe_bench.report.reproduce import reproductions
     from moe_bench.report.reproduce_view import reproduce_json, reproduce_view
-    from moe_bench.results.published import load_rows
+    from moe_bench.results.published import rows_by_id
     from moe_bench.results.reading import read_summaries
 
     loader = make_loader()
@@ -97,12 +97,11 @@ def reproduce(
             f"{', '.join(without)}: copies no published row, so there is nothing to reproduce"
         )
     places = tuple(results or ([results_root()] if results_root().is_dir() else []))
-    rows = {row.id: row for row in load_rows(data_root() / "results" / "published")}
-    names = {recipe.name for recipe in asked if recipe.reproduces is not None}
+    copies = {recipe.name: recipe for recipe in asked if recipe.reproduces is not None}
+    rows = rows_by_id(data_root() / "results" / "published", {str(one.reproduces) for one in copies.values()})
     with listening() as listener:
-        runs = tuple(read_summaries(places, listener, wanted=lambda entry: entry.recipe in names))
-    copies = [recipe for recipe in asked if recipe.reproduces is not None]
-    found = reproductions(asked, rows, runs, projected=projected_throughput(copies))
+        runs = tuple(read_summaries(places, listener, wanted=lambda entry: entry.recipe in copies))
+    found = reproductions(asked, rows, runs, projected=projected_throughput(copies.values()))
     print_view(reproduce_view(found), reproduce_json(found), as_json)
 
 

@@ -65,9 +65,13 @@ class RunSet:
 
 def run_sets(runs: Iterable[Run]) -> tuple[RunSet, ...]:
     """Runs that are repeats of each other, put together; sets and repeats in the order of their start."""
+    ordered = sorted(map(summary_of, runs), key=lambda run: run.started_at)
+    # runs that come from one index share their facts, so by identity each is read through once
+    each = {id(facts): facts for run in ordered for facts in (run.facts, run.software)}
+    contents = {place: frozenset(facts.items()) for place, facts in each.items()}
     grouped: dict[tuple[frozenset[tuple[str, str]], ...], list[RunSummary]] = {}
-    for run in sorted(map(summary_of, runs), key=lambda run: run.started_at):
-        key = frozenset(run.facts.items()), frozenset(run.software.items())
+    for run in ordered:
+        key = contents[id(run.facts)], contents[id(run.software)]
         grouped.setdefault(key, []).append(run)
     return tuple(
         RunSet(runs=tuple(same), facts=same[0].facts, software=same[0].software) for same in grouped.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -270,17 +271,27 @@ def load_rows(folder: Path) -> tuple[PublishedRow, ...]:
 
 
 def row_by_id(folder: Path, row_id: str) -> PublishedRow:
-    """The row called `row_id`; only the file that holds it is parsed.
+    """The row called `row_id`, found as by `rows_by_id`."""
+    return rows_by_id(folder, (row_id,))[row_id]
+
+
+def rows_by_id(folder: Path, row_ids: Collection[str]) -> dict[str, PublishedRow]:
+    """The rows called `row_ids`; only the files that hold them are parsed.
 
     Raises UnknownNameError with the nearest ids.
     """
     known: list[str] = []
+    found: dict[str, PublishedRow] = {}
     for path in sorted(folder.glob("*.yaml")):
         ids = _ID_LINE.findall(path.read_text(encoding="utf-8"))
-        if row_id in ids:
-            return next(row for row in _read(path) if row.id == row_id)
+        wanted = set(ids).intersection(row_ids)
+        if wanted:
+            found |= {row.id: row for row in _read(path) if row.id in wanted}
         known += ids
-    raise UnknownNameError("published row", row_id, sorted(known))
+    for row_id in row_ids:
+        if row_id not in found:
+            raise UnknownNameError("published row", row_id, sorted(known))
+    return found
 
 
 _ID_LINE = re.compile(r"^- id: (\S+)$", flags=re.MULTILINE)
