@@ -17,6 +17,7 @@ from moe_bench.results import calibration as measured
 from moe_bench.results.calibration import Task
 from moe_bench.results.calibration_tasks import (
     BURST_S,
+    COMPILED,
     DEVICE_TO_HOST,
     FLUSH_BYTES,
     HOST_TO_DEVICE,
@@ -24,7 +25,6 @@ from moe_bench.results.calibration_tasks import (
     NUM_BURSTS,
     NUM_WARMUP,
     PAUSE_S,
-    Implementation,
     OperationName,
     implementations_of,
     memory_bytes,
@@ -39,7 +39,6 @@ GRID = "grid"
 _SETUP_S = 0.1
 """Of one measurement: making inputs, loading a kernel, and the answer of the driver about its clocks."""
 _COMPILE_S = 20.0
-_COMPILED = (Implementation.FLEX, Implementation.STORED_ADAM)
 _LAYER_FRACTION = 0.5
 """Of the BF16 peak, a MoE layer without communication."""
 _HOST_BYTES_PER_S = 50e9
@@ -220,7 +219,7 @@ class _Estimator:
         if isinstance(what, measured.Sustained):
             bursts_s = 0.0 if self.is_tiny else NUM_BURSTS * (PAUSE_S + BURST_S)
             return _SETUP_S + (what.held_s or bursts_s)
-        compile_s = _COMPILE_S if task.implementation in _COMPILED and not self.is_tiny else 0.0
+        compile_s = _COMPILE_S if task.implementation in COMPILED and not self.is_tiny else 0.0
         sample_s = call_s + (0.0 if self.is_tiny else self.stream_s(FLUSH_BYTES))
         setup_s = _SETUP_S / 10 if self.is_tiny else _SETUP_S
         return setup_s + compile_s + (NUM_WARMUP + num_samples(sample_s)) * sample_s

@@ -94,6 +94,10 @@ class Implementation(StrEnum):
         return "transformer_engine" if self.value.startswith("transformer_engine ") else None
 
 
+COMPILED = (Implementation.FLEX, Implementation.STORED_ADAM)
+"""Those that torch.compile makes on a GPU, shape by shape."""
+
+
 RMS_NORM, RESIDUAL = "rmsnorm", "residual"
 ADAM, ADAM_BF16_MOMENTS = "adam", "adam with bf16 moments"
 DEVICE_TO_DEVICE, HOST_TO_DEVICE, DEVICE_TO_HOST = "device to device", "host to device", "device to host"

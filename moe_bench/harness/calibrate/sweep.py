@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moe_bench.errors import MeasurementError, MissingRequirementError
+from moe_bench.errors import MeasurementError, MissingRequirementError, MoeBenchError
 from moe_bench.harness import device_facts
 from moe_bench.harness.calibrate.attention import attention_call
 from moe_bench.harness.calibrate.gemm import dense_call, grouped_call
@@ -48,12 +49,15 @@ from moe_bench.results.calibration import (
     Unmeasured,
 )
 from moe_bench.results.calibration_journal import Entry, Journal
-from moe_bench.results.calibration_tasks import PAUSE_S, WINDOW_S, Implementation
+from moe_bench.results.calibration_tasks import COMPILED, PAUSE_S, WINDOW_S, Implementation
 from moe_bench.results.provenance import git_state, installed_packages, recorded_environment
 from moe_bench.results.record import GpuFacts
 from moe_bench.spec.recipe import Recipe
 
 SEED = 1234
+_REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError)
+"""How torch, Megatron-Core and Transformer Engine say that they have no kernel, no memory, or another
+interface in this release. One of a thousand kernels must not end the others; the file and the table name it."""
 _TINY_PAUSE_S = 0.01
 _TINY_WINDOW_S = 0.05
 
@@ -77,16 +81,16 @@ class Sweep:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = self._samples_s(task)
-        except MissingRequirementError as error:
+        except MoeBenchError as error:
             return _unmeasured(task, str(error))
-        except MeasurementError as error:
-            return _unmeasured(task, str(error))
-        except RuntimeError as error:
-            # how torch says that it has no kernel for a shape or a dtype, or no memory; the file names it
-            return _unmeasured(task, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        except _REFUSALS as error:
+            first_line = next(iter(str(error).strip().splitlines()), "no words")
+            return _unmeasured(task, f"{type(error).__name__}: {first_line}")
         finally:
             if self.device == "cuda":
-                torch.cuda.empty_cache()
+                # of a GPU in error too; `require_working` tells that
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
         is_flushed = not isinstance(task.what, Launch | Sustained)
         return Measurement(
             what=task.what,
@@ -98,12 +102,26 @@ class Sweep:
             end_sm_clock_hz=self.sm_clock_hz(),
         )
 
+    def require_working(self) -> None:
+        """Raise MeasurementError where the GPU is in an error that every further call would meet."""
+        if self.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise MeasurementError(
+                    f"the GPU failed ({str(error).splitlines()[0]}); the measurement is noted as failed, "
+                    "go on after it with --resume"
+                ) from error
+
     def _samples_s(self, task: Task) -> tuple[float, ...]:
         implementation = Implementation(task.implementation)
         package = implementation.package
         if package is not None and importlib.util.find_spec(package) is None:
             raise MissingRequirementError(f"{package} is not installed")
         torch.manual_seed(SEED)
+        if implementation in COMPILED:
+            # past a number of shapes torch would run the function uncompiled, without an error
+            torch.compiler.reset()
         what = task.what
         if isinstance(what, Launch):
             if what.layers_of is not None:
@@ -134,7 +152,7 @@ def run_tasks(
 ) -> int:
     """Measure those of `tasks` that `journal` has no entry for, within the budget; how many are left.
 
-    The measurement that the budget ends in is finished.
+    The measurement that the budget ends in is finished. Raises MeasurementError where the GPU fails.
     """
     start_s = now_s()
     missing = [task for task in tasks if task not in journal.done]
@@ -145,6 +163,8 @@ def run_tasks(
         entry = sweep.measure(task)
         journal.append(entry)
         on_entry(entry)
+        if isinstance(entry, Unmeasured):
+            sweep.require_working()
     return 0
 
 
