@@ -63,10 +63,14 @@ class ChunkMemory:
 
 
 class ModelMemory:
-    """Chunks of one recipe; each kind of layer and of chunk is walked once."""
+    """Chunks of one recipe; each kind of layer and of chunk is walked once.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `load` is what its rank receives for its experts over the mean of the ranks, in every layer.
+    """
+
+    def __init__(self, recipe: Recipe, *, load: float = 1.0) -> None:
         self.recipe = recipe
+        self._load = load
         self.sizes = layer_sizes(recipe)
         self._layers: dict[tuple[bool, bool], LayerMemory] = {}
         self._chunks: dict[tuple[object, ...], ChunkMemory] = {}
@@ -75,7 +79,7 @@ class ModelMemory:
         """One kind of layer, kept whole or brought back by recomputation."""
         key = is_moe, is_recomputed
         if key not in self._layers:
-            walk = LayerWalk(self.recipe, self.sizes, is_moe=is_moe)
+            walk = LayerWalk(self.recipe, self.sizes, is_moe=is_moe, load=self._load)
             memory = walk.memory(is_recomputed=is_recomputed)
             if not is_recomputed:
                 kept = kept_on_device(self.recipe, memory.kept, is_moe=memory.has_experts)

@@ -8,7 +8,7 @@ part ends.
 
 from __future__ import annotations
 
-from moe_bench.analysis.layer_sizes import FP32_BYTES, LayerSizes, Weight, expert_sizes
+from moe_bench.analysis.layer_sizes import FP32_BYTES, ExpertSizes, LayerSizes, Weight, expert_sizes
 from moe_bench.analysis.live_tensors import LiveTensors, Made
 from moe_bench.analysis.mlp_memory import Mlp, norm_backward
 from moe_bench.spec.model import MixtureOfExperts
@@ -29,13 +29,13 @@ class ExpertHalf:
 
     place = "experts"
 
-    def __init__(self, recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes) -> None:
+    def __init__(self, recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes, *, load: float) -> None:
         self._sizes = sizes
-        self._rows = rows = expert_sizes(recipe, moe, sizes)
-        self.dispatched_bytes = rows.sent_bytes
+        self._rows = rows = expert_sizes(recipe, moe, sizes, load=load)
+        self.dispatched_bytes = rows.received_bytes
         self._recomputes = "moe" in sizes.recomputes
         self._recomputes_norm = sizes.recomputes_norm(is_fused=False)
-        self._products = GroupedProducts(recipe, moe, sizes)
+        self._products = GroupedProducts(recipe, sizes, rows)
         self._is_called_apart = recipe.overlap.expert_parallel
         self._shared = None
         if rows.shared_ffn:
@@ -130,7 +130,7 @@ class ExpertHalf:
             live.make("permuted_rows", rows.sent_bytes)
             last = "permuted_rows"
         if rows.sends_rows:
-            live.make("received_rows", rows.sent_bytes)
+            live.make("received_rows", rows.received_bytes)
             last = "received_rows"
             if self._is_called_apart:
                 live.free_if_held("permuted_rows")
@@ -146,7 +146,7 @@ class ExpertHalf:
     def _combine(self, live: LiveTensors) -> None:
         """Back in order, sent back; `returned_rows` are added up to tokens afterwards."""
         rows = self._rows
-        live.replace("expert_output", "sorted_output", rows.sent_bytes)
+        live.replace("expert_output", "sorted_output", rows.received_bytes)
         if self._is_called_apart:
             live.free_if_held("received_rows")
         live.replace("sorted_output", "returned_rows", 0 if rows.permutes == "after" else rows.sent_bytes)
@@ -154,12 +154,12 @@ class ExpertHalf:
     def _combine_backward(self, live: LiveTensors) -> None:
         rows = self._rows
         live.make("grad_returned", rows.sent_bytes)
-        live.replace("grad_returned", "grad_sent", rows.sent_bytes)
+        live.replace("grad_returned", "grad_sent", rows.received_bytes)
         live.replace("grad_sent", "grad_expert_output", rows.gathered_bytes)
 
     def _dispatch_backward(self, live: LiveTensors) -> None:
         rows = self._rows
-        live.replace("grad_expert_input", "grad_received", rows.sent_bytes)
+        live.replace("grad_expert_input", "grad_received", rows.received_bytes)
         live.replace("grad_received", "grad_permuted", rows.sent_bytes)
         live.make("grad_tokens", self._sizes.vector_bytes)
         live.free("grad_permuted", "row_map")
@@ -186,8 +186,7 @@ class GroupedProducts:
     multiply a one-hot matrix [R', experts] with the biases and keep both (harness/kernels/experts.py).
     """
 
-    def __init__(self, recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes) -> None:
-        rows = expert_sizes(recipe, moe, sizes)
+    def __init__(self, recipe: Recipe, sizes: LayerSizes, rows: ExpertSizes) -> None:
         element, num_inputs = sizes.element_bytes, 1 + recipe.model.activation.is_gated
         self._recomputes_activation = "moe_act" in sizes.recomputes
         self._has_bias = sizes.has_bias

@@ -61,12 +61,14 @@ class LayerMemory:
 class LayerWalk:
     """Walks one kind of layer through its passes."""
 
-    def __init__(self, recipe: Recipe, sizes: LayerSizes, *, is_moe: bool) -> None:
+    def __init__(self, recipe: Recipe, sizes: LayerSizes, *, is_moe: bool, load: float = 1.0) -> None:
         self._sizes = sizes
         self._attention = AttentionHalf(recipe, sizes)
         moe = recipe.model.moe
         self._mlp: DenseHalf | ExpertHalf = (
-            ExpertHalf(recipe, moe, sizes) if is_moe and moe is not None else DenseHalf(recipe, sizes)
+            ExpertHalf(recipe, moe, sizes, load=load)
+            if is_moe and moe is not None
+            else DenseHalf(recipe, sizes)
         )
 
     def memory(self, *, is_recomputed: bool) -> LayerMemory:

@@ -90,7 +90,7 @@ class CoreSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSizes:
-    """Routed experts of one layer. R = rows that a rank sends, and receives with balanced routing."""
+    """Routed experts of one layer. R = rows that a rank sends; it receives `load` times as many."""
 
     num_local_experts: int
     scores_bytes: int
@@ -98,13 +98,15 @@ class ExpertSizes:
     row_map_bytes: int
     """Which row goes where: 4 t (2 E + 1), and 4 R each for rows and probabilities on both ways."""
     sent_bytes: int
-    """Rows as they are sent and arrive: a R H; DeepEP and HybridEP send a token once per rank."""
+    """Rows as they are sent: a R H; DeepEP and HybridEP send a token once per rank."""
+    received_bytes: int
+    """Rows as they arrive: `load` times what was sent."""
     gathered_bytes: int
-    """Rows as the experts read them, of all ETP ranks: a R ETP H."""
+    """Rows as the experts read them, of all ETP ranks: a R load ETP H."""
     gathers_rows: bool
     """Whether ETP ranks gather each other's rows."""
     expert_rows: int
-    """R ETP."""
+    """R load ETP."""
     ffn: int
     """F / ETP."""
     shared_ffn: int
@@ -183,8 +185,10 @@ def core_sizes(recipe: Recipe, sizes: LayerSizes) -> CoreSizes:
     )
 
 
-def expert_sizes(recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes) -> ExpertSizes:
-    """Sizes of the routed and shared experts. Balanced routing is assumed.
+def expert_sizes(
+    recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes, *, load: float = 1.0
+) -> ExpertSizes:
+    """Sizes of the routed and shared experts of a rank that receives `load` times the mean.
 
     The all-to-all dispatcher permutes before it sends; DeepEP, HybridEP and the all-gather afterwards, which
     deliver a token to D ranks (`expected_groups`) or to all of them.
@@ -203,15 +207,18 @@ def expert_sizes(recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes) -> Ex
     if permutes == "torch":
         row_map = SORT_INDEX_BYTES * (sizes.sharded_tokens * moe.num_experts + num_rows)
     is_after = dispatcher != "alltoall"
+    num_received = num_sent if dispatcher == "allgather" else round(num_sent * load)
+    num_expert_rows = round(num_rows * load) * parallel.expert_tensor
     num_local = moe.num_experts // parallel.expert
     return ExpertSizes(
         num_local_experts=num_local,
         scores_bytes=FP32_BYTES * sizes.sharded_tokens * moe.num_experts,
         row_map_bytes=row_map + 4 * INDEX_BYTES * num_rows,
         sent_bytes=num_sent * row_bytes,
-        gathered_bytes=num_rows * parallel.expert_tensor * row_bytes,
+        received_bytes=num_received * row_bytes,
+        gathered_bytes=num_expert_rows * row_bytes,
         gathers_rows=parallel.expert_tensor > 1 and dispatcher != "allgather",
-        expert_rows=num_rows * parallel.expert_tensor,
+        expert_rows=num_expert_rows,
         ffn=moe.expert_ffn_hidden_size // parallel.expert_tensor,
         shared_ffn=moe.shared_expert_ffn_hidden_size // parallel.tensor,
         gemm_input_element_bytes=element if recipe.precision in ("fp32", "bf16") else 1,

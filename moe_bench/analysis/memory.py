@@ -131,15 +131,18 @@ def needed_bytes(memory: RankMemory) -> int:
     return round((1 + FRAGMENTATION_FRACTION) * memory.total_bytes) + CONTEXT_BYTES
 
 
-def memory_fit(recipe: Recipe) -> MemoryFit:
-    """Memory of every pipeline rank beside the GPU's. Raises BadInputError for a system without GPU."""
+def memory_fit(recipe: Recipe, *, load: float = 1.0) -> MemoryFit:
+    """Memory of every pipeline rank beside the GPU's; `load` as in `pipeline_memory`.
+
+    Raises BadInputError for a system without GPU.
+    """
     gpu = recipe.system.gpu
     if gpu is None:
         raise BadInputError(
             f"{recipe.name}: system {recipe.system.key} has no GPU whose memory could be filled; "
             "choose a system of recipes/systems with one"
         )
-    return MemoryFit(ranks=pipeline_memory(recipe), usable_bytes=gpu.usable_bytes)
+    return MemoryFit(ranks=pipeline_memory(recipe, load=load), usable_bytes=gpu.usable_bytes)
 
 
 def fits(recipe: Recipe) -> bool:
@@ -147,9 +150,11 @@ def fits(recipe: Recipe) -> bool:
     return memory_fit(recipe).fits
 
 
-def pipeline_memory(recipe: Recipe) -> tuple[RankMemory, ...]:
-    """Memory of every pipeline rank, in order."""
-    model = ModelMemory(recipe)
+def pipeline_memory(recipe: Recipe, *, load: float = 1.0) -> tuple[RankMemory, ...]:
+    """Memory of every pipeline rank, in order; of its ranks the one whose experts receive `load` times the
+    mean in every layer.
+    """
+    model = ModelMemory(recipe, load=load)
     return tuple(_rank_memory(recipe, rank, model) for rank in range(recipe.parallel.pipeline))
 
 

@@ -72,8 +72,8 @@ def forecast(recipe: Recipe, *, basis: Basis | None = None, load: str | None = N
     Raises BadInputError for a system without a GPU, a precision without rates, or an unknown load.
     """
     basis = Basis() if basis is None else basis
-    memory = memory_fit(recipe)
     chosen = load_choice(recipe, load)
+    memory = memory_fit(recipe, load=chosen.busiest_over_mean_ratio)
     efficiency = basis.efficiency(recipe.system)
     projection = project(
         recipe,

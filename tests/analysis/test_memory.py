@@ -2,6 +2,7 @@
 
 import pytest
 
+from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -198,6 +199,25 @@ def test_selective_recomputation_brings_back_one_layer(deepseek_256: Recipe) -> 
     row_bytes = 4096 * 8 * 2 * 7168
     # rows permuted, received and sorted, what comes out of the experts and that sorted back
     assert 5 * row_bytes < stage.recomputed_bytes < 8 * row_bytes
+
+
+def test_a_rank_with_busy_experts_keeps_the_rows_that_it_receives_beyond_the_mean(
+    deepseek_256: Recipe,
+) -> None:
+    even, busy = (
+        ModelMemory(deepseek_256, load=load).layer(is_moe=True, is_recomputed=False) for load in (1.0, 1.5)
+    )
+    in_order, gated, activated = 7168, 2 * 2048, 2048
+    assert busy.kept_bytes - even.kept_bytes == 2 * (0.5 * 4096 * 8) * (in_order + gated + activated)
+    assert pipeline_memory(deepseek_256, load=1.0) == pipeline_memory(deepseek_256)
+
+
+def test_memory_never_falls_with_skew(deepseek_256: Recipe) -> None:
+    needs = [
+        needed_bytes(memory_fit(deepseek_256, load=load).worst) for load in (1.0, 1.01, 1.1, 1.5, 2.0, 4.0)
+    ]
+    assert needs == sorted(needs)
+    assert len(set(needs)) == len(needs)
 
 
 def test_megatron_fsdp_holds_whole_layers_and_gradients_that_wait(

@@ -49,3 +49,9 @@ def test_a_balanced_load_is_named_and_assumed() -> None:
     made = forecast(DEEPSEEK, load="balanced")
     assert made.load.name == "balanced"
     assert any("receives 1.00 times the mean" in text for text in made.assumptions)
+
+
+def test_a_skewed_load_takes_time_and_memory() -> None:
+    even, skewed = (forecast(DEEPSEEK, load=load) for load in ("balanced", "power-law:0.5"))
+    assert skewed.projection.step_s > even.projection.step_s
+    assert skewed.memory.worst.total_bytes > even.memory.worst.total_bytes
