@@ -19,7 +19,7 @@ from moe_bench.projection.row_inference import (
     infer,
 )
 from moe_bench.projection.row_recompute import with_recompute
-from moe_bench.projection.row_stack import Engine
+from moe_bench.projection.row_stack import Engine, Suite
 from moe_bench.projection.run_memory import RunMemory, run_memory
 from moe_bench.results.published import PublishedRow, published_rows
 from moe_bench.spec.base import PositiveInt, Spec, Text
@@ -78,9 +78,9 @@ class JudgedRow:
 
     @property
     def printed_bytes(self) -> int | None:
-        """The printed peak. All sources that print one divide by 2^30, whatever they call it."""
+        """The printed peak, in the unit that its source means."""
         printed = self.run.row.metrics.peak_mem_gb
-        return None if printed is None else round(printed * GIB)
+        return None if printed is None else round(printed * _unit_bytes(self.run))
 
     @property
     def is_reserved(self) -> bool:
@@ -169,6 +169,14 @@ def memory_record(rows: Iterable[PublishedRow], evidence: Evidence, catalogue: C
         failed=tuple(failed),
         unjudged=tuple(unjudged),
     )
+
+
+def _unit_bytes(run: InferredRun | Configured) -> int:
+    """2^30, whatever torchtitan and Automodel call it (Automodel's recipes/llm/benchmark.py); Megatron-Bridge
+    divides by 10^9 (training/utils/train_utils.py, report_memory) where its notes do not say GiB.
+    """
+    is_decimal = run.stack.suite is Suite.BRIDGE and "GiB" not in (run.row.note or "")
+    return 10**9 if is_decimal else GIB
 
 
 def _as_it_ran(row: PublishedRow, correction: Correction | None) -> PublishedRow:

@@ -45,6 +45,19 @@ def memory_tables(record: MemoryRecord) -> dict[str, Columns]:
     return {title: columns for title, columns in tables.items() if columns.rows}
 
 
+def memory_record_markdown(record: MemoryRecord) -> str:
+    """The same tables for docs/projection.md."""
+    blocks = ["\n".join(f"- {line}." for line in memory_sentences(record))]
+    for title, columns in memory_tables(record).items():
+        lines = [
+            columns.headings,
+            tuple("--:" if one in columns.right else "---" for one in columns.headings),
+        ]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (*lines, *columns.rows))
+        blocks.append(f"{title[0].upper()}{title[1:]}:\n\n{table}")
+    return "\n\n".join(blocks)
+
+
 def memory_record_json(record: MemoryRecord) -> dict[str, object]:
     """The same for programs, every judged row included."""
     return {
