@@ -83,17 +83,26 @@ class HostClock:
         """Do nothing."""
 
 
-def samples_s(call: Call, clock: DeviceClock) -> tuple[float, ...]:
-    """Seconds of single calls after a warm-up; as many as `num_samples` says of the last warm-up call."""
+def samples_s(call: Call, clock: DeviceClock, *, before: Call | None = None) -> tuple[float, ...]:
+    """Seconds of single calls after a warm-up; as many as `num_samples` says of the last warm-up call.
+
+    `before` is called before each of them, and its time is not theirs.
+    """
+
+    def prepare() -> None:
+        if before is not None:
+            before()
+        clock.flush()
+
     probe_s = 0.0
     for _ in range(NUM_WARMUP):
         start = clock.mark()
-        clock.flush()
+        prepare()
         call()
         probe_s = clock.between_s(start, clock.mark())
     pairs = []
     for _ in range(num_samples(probe_s)):
-        clock.flush()
+        prepare()
         start = clock.mark()
         call()
         pairs.append((start, clock.mark()))

@@ -56,6 +56,18 @@ def test_short_calls_are_timed_more_often_each_with_a_flush_outside_of_its_time(
     assert device.num_calls == device.num_flushes == number + NUM_WARMUP
 
 
+def test_what_is_done_before_a_call_is_not_in_its_time() -> None:
+    device = MadeUpDevice(1e-5)
+    other = MadeUpDevice(1.0)
+
+    def before() -> None:
+        other.call()
+        device.now_s += 1.0
+
+    assert samples_s(device.call, device, before=before) == pytest.approx((1e-5,) * MIN_SAMPLES)
+    assert other.num_calls == device.num_calls
+
+
 def test_what_is_held_runs_without_a_pause_for_as_long_as_asked() -> None:
     device = MadeUpDevice(0.01, hot_after_s=1.0)
     found = held_samples_s(device.call, device, 2.0, window_s=0.25)

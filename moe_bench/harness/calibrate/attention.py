@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.calibrate.inputs import DTYPES, backward_call, normal
+from moe_bench.harness.calibrate.inputs import DTYPES, FreshBackward, backward_call, normal
 from moe_bench.harness.kernels.attention_kernels import block_mask, blockwise_attention, flash_attention
 from moe_bench.results.calibration import AttentionCore, Dtype
 from moe_bench.results.calibration_tasks import Implementation
@@ -31,7 +31,10 @@ def attention_call(
     attend = _attend(what, implementation, device)
     if not is_backward:
         return lambda: attend(query, key, value)
-    return backward_call(attend(query, key, value), [query, key, value])
+    inputs = [query, key, value]
+    if implementation is Implementation.TE_ATTENTION:
+        return FreshBackward(lambda: attend(*inputs), inputs)
+    return backward_call(attend(*inputs), inputs)
 
 
 def _attend(

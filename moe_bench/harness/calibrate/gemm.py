@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.functional import grouped_mm
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.calibrate.inputs import DTYPES, backward_call, normal
+from moe_bench.harness.calibrate.inputs import DTYPES, FreshBackward, normal
 from moe_bench.results.calibration import DenseGemm, Dtype, GroupedGemm
 from moe_bench.results.calibration_tasks import Implementation
 
@@ -118,7 +118,7 @@ def _te_grouped_call(what: GroupedGemm, kind: torch.dtype, device: str) -> Call:
         weight.requires_grad_(what.direction == "wgrad")
         if what.accumulates_fp32:
             weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-    return backward_call(layer(x, splits), [x] if what.direction == "dgrad" else weights)
+    return FreshBackward(lambda: layer(x, splits), [x] if what.direction == "dgrad" else weights)
 
 
 def _transformer_engine() -> Any:

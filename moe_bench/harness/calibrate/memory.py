@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.calibrate.inputs import DTYPES, backward_call, normal
+from moe_bench.harness.calibrate.inputs import DTYPES, FreshBackward, backward_call, normal
 from moe_bench.results.calibration import Dtype, MemoryBound
 from moe_bench.results.calibration_tasks import (
     DEVICE_TO_DEVICE,
@@ -37,31 +37,34 @@ def memory_call(what: MemoryBound, dtype: Dtype, implementation: Implementation,
     # scores of the router are FP32, whatever the dtype of the tokens
     kind = torch.float32 if what.operation == "router" else DTYPES[dtype]
     x = normal(*what.shape, dtype=kind, device=device).requires_grad_(what.direction == "backward")
-    function = _function(what, kind, implementation, device)
+    function, weights = _function(what, kind, implementation, device)
     if what.direction == "forward":
-        return lambda: function(x)
-    return backward_call(function(x), [x])
+        return torch.no_grad()(lambda: function(x))
+    if implementation.package is not None:
+        return FreshBackward(lambda: function(x), [x, *weights])
+    return backward_call(function(x), [x, *weights])
 
 
 def _function(
     what: MemoryBound, kind: torch.dtype, implementation: Implementation, device: str
-) -> Callable[[Tensor], Tensor]:
+) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """What is computed from the main input, and the weights whose gradients belong to it."""
     width = what.shape[-1]
     if implementation is Implementation.RMS_NORM:
-        weight = torch.ones(width, dtype=kind, device=device)
-        return lambda x: functional.rms_norm(x, (width,), weight, 1e-6)
+        weight = torch.ones(width, dtype=kind, device=device).requires_grad_()
+        return lambda x: functional.rms_norm(x, (width,), weight, 1e-6), [weight]
     if implementation is Implementation.TE_RMS_NORM:
         import transformer_engine.pytorch as te
 
-        norm: Callable[[Tensor], Tensor] = te.RMSNorm(width, params_dtype=kind, device=device)
-        return norm
+        norm = te.RMSNorm(width, params_dtype=kind, device=device)
+        return norm, list(norm.parameters())
     if what.operation == "router":
         variant = RouterVariant.parse(what.variant)
-        return lambda scores: routed(scores, variant)
+        return lambda scores: routed(scores, variant), []
     permutation = PermutationVariant.parse(what.variant)
     if implementation is Implementation.TE_PERMUTE:
-        return _te_permutation(permutation, num_tokens=what.shape[0], device=device)
-    return _permutation(permutation, num_tokens=what.shape[0], device=device)
+        return _te_permutation(permutation, num_tokens=what.shape[0], device=device), []
+    return _permutation(permutation, num_tokens=what.shape[0], device=device), []
 
 
 def routed(scores: Tensor, variant: RouterVariant) -> Tensor:

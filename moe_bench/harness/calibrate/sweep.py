@@ -20,6 +20,7 @@ from moe_bench.errors import MeasurementError, MissingRequirementError, MoeBench
 from moe_bench.harness import device_facts
 from moe_bench.harness.calibrate.attention import attention_call
 from moe_bench.harness.calibrate.gemm import dense_call, grouped_call
+from moe_bench.harness.calibrate.inputs import FreshBackward
 from moe_bench.harness.calibrate.launch import bare_samples_s, layers_samples_s
 from moe_bench.harness.calibrate.memory import memory_call
 from moe_bench.harness.calibrate.moe_layer import moe_layer_call
@@ -57,7 +58,7 @@ from moe_bench.spec.recipe import Recipe
 SEED = 1234
 _REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError)
 """How torch, Megatron-Core and Transformer Engine say that they have no kernel, no memory, or another
-interface in this release. One of a thousand kernels must not end the others; the file and the table name it."""
+interface in this release. One of a thousand kernels must not end the others; file and table name it."""
 _TINY_PAUSE_S = 0.01
 _TINY_WINDOW_S = 0.05
 
@@ -128,7 +129,9 @@ class Sweep:
                 return layers_samples_s(self.launching_toy)
             return bare_samples_s(what.num_kernels, device=self.device)
         if not isinstance(what, Sustained):
-            return samples_s(_call(what, task.dtype, implementation, self.device), self.clock)
+            call = _call(what, task.dtype, implementation, self.device)
+            before = call.before if isinstance(call, FreshBackward) else None
+            return samples_s(call, self.clock, before=before)
         call = _call(what.work, task.dtype, implementation, self.device)
         if what.held_s > 0:
             window_s = _TINY_WINDOW_S if self.is_tiny else WINDOW_S

@@ -11,8 +11,9 @@ from torch import Tensor
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.calibrate.attention import attention_call
 from moe_bench.harness.calibrate.gemm import dense_call, grouped_call
+from moe_bench.harness.calibrate.inputs import FreshBackward
 from moe_bench.harness.calibrate.launch import bare_samples_s
-from moe_bench.harness.calibrate.memory import memory_call, routed
+from moe_bench.harness.calibrate.memory import _permutation, memory_call, routed
 from moe_bench.harness.calibrate.moe_layer import moe_layer_call
 from moe_bench.results.calibration import AttentionCore, DenseGemm, GroupedGemm, MemoryBound, MoeLayer
 from moe_bench.results.calibration_tasks import (
@@ -156,7 +157,10 @@ def test_rows_that_went_to_experts_come_back_to_their_tokens(top_k: int, again: 
     variant = PermutationVariant(top_k=top_k, is_sorted_again=again)
     what = memory("permutation", str(variant), 8, 16)
     call = memory_call(what, "fp32", Implementation.INDEXING, "cpu")
-    torch.testing.assert_close(tensor(call()), top_k * inputs_of(call)["x"])
+    x = torch.randn(8, 16)
+    function = _permutation(variant, num_tokens=8, device="cpu")
+    torch.testing.assert_close(function(x), top_k * x)
+    assert tensor(call()).shape == x.shape
 
 
 def test_routing_within_groups_chooses_from_the_best_groups_only() -> None:
@@ -216,6 +220,19 @@ def test_a_moe_layer_gives_gradients_of_its_input_and_of_all_its_weights() -> No
 
 def test_bare_launches_are_timed_as_often_as_everything_else() -> None:
     assert len(bare_samples_s(10, device="cpu")) == 10
+
+
+def test_a_backward_pass_that_frees_what_it_saved_runs_again_after_another_forward() -> None:
+    x = torch.randn(4, requires_grad=True)
+    factor = torch.tensor(3.0)
+    call = FreshBackward(lambda: x * x * factor, [x, torch.zeros(1, requires_grad=True)])
+    for _ in range(2):
+        call.before()
+        first, unused = call()  # type: ignore[misc]
+        assert first.shape == x.shape
+        assert unused is None
+    with pytest.raises(RuntimeError, match="second time"):
+        call()
 
 
 @pytest.mark.gpu
