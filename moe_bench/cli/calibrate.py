@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SYSTEM = "h100_sxm"
 """Whose laws give the estimates where there is no GPU."""
+_INTERRUPTED = 130
+"""128 and the signal's number, as shells have it."""
 TINY_MODELS = ("deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b")
 """Whose toys have every kind of operation: latent, windowed and grouped attention, both ways of routing."""
 
@@ -199,10 +201,15 @@ def _measure(
     journal = _journal(root, harness.provenance_here, resume=resume, is_tiny=plan.is_tiny)
     tasks = [one.task for one in plan.tasks]
     num_done = sum(task in journal.done for task in tasks)
-    with calibration_progress(len(tasks), num_done, make_console(stderr=True)) as (on_task, on_entry):
-        num_left = harness.run_tasks(
-            sweep, tasks, journal, budget_s=budget_s, on_task=on_task, on_entry=on_entry
-        )
+    try:
+        with calibration_progress(len(tasks), num_done, make_console(stderr=True)) as (on_task, on_entry):
+            num_left = harness.run_tasks(
+                sweep, tasks, journal, budget_s=budget_s, on_task=on_task, on_entry=on_entry
+            )
+    except KeyboardInterrupt:
+        num_done = sum(task in journal.done for task in tasks)
+        typer.echo(f"stopped after {num_done} of {len(tasks)}; go on with --resume", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
     path = journal.finish(end_sm_clock_hz=sweep.sm_clock_hz())
     calibration = read_calibration(path)
     view = calibration_view(calibration, constants_for(plan.system, [calibration], with_shapes=False))

@@ -1,4 +1,4 @@
-"""What is planned to be measured: every shape of a recipe is found again, most valuable first, in a budget."""
+"""What is planned to be measured: every shape of a recipe is found again, the most valuable come first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from moe_bench.projection.calibration_shapes import recipe_shapes
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.lowering import lower
 from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part
+from moe_bench.projection.projected import project
 from moe_bench.results.calibration import Task
 from moe_bench.results.calibration_tasks import OPERATIONS, Implementation
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.derive_calibration import launching_toy
 from moe_bench.spec.load import Loader
 from moe_bench.spec.recipe import Recipe
+from tests.projection.test_calibrated_shapes import calibration
 
 LOADER = Loader(root=recipes_root(), rules=())
 SYSTEM = LOADER.system("h100_sxm")
@@ -115,3 +117,26 @@ def test_low_precision_is_measured_where_a_recipe_asks_for_it() -> None:
         one.task.dtype == "fp8_e4m3" and getattr(one.task.what, "accumulates_fp32", False)
         for one in planned(fp8).tasks
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3_30b_a3b", "deepseek_v3", "gpt_oss_120b"])
+def test_a_gpu_that_runs_at_the_rates_of_the_law_is_projected_as_the_law_projects_it(name: str) -> None:
+    recipe = LOADER.recipe(find_recipe(name, LOADER))
+    law = Efficiency(SYSTEM)
+    times_s = [
+        (one.task, law.law_s(operation))
+        for one in planned(recipe).tasks
+        for operation in operations_of(one.task)
+        if not isinstance(operation, Gemm) or operation.number is Number.BF16
+    ]
+    efficiency = Efficiency(SYSTEM, [calibration(*(_measured(task, time_s) for task, time_s in times_s))])
+    assert project(recipe, efficiency=efficiency).step_s == pytest.approx(project(recipe).step_s, rel=1e-9)
+    unanswered = {one.kind for one in efficiency.unanswered if recipe.precision == "bf16"}
+    in_memory = tuple(f"memory, {part}" for part in MEASURED_PARTS)
+    assert not any(
+        kind.startswith(("attention", "dense product", "grouped product", *in_memory)) for kind in unanswered
+    )
+
+
+def _measured(task: Task, time_s: float) -> dict[str, Any]:
+    return {**task.model_dump(), "cold_l2": True, "samples_s": (time_s,)}
