@@ -5,16 +5,17 @@ For every pipeline rank r and one micro batch's time in each chunk,
     step >= (1 + s) max_r (sum_{i<r} F_i + m sum_v (F + B)_{r + v PP} + sum_{i<r} B_i)
 
 since rank r starts when a micro batch has come through the chunks before its first one, does all its own
-work, and the last gradient still has to go back through them. Transfers, data parallelism and the optimizer
-only add to that; s is the straggler's share. Where passes of two micro batches are merged, F and B are their
-shares of a merged slot, which never exceed their time alone (schedule.merged_s).
+work, and the last gradient still has to go back through them; s is the straggler's share. Where passes of two
+micro batches are merged, F and B are their shares of a merged slot, which never exceed their time alone
+(schedule.merged_s). Transfers only add to that, and so do data parallelism and the optimizer, whose share
+`once_s` bounds: collectives that nothing hides, or one bucket of those that something may hide.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -27,8 +28,12 @@ from moe_bench.projection.lowering import ChunkWork, LayerKind, lower
 from moe_bench.projection.pricing import Floats, LayerSetting, PricedLayer, Pricer, stack
 from moe_bench.projection.search_splits import Split
 from moe_bench.projection.space import Axis, Layout, Space, recipe_of
+from moe_bench.projection.step_time import step_table, sync_seconds
+from moe_bench.projection.step_work import step_work
 from moe_bench.spec.recipe import Recipe, Recompute
 
+_ONCE_AXES = (Axis.WIDTHS, Axis.CONTEXT, Axis.MICRO_BATCH, Axis.EXPERT, Axis.SPLIT)
+"""What the traffic of weights and gradients depends on."""
 Family = tuple[int, ...]
 """Indices on all axes but the last, which divides the layers."""
 
@@ -51,6 +56,8 @@ class StepBound:
         self._efficiency = Efficiency(space.base.system)
         self._loads: dict[Family, float] = {}
         self._known: dict[Family, Floats] = {}
+        self._priced: dict[Family, list[tuple[PricedLayer, LayerSetting]]] = {}
+        self._once_s: dict[tuple[int, ...], float] = {}
         num_gpus = space.base.parallel.num_gpus
         self._straggler = 1 + constants.straggler_std * math.sqrt(2 * math.log(num_gpus))
         first = tuple(0 for _ in space.sizes)
@@ -94,9 +101,37 @@ class StepBound:
         """[split] seconds of one family, recomputation included, for every split of the space."""
         if family not in self._known:
             recipe = _kept(self._space.recipe((*family, 0)))
+            self._priced[family] = self._layers(family, recipe)
             splits = range(len(self._works))
-            self._known[family] = self._bounds((*family, 0), self._layers(family, recipe), splits)[0]
+            self._known[family] = self._bounds((*family, 0), self._priced[family], splits)[0]
         return self._known[family]
+
+    def is_priced_alike(self, one: Family, other: Family) -> bool:
+        """Whether two families asked of `of_family` differ in no time of any operation or message."""
+        return all(
+            mine_set == theirs_set and _is_equal(mine, theirs)
+            for (mine, mine_set), (theirs, theirs_set) in zip(
+                self._priced[one], self._priced[other], strict=True
+            )
+        )
+
+    def once_s(self, indices: Sequence[int]) -> float:
+        """Seconds that gradients, parameters and the optimizer add at least to the step of one layout."""
+        key = tuple(indices[axis] for axis in _ONCE_AXES)
+        if key not in self._once_s:
+            work = step_work(self._space.recipe(indices), self._efficiency, load=1.0)
+            table = step_table([work])
+            shares = (
+                (table.gradients_s, table.overlaps_gradients, table.gradient_buckets),
+                (table.parameters_s, table.overlaps_parameters, table.parameter_buckets),
+            )
+            exposed_s = sum(
+                float(sync_seconds(links_s, self._constants)[0]) / (float(buckets[0]) if overlaps[0] else 1.0)
+                for links_s, overlaps, buckets in shares
+            )
+            optimizer_s = work.optimizer_memory_s / self._constants.stream_fraction
+            self._once_s[key] = self._straggler * (exposed_s + optimizer_s)
+        return self._once_s[key]
 
     def _bounds(
         self, like: Sequence[int], layers: Sequence[tuple[PricedLayer, LayerSetting]], splits: Sequence[int]
@@ -160,6 +195,12 @@ def _chunk_passes(times: LayerTimes) -> tuple[Floats, Floats]:
     alone = merged - times.expert_s + times.expert_traffic_s
     share = merged.sum(1) / alone.sum(1)
     return alone[:, 0] * share, alone[:, 1] * share
+
+
+def _is_equal(one: PricedLayer, other: PricedLayer) -> bool:
+    return all(
+        np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(PricedLayer)
+    )
 
 
 def _core(family: Family) -> Family:

@@ -113,18 +113,20 @@ def search(space: Space, *, num_wanted: int, constants: Constants | None = None)
     Raises BadInputError where no layout is legal, where none fits, and for a system without a GPU.
     """
     constants = constants or Constants()
-    efficiency = Efficiency(space.base.system)  # refuses a system without a GPU before all else
-    legality = Legality(space)
     bound = StepBound(space, constants)
+    legality = Legality(space)
     candidates = _candidates(space, legality, bound)
-    examined = _Examined(space, num_wanted, constants, efficiency)
+    examined = _Examined(space, num_wanted, constants, bound)
     for index in np.argsort(candidates.step_s, kind="stable"):
         at_least_bytes = candidates.memory_bytes[index]
         limit_s = examined.limit_s(at_least_bytes)
         if candidates.step_s[index] > limit_s:
             continue
         family, split = candidates.families[candidates.family[index]], int(candidates.split[index])
-        if bound.of_family(family)[split] * (1 - _ROUNDING) <= limit_s:
+        within_s = limit_s * (1 + _ROUNDING)
+        if bound.of_family(family)[split] > within_s:
+            continue
+        if bound.of_family(family)[split] + bound.once_s((*family, split)) <= within_s:
             examined.examine((*family, split))
     if not examined.fitting and not examined.close:
         raise BadInputError(_nothing_fits(space, candidates))
@@ -149,7 +151,7 @@ def search(space: Space, *, num_wanted: int, constants: Constants | None = None)
 class _Examined:
     """Layouts whose memory was computed in full, and whose step was projected where they may fit."""
 
-    def __init__(self, space: Space, num_wanted: int, constants: Constants, efficiency: Efficiency) -> None:
+    def __init__(self, space: Space, num_wanted: int, constants: Constants, bound: StepBound) -> None:
         gpu = space.base.system.gpu
         usable_bytes = gpu.usable_bytes if gpu is not None else 0
         self.front = Front(usable_bytes, num_wanted)
@@ -159,7 +161,9 @@ class _Examined:
         self.fitting: list[Found] = []
         self.close: list[Found] = []
         self.num_not_fitting = 0
-        self._space, self._constants, self._efficiency = space, constants, efficiency
+        self._projected: dict[tuple[int, ...], list[tuple[Family, Projection]]] = {}
+        self._space, self._constants, self._bound = space, constants, bound
+        self._efficiency = Efficiency(space.base.system)
 
     @property
     def num_examined(self) -> int:
@@ -171,7 +175,7 @@ class _Examined:
             return min(self._best_s, self._close.limit_s(num_bytes))
         return self.front.limit_s(num_bytes)
 
-    def examine(self, indices: Sequence[int]) -> None:
+    def examine(self, indices: tuple[int, ...]) -> None:
         recipe = self._space.recipe(indices)
         # the first rank holds most micro batches, and alone settles most of what does not fit
         if rank_memory(recipe, 0).total_bytes > self.front.usable_bytes:
@@ -182,9 +186,9 @@ class _Examined:
         if fits is MemoryVerdict.DOES_NOT_FIT:
             self.num_not_fitting += 1
             return
-        projection = project(recipe, constants=self._constants, efficiency=self._efficiency)
+        projection = self._projection(recipe, indices)
         found = Found(
-            indices=tuple(indices),
+            indices=indices,
             layout=self._space.layout(indices),
             projection=projection,
             memory=memory,
@@ -196,6 +200,21 @@ class _Examined:
         else:
             self.close.append(found)
             self._close.add(projection.step_s, found.peak_bytes)
+
+    def _projection(self, recipe: Recipe, indices: tuple[int, ...]) -> Projection:
+        """Of a layout, projected once for all dispatchers that price every operation and message alike."""
+        family = indices[: Axis.SPLIT]
+        known = self._projected.setdefault(_without_dispatcher(indices), [])
+        for other, projection in known:
+            if self._bound.is_priced_alike(family, other):
+                return replace(projection, recipe=recipe)
+        projection = project(recipe, constants=self._constants, efficiency=self._efficiency)
+        known.append((family, projection))
+        return projection
+
+
+def _without_dispatcher(indices: tuple[int, ...]) -> tuple[int, ...]:
+    return indices[: Axis.DISPATCHER] + indices[Axis.DISPATCHER + 1 :]
 
 
 def peak_bytes(memory: MemoryFit) -> int:

@@ -7,7 +7,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.projection.pareto import CEILING_FRACTIONS
 from moe_bench.projection.projected import project
 from moe_bench.projection.search import SearchResult, peak_bytes, search
-from moe_bench.projection.space import Space
+from moe_bench.projection.space import Space, recipe_of
 from tests.projection.search_spaces import LOADER, legal_families, space_of
 
 NUM_WANTED = 5
@@ -135,6 +135,10 @@ def test_dispatchers_that_are_projected_alike_are_one_result() -> None:
     result = search(space, num_wanted=3)
     assert result.ranked[0].layout.dispatcher == space.base.dispatch.dispatcher == "hybridep"
     assert result.ranked[0].like == ("deepep",)
+    for one in result.ranked:
+        for dispatcher in one.like:
+            recipe = recipe_of(space.base, one.layout._replace(dispatcher=dispatcher))
+            assert project(recipe).step_s == pytest.approx(one.projection.step_s, rel=1e-12)
     assert len({one.projection.step_s for one in result.ranked}) == 3
 
 
