@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moe_bench.analysis.hybrid_memory import kept_by_structures
 from moe_bench.spec.recipe import OffloadModule, Precision, Recipe
 
 _ELEMENT_BYTES: Mapping[Precision, float] = {
@@ -40,11 +41,13 @@ OFFLOADED: Mapping[OffloadModule, tuple[str, ...]] = {
 def kept_on_device(recipe: Recipe, kept: Mapping[str, int], *, is_moe: bool) -> dict[str, int]:
     """`kept` of a layer that is not recomputed, in bytes by tensor, as far as the GPU holds it.
 
+    In a hybrid model that is the mean over its layers with experts, or those without (hybrid_memory.py).
+
     With experts the norm in front of the MLP is read by the router in high precision and stays as it is. The
     attention's output is kept twice in low precision, for core attention and for the product behind it.
     A layer at work has everything: what was offloaded comes back before its backward pass.
     """
-    held = _quantized(recipe, kept, is_moe=is_moe)
+    held = _quantized(recipe, kept_by_structures(recipe, kept, is_moe=is_moe), is_moe=is_moe)
     for module in recipe.offload.modules:
         for name in OFFLOADED[module]:
             held.pop(name, None)

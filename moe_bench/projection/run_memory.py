@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.dispatch_buffers import dispatch_buffer_bytes
+from moe_bench.analysis.layer_sizes import layer_sizes
 from moe_bench.analysis.memory import CONTEXT_BYTES, RankMemory, memory_fit, needed_bytes
 from moe_bench.analysis.memory_verdict import MemoryVerdict, bounds_verdict
 from moe_bench.errors import BadInputError
@@ -32,7 +32,6 @@ TRACED_GINI = 0.38
 """Highest inequality of experts' loads in traces on real text (arXiv:2605.20982)."""
 _RESHARDING = ("nemotron_3_super", "nemotron_3_ultra")
 """Models whose benchmark of Automodel sets `reshard_after_forward`."""
-_ROUTED_TENSORS = ("expert_input", "expert_up", "expert_hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,7 @@ def run_memory(run: InferredRun | Configured) -> RunMemory:
     """Memory of `run`. Raises BadInputError for a recipe that the closed form cannot take.
 
     What is needed at most is what is held with the margins of analysis/memory.py, the dispatcher's buffers,
-    what CUDA graphs of whole iterations keep twice, and what natural routing brings to the busiest rank.
+    what CUDA graphs add, and what natural routing brings to the busiest rank.
     """
     recipe = run.recipe
     gpu = recipe.system.gpu
@@ -73,10 +72,12 @@ def run_memory(run: InferredRun | Configured) -> RunMemory:
         held, reserved = fullest.total_bytes, round((1 + CACHING_FRACTION) * fullest.total_bytes)
         rank, peak_at, above = fullest.pipeline_rank, fullest.peak_at, 0
     else:
-        worst = memory_fit(recipe).worst
+        least, most = _loads(recipe)
+        worst = memory_fit(recipe, load=least).worst
         held, reserved = worst.total_bytes, needed_bytes(worst) - CONTEXT_BYTES
         rank, peak_at = worst.pipeline_rank, worst.peak_at
-        above = _graph_bytes(recipe, worst) + _imbalance_bytes(recipe, worst)
+        unequal = needed_bytes(memory_fit(recipe, load=most).worst) - needed_bytes(worst)
+        above = _graph_bytes(recipe, worst) + unequal
     return RunMemory(
         held_bytes=held,
         reserved_bytes=reserved,
@@ -95,29 +96,36 @@ def _buffer_bytes(recipe: Recipe) -> int:
 
 
 def _graph_bytes(recipe: Recipe, worst: RankMemory) -> int:
-    """What the iterations before the capture leave in the allocator, of no use to the graph's private pool.
+    """Of CUDA graphs: static tensors of captured layers, or what one graph per iteration cannot use.
 
-    NVIDIA-NeMo/Megatron-Bridge #4587: 60.9 GB inactive after the first iteration, where the next allocation
-    fails; #5356: no size of the model fits a B200 with one graph per iteration.
+    Graphs of layers keep an input of their own and both its gradients, 3 a t H each (transformer_engine
+    2.20.2, pytorch/graph.py). For one per iteration, what the iterations before the capture leave in the
+    allocator is of no use to its private pool: 60.9 GB inactive after the first where the next allocation
+    fails (NVIDIA-NeMo/Megatron-Bridge #4587), and no size of the model fits a B200 (#5356).
     """
-    if recipe.cuda_graphs.implementation != "full_iteration":
+    graphs = recipe.cuda_graphs
+    if graphs.implementation == "full_iteration":
+        return worst.activations_bytes + worst.recomputed_bytes + worst.backward_bytes
+    if graphs.implementation == "none" or (graphs.modules and "attn" not in graphs.modules):
         return 0
-    return worst.activations_bytes + worst.recomputed_bytes + worst.backward_bytes
+    num_layers = -(-recipe.model.num_layers // recipe.parallel.pipeline)
+    return 3 * layer_sizes(recipe).vector_bytes * num_layers
 
 
-def _imbalance_bytes(recipe: Recipe, worst: RankMemory) -> int:
-    """Of natural routing without a capacity: experts' kept tensors on the busiest rank, beyond the mean.
+def _loads(recipe: Recipe) -> tuple[float, float]:
+    """What the busiest rank receives for its experts over the balanced mean, at the least and at the most.
 
-    As unequal as traces of inference on real text are at most (projection/load.py); the busiest rank is taken
-    to be the same in every layer.
+    Natural routing is at most as unequal as traces of inference on real text (projection/load.py), in every
+    layer: without a capacity a rank may receive more than its share, with one that is not padded less.
     """
-    moe = recipe.model.moe
-    if moe is None or recipe.routing.mode != "natural" or recipe.token_drop is not None:
-        return 0
-    load = popularity_load(recipe, lognormal(moe.num_experts, sigma_of_gini(TRACED_GINI)))
-    layer = ModelMemory(recipe).layer(is_moe=True, is_recomputed=recipe.recompute.granularity == "full")
-    routed = sum(layer.kept.get(name, 0) for name in _ROUTED_TENSORS)
-    return round((load - 1) * worst.activations_bytes * routed / layer.kept_bytes)
+    moe, drop = recipe.model.moe, recipe.token_drop
+    if moe is None or recipe.routing.mode != "natural" or (drop is not None and drop.pad_to_capacity):
+        return 1.0, 1.0
+    popularity = lognormal(moe.num_experts, sigma_of_gini(TRACED_GINI))
+    if drop is None:
+        return 1.0, popularity_load(recipe, popularity)
+    shares = popularity / popularity.mean()
+    return float(shares.clip(max=drop.capacity_factor).mean()), 1.0
 
 
 def torch_policy(run: InferredRun | Configured) -> TorchPolicy:

@@ -22,12 +22,6 @@ from tests.projection.rows import CATALOGUE, REPOSITORY, ROWS, inferred
 
 EVIDENCE = load_evidence(REPOSITORY / "results" / "published" / "known")
 
-UNEXPLAINED = {
-    "mbcard-nemotron-3.5-lightning-h100-16gpu-bf16-s8192",  # two MTP depths share one head
-    "pai-issue643-qwen3-30b-a3b-h800-16gpu-bf16-s8192-tp1-pp2-ep8",  # capacity drops rows that are counted
-    "pai-issue643-qwen3-30b-a3b-h800-16gpu-bf16-s8192-tp1-pp4-ep4",
-}
-"""Runs that ran, and that the closed form puts 3 to 5 % above their GPU."""
 MISSED = {
     "oom-nemo-14850-qwen3-30b-a3b-h100-16gpu",  # routing of an untrained model on the reporter's data
     "oom-automodel-deepseek-v3-gb200-64gpu-lbs4",  # 28 GiB per sequence are reported, 8 are counted
@@ -44,9 +38,8 @@ def failed(part: str) -> JudgedRow:
     return next(row for row in record().failed if part in row.run.row.id)
 
 
-def test_no_run_that_ran_is_called_impossible_but_for_three_that_are_named() -> None:
-    assert {row.run.row.id for row in record().impossible} == UNEXPLAINED
-    assert all(row.memory.held_bytes < 1.05 * row.memory.usable_bytes for row in record().impossible)
+def test_no_run_that_ran_is_called_impossible() -> None:
+    assert [row.run.row.id for row in record().impossible] == []
 
 
 def test_too_close_to_say_is_said_of_few() -> None:
@@ -77,9 +70,9 @@ def test_half_the_batch_of_a_failure_fits_as_it_did() -> None:
     assert run_memory(half).verdict is MemoryVerdict.TOO_CLOSE
 
 
-def test_two_of_three_printed_peaks_are_met() -> None:
+def test_three_of_four_printed_peaks_are_met() -> None:
     assert len(record().peaks) == 35
-    assert record().num_peaks_met >= 24
+    assert record().num_peaks_met >= 26
 
 
 def test_units_of_printed_peaks_are_those_of_the_source() -> None:
@@ -131,6 +124,24 @@ def test_natural_routing_needs_more_at_most() -> None:
     forced, natural = (inferred(force_load_balance=forced) for forced in (True, False))
     assert run_memory(forced).held_bytes == run_memory(natural).held_bytes
     assert run_memory(forced).needed_bytes < run_memory(natural).needed_bytes
+
+
+def test_a_capacity_without_padding_needs_less_at_least() -> None:
+    kept = inferred(force_load_balance=False)
+    dropped = inferred(force_load_balance=False, token_drop=True, capacity_factor=1.0)
+    assert dropped.recipe.token_drop is not None
+    assert not dropped.recipe.token_drop.pad_to_capacity
+    assert run_memory(dropped).held_bytes < run_memory(kept).held_bytes
+
+
+def test_graphs_of_layers_need_more_at_most() -> None:
+    plain, graphed = (
+        inferred(cuda_graph=graph, cuda_graph_modules=modules)
+        for graph, modules in (("none", None), ("transformer_engine", ("attn",)))
+    )
+    # an input and two gradients of 48 layers, 4,096 tokens of 2,048 channels in BF16
+    static = run_memory(graphed).needed_bytes - run_memory(plain).needed_bytes
+    assert static == 3 * 48 * 4096 * 2048 * 2
 
 
 def test_the_documented_table_is_the_record() -> None:
