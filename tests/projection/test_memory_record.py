@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_bench.analysis.memory import GIB, pipeline_memory
 from moe_bench.analysis.memory_verdict import MemoryVerdict
 from moe_bench.projection.memory_record import (
     Evidence,
@@ -18,6 +19,8 @@ from moe_bench.projection.memory_record import (
 from moe_bench.projection.row_inference import Configured, configured
 from moe_bench.projection.run_memory import run_memory
 from moe_bench.report.memory_record_view import memory_record_markdown
+from moe_bench.results.published import load_rows
+from moe_bench.spec.recipe import OptimizerSpec, Recompute
 from tests.projection.rows import CATALOGUE, REPOSITORY, ROWS, inferred
 
 EVIDENCE = load_evidence(REPOSITORY / "results" / "published" / "known")
@@ -107,6 +110,27 @@ def test_every_named_row_is_in_the_registry() -> None:
     known = {row.id for row in ROWS}
     assert all(row_id in known for one in EVIDENCE.corrections for row_id in one.rows)
     assert not known.intersection(row.id for row in EVIDENCE.failed)
+
+
+def test_a_printed_breakdown_is_met_part_by_part() -> None:
+    # arXiv:2603.07685, DeepSeek-V3 on 256 GPUs, PP4 VPP4 EP64; the fullest rank for states is the second, and
+    # its states are those of FP32 gradients and moments
+    rows = load_rows(REPOSITORY / "results" / "published")
+    row = next(row for row in rows if row.kind == "memory")
+    # a batch, and a GPU, which the closed form only compares with
+    made = configured(row.model_copy(update={"hardware": "GB200", "tp": 1, "gbs": 4096}), CATALOGUE)
+    assert isinstance(made, Configured)
+    plain = OptimizerSpec(gradient_dtype="fp32", exp_avg_dtype="fp32", exp_avg_sq_dtype="fp32")
+    recipe = made.recipe.model_copy(update={"optimizer": plain, "recompute": Recompute()})
+    rank = pipeline_memory(recipe)[1]
+    metrics = row.metrics
+    assert (rank.weights_bytes + rank.gradients_bytes) / GIB == pytest.approx(
+        metrics.weights_and_grads_gb, rel=0.01
+    )
+    assert rank.optimizer_bytes / GIB == pytest.approx(metrics.optimizer_gb, rel=0.01)
+    moving = rank.activations_bytes + rank.transient_bytes
+    assert moving / GIB == pytest.approx(metrics.activations_gb, rel=0.1)
+    assert rank.total_bytes / GIB == pytest.approx(metrics.total_gb, rel=0.05)
 
 
 def test_what_is_needed_is_never_less_than_what_is_held() -> None:
