@@ -55,37 +55,49 @@ class RunMemory:
 
 
 def run_memory(run: InferredRun | Configured) -> RunMemory:
-    """Memory of `run`. Raises BadInputError for a recipe that the closed form cannot take.
+    """Memory of `run` on its engine. Raises BadInputError for a recipe that the closed form cannot take."""
+    if run.stack.engine not in (Engine.TORCHTITAN, Engine.AUTOMODEL):
+        return recipe_memory(run.recipe)
+    recipe = run.recipe
+    fullest = max(torch_memory(recipe, torch_policy(run)), key=lambda rank: rank.total_bytes)
+    reserved = round((1 + CACHING_FRACTION) * fullest.total_bytes)
+    return RunMemory(
+        held_bytes=fullest.total_bytes,
+        reserved_bytes=reserved,
+        needed_bytes=reserved + CONTEXT_BYTES + _buffer_bytes(recipe),
+        usable_bytes=_usable_bytes(recipe),
+        pipeline_rank=fullest.pipeline_rank,
+        peak_at=fullest.peak_at,
+    )
+
+
+def recipe_memory(recipe: Recipe) -> RunMemory:
+    """Memory of `recipe` on Megatron-Core. Raises BadInputError for a system without GPU.
 
     What is needed at most is what is held with the margins of analysis/memory.py, the dispatcher's buffers,
     what CUDA graphs add, and what natural routing brings to the busiest rank.
     """
-    recipe = run.recipe
+    least, most = _loads(recipe)
+    worst = memory_fit(recipe, load=least).worst
+    needed = needed_bytes(worst if most == least else memory_fit(recipe, load=most).worst)
+    return RunMemory(
+        held_bytes=worst.total_bytes,
+        reserved_bytes=needed_bytes(worst) - CONTEXT_BYTES,
+        needed_bytes=needed + _buffer_bytes(recipe) + _graph_bytes(recipe, worst),
+        usable_bytes=_usable_bytes(recipe),
+        pipeline_rank=worst.pipeline_rank,
+        peak_at=worst.peak_at,
+    )
+
+
+def _usable_bytes(recipe: Recipe) -> int:
     gpu = recipe.system.gpu
     if gpu is None:
         raise BadInputError(
-            f"{run.row.id}: system {recipe.system.key} has no GPU whose memory could be filled; choose one "
+            f"{recipe.name}: system {recipe.system.key} has no GPU whose memory could be filled; choose one "
             "of recipes/systems that has"
         )
-    if run.stack.engine in (Engine.TORCHTITAN, Engine.AUTOMODEL):
-        fullest = max(torch_memory(recipe, torch_policy(run)), key=lambda rank: rank.total_bytes)
-        held, reserved = fullest.total_bytes, round((1 + CACHING_FRACTION) * fullest.total_bytes)
-        rank, peak_at, above = fullest.pipeline_rank, fullest.peak_at, 0
-    else:
-        least, most = _loads(recipe)
-        worst = memory_fit(recipe, load=least).worst
-        held, reserved = worst.total_bytes, needed_bytes(worst) - CONTEXT_BYTES
-        rank, peak_at = worst.pipeline_rank, worst.peak_at
-        unequal = needed_bytes(memory_fit(recipe, load=most).worst) - needed_bytes(worst)
-        above = _graph_bytes(recipe, worst) + unequal
-    return RunMemory(
-        held_bytes=held,
-        reserved_bytes=reserved,
-        needed_bytes=reserved + CONTEXT_BYTES + _buffer_bytes(recipe) + above,
-        usable_bytes=gpu.usable_bytes,
-        pipeline_rank=rank,
-        peak_at=peak_at,
-    )
+    return gpu.usable_bytes
 
 
 def _buffer_bytes(recipe: Recipe) -> int:
