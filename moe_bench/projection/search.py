@@ -80,6 +80,7 @@ class SearchResult:
     num_not_fitting: int
     """Of the others, by the full closed form of memory: fits, too close to say, does not fit."""
     num_simulated: int
+    """Projected in full; dispatchers that price every operation and message alike count once."""
     ranked: tuple[Found, ...]
     """The fastest that fit."""
     close: tuple[Found, ...]
@@ -141,7 +142,7 @@ def search(space: Space, *, num_wanted: int, constants: Constants | None = None)
         num_fitting=len(examined.fitting),
         num_too_close=len(examined.close),
         num_not_fitting=examined.num_not_fitting,
-        num_simulated=len(examined.fitting) + len(examined.close),
+        num_simulated=examined.num_simulated,
         ranked=tuple(fitting[:num_wanted]),
         close=tuple(one for one in close[:num_wanted] if one.projection.step_s < best_s),
         front=tuple(_front(fitting, examined.front)),
@@ -161,6 +162,7 @@ class _Examined:
         self.fitting: list[Found] = []
         self.close: list[Found] = []
         self.num_not_fitting = 0
+        self.num_simulated = 0
         self._projected: dict[tuple[int, ...], list[tuple[Family, Projection]]] = {}
         self._space, self._constants, self._bound = space, constants, bound
         self._efficiency = Efficiency(space.base.system)
@@ -210,6 +212,7 @@ class _Examined:
                 return replace(projection, recipe=recipe)
         projection = project(recipe, constants=self._constants, efficiency=self._efficiency)
         known.append((family, projection))
+        self.num_simulated += 1
         return projection
 
 

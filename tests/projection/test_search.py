@@ -85,7 +85,7 @@ def test_every_legal_layout_is_counted_once(both: tuple[SearchResult, Enumerated
     examined = result.num_fitting + result.num_too_close + result.num_not_fitting
     assert result.num_over + result.num_slower + examined == result.num_legal
     assert result.num_legal + sum(result.refused.values()) == result.num_generated
-    assert result.num_simulated == result.num_fitting + result.num_too_close
+    assert 0 < result.num_simulated <= result.num_fitting + result.num_too_close
 
 
 def test_the_fastest_under_every_ceiling_is_that_of_a_full_enumeration(
