@@ -42,7 +42,7 @@ WhatIfOption = Annotated[
     typer.Option(
         "--what-if",
         metavar="KEY=VALUE",
-        help="Both columns: a key of the recipe, as in --set, or constants.NAME; repeatable, together.",
+        help="Both columns: a key of the recipe, as in --set, constants.NAME or schedule; repeatable.",
     ),
 ]
 LoadOption = Annotated[
@@ -189,7 +189,9 @@ def _other(name: str, changes: tuple[str, ...], asked: list[str], basis: Basis, 
         raise RecipeError(
             tuple(replace(one, file=own.get(one.file, one.file)) for one in error.mistakes)
         ) from error
-    return forecast(recipe, basis=replace(basis, constants=split.constants), load=load)
+    return forecast(
+        recipe, basis=replace(basis, constants=split.constants), load=load, schedule=split.schedule
+    )
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -66,10 +66,17 @@ class Forecast:
         return tuple(ordered[:_NUM_LIMITS])
 
 
-def forecast(recipe: Recipe, *, basis: Basis | None = None, load: str | None = None) -> Forecast:
-    """`recipe` before it runs; `load` as in `load_choice`.
+def forecast(
+    recipe: Recipe,
+    *,
+    basis: Basis | None = None,
+    load: str | None = None,
+    schedule: ScheduleKind | None = None,
+) -> Forecast:
+    """`recipe` before it runs; `load` as in `load_choice`, `schedule` as in `step_work`.
 
-    Raises BadInputError for a system without a GPU, a precision without rates, or an unknown load.
+    Raises BadInputError for a system without a GPU, a precision without rates, an unknown load, or a schedule
+    that the recipe's pipeline cannot have.
     """
     basis = Basis() if basis is None else basis
     chosen = load_choice(recipe, load)
@@ -80,17 +87,18 @@ def forecast(recipe: Recipe, *, basis: Basis | None = None, load: str | None = N
         constants=basis.constants,
         efficiency=efficiency,
         load=chosen.busiest_over_mean_ratio,
+        schedule=schedule,
     )
     return Forecast(
         projection=projection,
         interval=interval(recipe, projection.step_s),
         memory=memory,
         load=chosen,
-        assumptions=(*_assumptions(projection, chosen), *_own_evidence(basis, recipe, efficiency)),
+        assumptions=(*_assumptions(projection, chosen, schedule), *_own_evidence(basis, recipe, efficiency)),
     )
 
 
-def _assumptions(projection: Projection, load: LoadChoice) -> Iterable[str]:
+def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKind | None) -> Iterable[str]:
     """What the numbers rest on, in words."""
     recipe = projection.recipe
     yield "a published run of the same software is the measure; yours may lack its kernels and its tuning"
@@ -102,6 +110,11 @@ def _assumptions(projection: Projection, load: LoadChoice) -> Iterable[str]:
         yield "jobs are placed without gaps on a fabric that is not oversubscribed"
     if projection.timeline is not None and projection.timeline.shape.kind is not ScheduleKind.NO_PIPELINE:
         yield "every micro batch takes the same time; the pipeline is simulated, not its noise"
+    if schedule is not None:
+        yield (
+            f"{schedule.label} in the place of Megatron-Core's schedule: memory, data-parallel traffic and "
+            "optimizer stay those of the recipe's own"
+        )
     if recipe.routing.mode == "natural":
         yield "experts are as unequal as a balancing loss leaves them on real text"
 

@@ -73,14 +73,13 @@ def project(
     efficiency: Efficiency | None = None,
     load: float | None = None,
     traits: Traits = MEGATRON,
+    schedule: ScheduleKind | None = None,
 ) -> Projection:
-    """`recipe` projected: priced, its pipeline simulated, its terms added up; `load` and `traits` as in
-    `step_work`.
-
-    Raises BadInputError for a precision or a GPU without rates.
+    """`recipe` projected: priced, its pipeline simulated, its terms added up; `load`, `traits` and `schedule`
+    as in `step_work`, which raises.
     """
     constants = constants or Constants()
-    work = step_work(recipe, efficiency, load=load, traits=traits)
+    work = step_work(recipe, efficiency, load=load, traits=traits, schedule=schedule)
     table, (timeline,) = _simulated_all([work], constants)
     return _projection(work, table, step_times(table, constants), timeline)
 
@@ -124,31 +123,21 @@ def simulated(work: StepWork, layers: LayerTimes, *, first_layer: int, transfer_
     parallel = recipe.parallel
     if parallel.pipeline == 1:
         return None
+    overlaps = recipe.overlap.p2p and parallel.virtual_pipeline > 1
+    choices = work.schedule.overlap_choices
     return simulate(
-        schedule_kind(recipe),
+        work.schedule,
         num_ranks=parallel.pipeline,
         num_virtual=parallel.virtual_pipeline,
         num_micro_batches=recipe.num_micro_batches,
         micro_batch_group_size=parallel.micro_batch_group_size or parallel.pipeline,
-        chunks=[_chunk_time(recipe, layers, first_layer, counts) for counts in work.chunk_counts],
+        chunks=[_chunk_time(work, layers, first_layer, counts) for counts in work.chunk_counts],
         transfer_s=transfer_s,
-        overlaps_transfer=recipe.overlap.p2p and parallel.virtual_pipeline > 1,
+        overlaps_transfer=overlaps if overlaps in choices else choices[0],
     )
 
 
-def schedule_kind(recipe: Recipe) -> ScheduleKind:
-    """The schedule that Megatron-Core runs for `recipe` (pipeline_parallel/schedules.py)."""
-    parallel = recipe.parallel
-    if parallel.pipeline == 1:
-        return ScheduleKind.NO_PIPELINE
-    if parallel.virtual_pipeline == 1:
-        return ScheduleKind.ONE_F_ONE_B
-    if recipe.overlap.expert_parallel:
-        return ScheduleKind.INTERLEAVED_EP_OVERLAP
-    return ScheduleKind.INTERLEAVED
-
-
-def _chunk_time(recipe: Recipe, layers: LayerTimes, first_layer: int, counts: Mapping[int, int]) -> ChunkTime:
+def _chunk_time(work: StepWork, layers: LayerTimes, first_layer: int, counts: Mapping[int, int]) -> ChunkTime:
     """Seconds of one chunk: alone, with dispatch in the open; merged with another micro batch, hidden."""
     wgrad = PASSES.index(Pass.WGRAD)
     merged = np.zeros(2)
@@ -159,12 +148,12 @@ def _chunk_time(recipe: Recipe, layers: LayerTimes, first_layer: int, counts: Ma
         merged += number * layers.total_s[row]
         alone += number * (layers.total_s[row] - layers.expert_s[row] + layers.expert_traffic_s[row])
         wgrad_s += number * float(layers.parts_s[row, wgrad].sum())
-    own = alone if recipe.overlap.expert_parallel else merged
+    own = alone if work.overlaps_experts else merged
     return ChunkTime(
         forward_s=float(own[0]),
         dgrad_s=float(own[1]) - wgrad_s,
         wgrad_s=wgrad_s,
-        joint_s=float(merged.sum()) if recipe.overlap.expert_parallel else None,
+        joint_s=float(merged.sum()) if work.overlaps_experts else None,
     )
 
 

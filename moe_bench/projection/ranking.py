@@ -1,4 +1,4 @@
-"""Does the projection order configurations as measurements do, and what does its choice cost?"""
+"""Whether the projection orders configurations as measurements do, and what its choice costs."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
 from moe_bench.analysis.collectives import Collective, Group, Phase
@@ -14,6 +14,8 @@ from moe_bench.projection.fabric import Fabric, LinkTime
 from moe_bench.projection.load import recipe_load
 from moe_bench.projection.lowering import Lowered, lower
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
+from moe_bench.projection.schedule_choice import schedule_kind, schedule_shape
+from moe_bench.projection.schedule_shape import ScheduleKind, ScheduleShape
 from moe_bench.projection.traits import MEGATRON, Traits
 from moe_bench.spec.pipeline import pipeline_chunks
 from moe_bench.spec.recipe import Recipe, StateDtype
@@ -35,6 +37,7 @@ class StepWork:
     """One recipe's step at reference rates."""
 
     lowered: Lowered
+    schedule: ScheduleKind
     layers: tuple[tuple[PricedLayer, LayerSetting], ...]
     """Kinds of layers in the order of `lowered.kinds`, the loss last."""
     chunk_counts: tuple[Mapping[int, int], ...]
@@ -53,6 +56,11 @@ class StepWork:
         """The recipe it is."""
         return self.lowered.recipe
 
+    @property
+    def overlaps_experts(self) -> bool:
+        """Whether dispatch and combine run beside another micro batch."""
+        return self.recipe.overlap.expert_parallel or self.schedule is ScheduleKind.DUAL_PIPE_V
+
 
 def step_work(
     recipe: Recipe,
@@ -60,20 +68,25 @@ def step_work(
     *,
     load: float | None = None,
     traits: Traits = MEGATRON,
+    schedule: ScheduleKind | None = None,
 ) -> StepWork:
     """`recipe` lowered and priced; `load` as in `lowering.lower`, None for what its routing mode leads to.
 
-    Raises BadInputError for a precision or a GPU that has no rates.
+    `schedule` is the pipeline schedule in the place of Megatron-Core's. Raises BadInputError for a precision
+    or a GPU that has no rates, ScheduleError for a schedule that the recipe's pipeline cannot have.
     """
+    kind = schedule_kind(recipe) if schedule is None else schedule
     efficiency = Efficiency(recipe.system) if efficiency is None else efficiency
     lowered = lower(
         recipe, load=recipe_load(recipe) if load is None else load, stops_early=traits.stops_recompute_early
     )
+    if schedule is not None:
+        lowered = _placed(lowered, schedule_shape(recipe, schedule))
     fabric = Fabric(recipe.system, recipe.parallel)
     pricer = Pricer(efficiency, fabric, traits)
     setting = LayerSetting(
         is_grace=recipe.system.key.startswith("gb"),
-        overlaps_experts=recipe.overlap.expert_parallel,
+        overlaps_experts=recipe.overlap.expert_parallel or kind is ScheduleKind.DUAL_PIPE_V,
         is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
     )
     kinds = list(lowered.kinds)
@@ -87,6 +100,7 @@ def step_work(
     synced = _syncs(recipe, fabric, traits)
     return StepWork(
         lowered=lowered,
+        schedule=kind,
         layers=tuple((pricer.price(work), setting) for work in works),
         chunk_counts=counts,
         transfer=_transfer(recipe, fabric),
@@ -94,6 +108,14 @@ def step_work(
         parameters=synced[Phase.PARAMETER_SYNC],
         micro_batch_gathers=synced[Phase.FORWARD],
         optimizer_memory_s=optimizer_bytes(recipe) / efficiency_bandwidth(recipe),
+    )
+
+
+def _placed(lowered: Lowered, shape: ScheduleShape) -> Lowered:
+    """The chunks on the ranks where `shape` has them."""
+    chunks = zip(lowered.chunks, range(shape.num_chunks), strict=True)
+    return replace(
+        lowered, chunks=tuple(replace(chunk, pipeline_rank=shape.rank_of(index)) for chunk, index in chunks)
     )
 
 

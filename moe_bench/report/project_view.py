@@ -161,6 +161,7 @@ def what_if_view(base: Forecast, other: Forecast, changes: Sequence[str]) -> Ren
         (name, shown(one), shown(two), _change(one, two)) for name, one, two, shown in _pairs(base, other)
     ]
     rows.append(("memory", verdict(base.memory), verdict(other.memory), ""))
+    own = [text for text in other.assumptions if text not in base.assumptions]
     return Group(
         Text(f"what if {', '.join(changes)}", style="bold"),
         Columns(
@@ -168,6 +169,7 @@ def what_if_view(base: Forecast, other: Forecast, changes: Sequence[str]) -> Ren
             rows=tuple(rows),
             right=frozenset(("as asked", "what if", "change")),
         ),
+        *([Text(f"assumed besides: {'; '.join(own)}")] if own else []),
     )
 
 

@@ -7,12 +7,13 @@ import pytest
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.load import popularity_load, power_law
-from moe_bench.projection.projected import project, with_schedules
+from moe_bench.projection.projected import Projection, project, with_schedules
+from moe_bench.projection.schedule_shape import ScheduleError, ScheduleKind
 from moe_bench.projection.step_time import step_times
 from moe_bench.projection.step_work import step_work
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
-from moe_bench.spec.recipe import TokenDrop
+from moe_bench.spec.recipe import Recipe, TokenDrop
 
 LOADER = Loader(root=recipes_root(), rules=())
 NAMES = ("deepseek_v3", "qwen3_30b_a3b", "mixtral_8x22b", "deepseek_v3/gb300_nvl72_256g_mxfp8")
@@ -40,6 +41,56 @@ def test_the_kernels_by_pass_are_the_kernels_by_part() -> None:
     others = (*traffic, "parameter gathering", "optimizer", "stragglers")
     kernels_s = sum(term.seconds for term in projection.terms if not term.name.startswith(others))
     assert sum(projection.passes_s.values()) == pytest.approx(kernels_s, rel=1e-9)
+
+
+ONE_CHUNK = LOADER.recipe(
+    find_recipe("deepseek_v3", LOADER),
+    changes=("parallel.virtual_pipeline=1", "parallel.layout=Et*16|t*15|t*15|t*15L", "overlap.p2p=false"),
+)
+TWO_CHUNKS = LOADER.recipe(
+    find_recipe("deepseek_v3", LOADER),
+    changes=("parallel.virtual_pipeline=2", "parallel.layout=Et*8|t*8|t*8|t*8|t*8|t*8|t*7|t*6L"),
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        (ONE_CHUNK, ScheduleKind.ONE_F_ONE_B),
+        (ONE_CHUNK, ScheduleKind.ZERO_BUBBLE_H1),
+        (TWO_CHUNKS, ScheduleKind.ZERO_BUBBLE_V),
+        (TWO_CHUNKS, ScheduleKind.DUAL_PIPE_V),
+    ],
+)
+def test_another_schedule_keeps_the_waterfall_whole(recipe: Recipe, kind: ScheduleKind) -> None:
+    projection = project(recipe, schedule=kind)
+    assert projection.timeline is not None
+    assert projection.timeline.shape.kind is kind
+    assert sum(term.seconds for term in projection.terms) == pytest.approx(projection.step_s, rel=1e-9)
+    assert all(term.seconds > 0 for term in projection.terms)
+
+
+def test_weight_gradients_in_the_flush_shorten_it() -> None:
+    own, zero_bubble = project(ONE_CHUNK), project(ONE_CHUNK, schedule=ScheduleKind.ZERO_BUBBLE_H1)
+    named = project(ONE_CHUNK, schedule=ScheduleKind.ONE_F_ONE_B)
+    assert named.step_s == own.step_s
+    assert zero_bubble.step_s < 0.95 * own.step_s
+    assert zero_bubble.passes_s == own.passes_s
+
+
+def test_two_micro_batches_at_once_hide_the_dispatch() -> None:
+    def exposed_s(projection: Projection) -> float:
+        return sum(term.seconds for term in projection.terms if term.name.startswith("exposed"))
+
+    merged = project(TWO_CHUNKS, schedule=ScheduleKind.DUAL_PIPE_V)
+    assert exposed_s(merged) < 0.5 * exposed_s(project(TWO_CHUNKS))
+
+
+def test_a_schedule_needs_its_own_number_of_chunks() -> None:
+    with pytest.raises(ScheduleError, match="it has 2 chunks per rank"):
+        project(RECIPES[0], schedule=ScheduleKind.ZERO_BUBBLE_V)
+    with pytest.raises(ScheduleError, match="one pipeline rank: nothing is scheduled"):
+        project(RECIPES[1], schedule=ScheduleKind.ZERO_BUBBLE_H1)
 
 
 def test_a_skew_of_zero_is_the_balanced_step_and_more_skew_is_never_faster() -> None:

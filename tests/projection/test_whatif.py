@@ -6,6 +6,7 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
+from moe_bench.projection.schedule_shape import ScheduleKind
 from moe_bench.projection.whatif import what_if
 
 
@@ -13,6 +14,18 @@ def test_constants_are_replaced_and_the_rest_is_left_to_the_loader() -> None:
     split = what_if(["constants.nic_fraction=0.6", "parallel.expert=32"], Constants())
     assert split.constants == Constants(nic_fraction=0.6)
     assert split.recipe_changes == ("parallel.expert=32",)
+
+
+def test_a_schedule_is_kept_apart_and_the_last_one_counts() -> None:
+    split = what_if(["schedule=zero_bubble_v", "schedule=dual_pipe_v"], Constants())
+    assert split.schedule is ScheduleKind.DUAL_PIPE_V
+    assert split.recipe_changes == ()
+    assert what_if(["parallel.expert=32"], Constants()).schedule is None
+
+
+def test_a_schedule_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(BadInputError, match="no such schedule; write one of one_f_one_b"):
+        what_if(["schedule=dualpipe"], Constants())
 
 
 @pytest.mark.parametrize(
