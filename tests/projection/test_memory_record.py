@@ -66,6 +66,15 @@ def test_a_failure_without_a_layout_is_named_and_not_judged() -> None:
     ]
 
 
+def test_the_one_layout_that_its_thread_names_does_not_fit() -> None:
+    # torchtitan #1558 names `671b-pp4-ep8`, which hung; TP and local batch are those of the training file
+    (unjudged,) = record().unjudged
+    named = unjudged.row.model_copy(update={"tp": 8, "pp": 4, "ep": 8, "local_batch": 4})
+    made = configured(named, CATALOGUE)
+    assert isinstance(made, Configured)
+    assert run_memory(made).verdict is MemoryVerdict.DOES_NOT_FIT
+
+
 def test_half_the_batch_of_a_failure_fits_as_it_did() -> None:
     # torchtitan #1789: 73.32 GiB reserved with a local batch of 4
     half = configured(failed("torchtitan-1789").run.row.model_copy(update={"local_batch": 4}), CATALOGUE)
