@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import pickle
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,6 +78,6 @@ def run_ranks(fork_context: Any, tmp_path: Path) -> Callable[..., list[Any]]:
 
 def _received(pipe: Any) -> Any:
     assert pipe.poll(RANK_TIMEOUT_S), "a rank did not answer in time"
-    outcome, value = pipe.recv()
+    outcome, value = pickle.loads(pipe.recv_bytes())
     assert outcome == "done", value
     return value

@@ -1,6 +1,7 @@
 """One rank of a test: its process groups, its host device, and the way back of its result."""
 
 import contextlib
+import pickle
 import tempfile
 import traceback
 import warnings
@@ -57,9 +58,9 @@ def run_rank(
     """Send back what the function returns, or its traceback."""
     try:
         with joined(store, rank, world_size, sizes) as groups:
-            sender.send(("done", function(groups, *args)))
+            _send(sender, ("done", function(groups, *args)))
     except Exception:  # noqa: BLE001  Whatever went wrong in the rank is the test's failure.
-        sender.send(("failed", traceback.format_exc()))
+        _send(sender, ("failed", traceback.format_exc()))
 
 
 def without_groups(rank: int = 0, **sizes: int) -> SimpleNamespace:
@@ -70,3 +71,8 @@ def without_groups(rank: int = 0, **sizes: int) -> SimpleNamespace:
 
 def _stand_in(size: int, rank: int) -> SimpleNamespace:
     return SimpleNamespace(size=lambda: size, rank=lambda: rank if size > 1 else 0)
+
+
+def _send(sender: Any, answer: tuple[str, Any]) -> None:
+    """By value: `send` would hand over descriptors of shared memory, which end with this process."""
+    sender.send_bytes(pickle.dumps(answer))
