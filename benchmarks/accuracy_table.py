@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from moe_bench.projection.accuracy import accuracy_of, projectable
-from moe_bench.projection.row_folds import FoldBy
-from moe_bench.projection.row_inference import load_catalogue
+from moe_bench.projection.accuracy.step_time import accuracy_of, projectable
+from moe_bench.projection.rows.folds import FoldBy
+from moe_bench.projection.rows.inference import load_catalogue
 from moe_bench.report.accuracy_page import accuracy_page, readme_table, replaced, widths
 from moe_bench.report.accuracy_view import Accuracy
 from moe_bench.results.published import load_rows

@@ -1,4 +1,4 @@
-"""Fits the laws of moe_bench/projection/rates.py to public measurements: constants and errors of each.
+"""Fits the laws of projection/evidence/rates.py to public measurements: constants and errors of each.
 
     pip install moe_bench[prior]
     python benchmarks/fit_rates.py
@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from moe_bench.projection.operations import Number
-from moe_bench.projection.rates import GEMM_HBM_FRACTION, KERNEL_START_S, gpu_rates
-from moe_bench.projection.tables import (
+from moe_bench.projection.evidence.rates import GEMM_HBM_FRACTION, KERNEL_START_S, gpu_rates
+from moe_bench.projection.evidence.tables import (
     FOLDERS,
     AttentionTable,
     Column,
@@ -32,6 +31,7 @@ from moe_bench.projection.tables import (
     read_gemm_tables,
     read_latent_attention_table,
 )
+from moe_bench.projection.work.operations import Number
 from moe_bench.results.published import load_model_rows
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader

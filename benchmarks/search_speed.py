@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from moe_bench.analysis.memory import memory_fit
-from moe_bench.projection.bound import StepBound
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
-from moe_bench.projection.projected import project
-from moe_bench.projection.search import search
-from moe_bench.projection.search_base import Asked, search_base
-from moe_bench.projection.search_legality import Legality
-from moe_bench.projection.search_memory import MemoryBound
-from moe_bench.projection.space import Axis, Space, search_space
+from moe_bench.projection.search.base import Asked, search_base
+from moe_bench.projection.search.bound import StepBound
+from moe_bench.projection.search.legality import Legality
+from moe_bench.projection.search.memory import MemoryBound
+from moe_bench.projection.search.search import search
+from moe_bench.projection.search.space import Axis, Space, search_space
+from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.load import Loader

@@ -13,9 +13,9 @@ import numpy as np
 from fit_rates import MAX_SIZE, MIN_SIZE, measured_gpus, print_head
 
 from moe_bench.projection.efficiency import Efficiency
-from moe_bench.projection.nearest_shapes import Miss, NearestShapes
-from moe_bench.projection.table_shapes import product_ratios
-from moe_bench.projection.tables import Column, read_gemm_tables
+from moe_bench.projection.evidence.nearest_shapes import Miss, NearestShapes
+from moe_bench.projection.evidence.table_shapes import product_ratios
+from moe_bench.projection.evidence.tables import Column, read_gemm_tables
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 

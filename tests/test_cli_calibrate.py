@@ -13,9 +13,9 @@ import pytest
 
 from moe_bench.cli import main
 from moe_bench.cli.calibrate import DEFAULT_SYSTEM
-from moe_bench.projection.calibrated_constants import constants_for
-from moe_bench.projection.calibrated_shapes import read_calibrations
 from moe_bench.projection.constants import Constants
+from moe_bench.projection.evidence.calibrated_constants import constants_for
+from moe_bench.projection.evidence.calibrated_shapes import read_calibrations
 from moe_bench.results.calibration import CPU, Calibration, Task, read_calibration
 from moe_bench.results.calibration_journal import UNFINISHED
 from moe_bench.results.calibration_tasks import OPERATIONS

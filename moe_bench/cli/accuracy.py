@@ -29,8 +29,8 @@ def accuracy(
     as_json: JsonOption = False,
 ) -> None:
     """How far projections are from what was published, by row and group, beside a naive predictor."""
-    from moe_bench.projection.accuracy import accuracy_of, projectable
-    from moe_bench.projection.row_inference import load_catalogue
+    from moe_bench.projection.accuracy.step_time import accuracy_of, projectable
+    from moe_bench.projection.rows.inference import load_catalogue
     from moe_bench.report.accuracy_json import accuracy_json
     from moe_bench.report.accuracy_view import Accuracy, accuracy_csv, accuracy_view
     from moe_bench.results.flat_registry import read_registry
@@ -44,7 +44,7 @@ def accuracy(
     rows = load_rows(root / "results" / "published") if registry is None else read_registry(registry)
     catalogue = load_catalogue(root / "recipes")
     if memory:
-        from moe_bench.projection.memory_record import load_evidence, memory_record
+        from moe_bench.projection.accuracy.memory import load_evidence, memory_record
         from moe_bench.report.memory_record_view import memory_record_json, memory_record_view
 
         record = memory_record(rows, load_evidence(root / "results" / "published" / "known"), catalogue)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_bench.harness.calibrate.sweep import Sweep
-    from moe_bench.projection.calibration_plan import CalibrationPlan
+    from moe_bench.projection.calibration.plan import CalibrationPlan
     from moe_bench.results.calibration import CalibrationProvenance
     from moe_bench.results.calibration_journal import Journal
     from moe_bench.results.calibration_tasks import OperationName
@@ -157,7 +157,7 @@ def _plan(
 ) -> CalibrationPlan:
     from importlib.util import find_spec
 
-    from moe_bench.projection.calibration_plan import calibration_plan
+    from moe_bench.projection.calibration.plan import calibration_plan
 
     return calibration_plan(
         recipes,
@@ -190,7 +190,7 @@ def _measure(
 ) -> None:
     """Run the plan, or the rest of it, write the file and print it."""
     from moe_bench.harness.start import load_calibrate
-    from moe_bench.projection.calibrated_constants import constants_for
+    from moe_bench.projection.evidence.calibrated_constants import constants_for
     from moe_bench.report.calibration_view import calibration_json, calibration_progress, calibration_view
     from moe_bench.results.calibration import read_calibration
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from moe_bench.projection.cost import TrainingCost
     from moe_bench.projection.forecast import Basis, Forecast
     from moe_bench.projection.nearest import NearRow
-    from moe_bench.projection.projected import Projection
     from moe_bench.projection.scaleout import ScaleOut
+    from moe_bench.projection.step import Projection
     from moe_bench.spec.recipe import Recipe
 
 
@@ -152,7 +152,7 @@ def _curve(
 
 def _basis(recipe: Recipe, *, uncalibrated: bool, tables: bool) -> Basis:
     """Laws and fitted constants, with what was measured here of the recipe's GPU."""
-    from moe_bench.projection.calibrated_shapes import read_calibrations
+    from moe_bench.projection.evidence.calibrated_shapes import read_calibrations
     from moe_bench.projection.forecast import Basis
 
     gpu = recipe.system.gpu
@@ -168,7 +168,7 @@ def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
 def _near(recipe: Recipe) -> tuple[NearRow, ...]:
     """Under the shipped constants: those rows did not run on the machine that was calibrated."""
     from moe_bench.projection.nearest import nearest_rows
-    from moe_bench.projection.row_inference import load_catalogue
+    from moe_bench.projection.rows.inference import load_catalogue
 
     root = data_root()
     catalogue = load_catalogue(root / "recipes")
@@ -208,7 +208,7 @@ def _write_files(
     if timeline is None and (trace is not None or plot_pipeline is not None):
         raise BadInputError(f"{made.recipe.name} has no pipeline to draw; choose one with PP above 1")
     if trace is not None and timeline is not None:
-        from moe_bench.projection.trace import write_trace
+        from moe_bench.projection.schedule.trace import write_trace
 
         write_trace(timeline, trace, name=f"{made.recipe.name}, projected")
     if plot is not None or plot_pipeline is not None:

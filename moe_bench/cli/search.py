@@ -13,8 +13,8 @@ from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view
 from moe_bench.errors import BadInputError
 
 if TYPE_CHECKING:
-    from moe_bench.projection.search import Found
-    from moe_bench.projection.search_base import Asked
+    from moe_bench.projection.search.base import Asked
+    from moe_bench.projection.search.search import Found
 
 _NUM_SHOWN = 10
 
@@ -41,9 +41,9 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """The fastest layouts that fit, out of all legal ones: TP, PP, VPP, CP, EP, ETP, batch, recompute."""
-    from moe_bench.projection.search import search as search_layouts
-    from moe_bench.projection.search_base import Asked, search_base
-    from moe_bench.projection.space import search_space
+    from moe_bench.projection.search.base import Asked, search_base
+    from moe_bench.projection.search.search import search as search_layouts
+    from moe_bench.projection.search.space import search_space
     from moe_bench.report.search_view import search_json, search_view
 
     asked = Asked(
@@ -73,7 +73,7 @@ def _written(
     ranked: tuple[Found, ...], folder: Path, notes: tuple[str, ...], command: str
 ) -> tuple[Path, ...]:
     """The files, each of which reads back as a legal recipe."""
-    from moe_bench.projection.search_recipes import comment, named
+    from moe_bench.projection.search.recipes import comment, named
     from moe_bench.spec.write import write_recipe
 
     loader = make_loader()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_bench.projection.projected import Projection
+from moe_bench.projection.step import Projection
 from moe_bench.spec.recipe import Recipe
 
 _S_PER_HOUR = 3600

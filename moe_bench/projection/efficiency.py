@@ -9,11 +9,10 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
-from moe_bench.projection.calibrated_shapes import CalibratedShapes, Kernel, kind_of
-from moe_bench.projection.evidence import Grade
-from moe_bench.projection.nearest_shapes import Miss
-from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
-from moe_bench.projection.rates import (
+from moe_bench.projection.evidence.calibrated_shapes import CalibratedShapes, Kernel, kind_of
+from moe_bench.projection.evidence.grade import Grade
+from moe_bench.projection.evidence.nearest_shapes import Miss
+from moe_bench.projection.evidence.rates import (
     GEMM_HBM_FRACTION,
     KERNEL_START_S,
     MEMORY_HBM_FRACTION,
@@ -23,7 +22,8 @@ from moe_bench.projection.rates import (
     gpu_rates,
     group_rate,
 )
-from moe_bench.projection.table_shapes import TableShapes
+from moe_bench.projection.evidence.table_shapes import TableShapes
+from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.results.calibration import Calibration
 from moe_bench.spec.system import SystemSpec
 

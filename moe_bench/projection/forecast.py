@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from moe_bench.analysis.memory import MemoryFit, memory_fit
-from moe_bench.projection.calibrated_constants import constants_for
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
+from moe_bench.projection.evidence.calibrated_constants import constants_for
 from moe_bench.projection.interval import Interval, interval, rates_are_prior
-from moe_bench.projection.load_choice import LoadChoice, load_choice
-from moe_bench.projection.projected import Projection, Term, project
-from moe_bench.projection.schedule import ScheduleKind
+from moe_bench.projection.schedule.simulation import ScheduleKind
+from moe_bench.projection.step import Projection, Term, project
+from moe_bench.projection.work.load_choice import LoadChoice, load_choice
 from moe_bench.results.calibration import Calibration
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.system import SystemSpec

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_bench.projection.evidence import Grade
-from moe_bench.projection.rates import gpu_rates
+from moe_bench.projection.evidence.grade import Grade
+from moe_bench.projection.evidence.rates import gpu_rates
 from moe_bench.spec.recipe import Recipe
 
 LEVELS = (0.5, 0.9)
@@ -51,7 +51,7 @@ MOE = HalfWidths(p50_fraction=0.087, p90_fraction=0.262)
 """With the family of the row's model left out of the fit."""
 SCALED_RATES = HalfWidths(p50_fraction=0.045, p90_fraction=0.11)
 """What rates scaled from another GPU add: the BF16 limit of a GB300 over its datasheet's is e^0.11 times that
-of a B200, the largest such difference inside an architecture (projection/rates.py); P50 as if normal."""
+of a B200, the largest such difference inside an architecture (evidence/rates.py); P50 as if normal."""
 
 
 def half_widths(log_ratios: Sequence[float]) -> HalfWidths:

@@ -13,14 +13,14 @@ from moe_bench.analysis.layer_comms import expert_exchanges, runs_quantized, ten
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
-from moe_bench.projection.expert_work import add_experts
+from moe_bench.projection.evidence.rates import MEMORY_HBM_FRACTION
 from moe_bench.projection.fabric import Fabric
 from moe_bench.projection.layer_time import layer_times
-from moe_bench.projection.lowering import messages_of
-from moe_bench.projection.operations import LayerWork, Number, Part
 from moe_bench.projection.pricing import LayerSetting, Pricer, stack
-from moe_bench.projection.rates import MEMORY_HBM_FRACTION
-from moe_bench.projection.tally import NUMBERS, Tally
+from moe_bench.projection.work.experts import add_experts
+from moe_bench.projection.work.lowering import messages_of
+from moe_bench.projection.work.operations import LayerWork, Number, Part
+from moe_bench.projection.work.tally import NUMBERS, Tally
 from moe_bench.spec.recipe import Recipe
 
 BURST = Constants(

@@ -8,9 +8,9 @@ import numpy as np
 
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Scale
-from moe_bench.projection.operations import Pass
+from moe_bench.projection.evidence.rates import GEMM_HBM_FRACTION
 from moe_bench.projection.pricing import PARTS, PASSES, SCALES, Floats, LayerTable, Link
-from moe_bench.projection.rates import GEMM_HBM_FRACTION
+from moe_bench.projection.work.operations import Pass
 
 _FORWARD = PASSES.index(Pass.FORWARD)
 _NUM_PARTS, _NUM_PASSES = len(PARTS), len(PASSES)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from moe_bench.projection.projected import project
-from moe_bench.projection.row_engines import is_scored, traits_of
-from moe_bench.projection.row_folds import model_family
-from moe_bench.projection.row_inference import Catalogue, InferredRun, infer
-from moe_bench.projection.row_recompute import with_recompute
+from moe_bench.projection.rows.engines import is_scored, traits_of
+from moe_bench.projection.rows.folds import model_family
+from moe_bench.projection.rows.inference import Catalogue, InferredRun, infer
+from moe_bench.projection.rows.recompute import with_recompute
+from moe_bench.projection.step import project
 from moe_bench.results.published import PublishedRow, load_model_rows
 from moe_bench.results.row_recipe import PRECISIONS, disagreements
 from moe_bench.spec.recipe import Recipe

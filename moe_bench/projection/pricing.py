@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from moe_bench.analysis.collectives import Group
 from moe_bench.projection.efficiency import Cost, Efficiency, Scale
-from moe_bench.projection.evidence import Grade
+from moe_bench.projection.evidence.grade import Grade
+from moe_bench.projection.evidence.rates import KERNEL_START_S
 from moe_bench.projection.fabric import Fabric, LinkTime
-from moe_bench.projection.operations import (
+from moe_bench.projection.work.operations import (
     AttentionCore,
     Gemm,
     LayerWork,
@@ -27,8 +28,7 @@ from moe_bench.projection.operations import (
     Pass,
     StateUpdate,
 )
-from moe_bench.projection.rates import KERNEL_START_S
-from moe_bench.projection.traits import MEGATRON, Traits
+from moe_bench.projection.work.traits import MEGATRON, Traits
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -13,8 +13,8 @@ from moe_bench.errors import BadInputError, RecipeError
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.fabric import Fabric
 from moe_bench.projection.forecast import Basis
-from moe_bench.projection.load_choice import load_choice
-from moe_bench.projection.projected import Projection, project
+from moe_bench.projection.step import Projection, project
+from moe_bench.projection.work.load_choice import load_choice
 from moe_bench.spec.family import scaled_recipe
 from moe_bench.spec.recipe import Recipe
 

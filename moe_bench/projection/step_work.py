@@ -11,12 +11,12 @@ from moe_bench.analysis.params import rank_params
 from moe_bench.analysis.state_comms import gradient_bytes, state_calls
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fabric import Fabric, LinkTime
-from moe_bench.projection.load import recipe_load
-from moe_bench.projection.lowering import Lowered, lower
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
-from moe_bench.projection.schedule_choice import schedule_kind, schedule_shape
-from moe_bench.projection.schedule_shape import ScheduleKind, ScheduleShape
-from moe_bench.projection.traits import MEGATRON, Traits
+from moe_bench.projection.schedule.choice import schedule_kind, schedule_shape
+from moe_bench.projection.schedule.shape import ScheduleKind, ScheduleShape
+from moe_bench.projection.work.load import recipe_load
+from moe_bench.projection.work.lowering import Lowered, lower
+from moe_bench.projection.work.traits import MEGATRON, Traits
 from moe_bench.spec.pipeline import pipeline_chunks
 from moe_bench.spec.recipe import Recipe, StateDtype
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bench.projection.schedule_timeline import Timeline
-from moe_bench.projection.schedule_windows import gather_windows, reduce_windows
+from moe_bench.projection.schedule.timeline import Timeline
+from moe_bench.projection.schedule.windows import gather_windows, reduce_windows
 
 
 def exposed_s(windows_s: Sequence[float], traffic_s: float) -> float:

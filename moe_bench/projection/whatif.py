@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
-from moe_bench.projection.schedule_shape import ScheduleKind
+from moe_bench.projection.schedule.shape import ScheduleKind
 
 PREFIX = "constants."
 SCHEDULE = "schedule="

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from moe_bench.projection.accuracy import ErrorSummary, RowResult, prints_layout, summaries_by, summary
-from moe_bench.projection.ranking import anchored, ranking, scale_out_errors
+from moe_bench.projection.accuracy.ranking import anchored, ranking, scale_out_errors
+from moe_bench.projection.accuracy.step_time import (
+    ErrorSummary,
+    RowResult,
+    prints_layout,
+    summaries_by,
+    summary,
+)
 from moe_bench.report.accuracy_view import GROUPS, Accuracy, row_line
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from moe_bench.projection.accuracy import ErrorSummary, RowResult, summaries_by, summary
+from moe_bench.projection.accuracy.step_time import ErrorSummary, RowResult, summaries_by, summary
 from moe_bench.projection.interval import HalfWidths, half_widths
 from moe_bench.report.accuracy_view import GROUPS, Accuracy, sentences
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moe_bench.projection.accuracy import (
+from moe_bench.projection.accuracy.ranking import APART_FRACTION, anchored, ranking, scale_out_errors
+from moe_bench.projection.accuracy.step_time import (
     SUSPECT_FRACTION,
     ErrorSummary,
     Projectable,
@@ -20,8 +21,7 @@ from moe_bench.projection.accuracy import (
     summaries_by,
     summary,
 )
-from moe_bench.projection.ranking import APART_FRACTION, anchored, ranking, scale_out_errors
-from moe_bench.projection.suspects import Suspect, suspects
+from moe_bench.projection.accuracy.suspects import Suspect, suspects
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text
 from moe_bench.report.recipe_list import layout_label

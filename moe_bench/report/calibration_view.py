@@ -10,8 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from moe_bench.projection.calibrated_constants import CalibratedConstants, sustained_ratio
-from moe_bench.projection.calibration_plan import CalibrationPlan, PlannedTask
+from moe_bench.projection.calibration.plan import CalibrationPlan, PlannedTask
+from moe_bench.projection.evidence.calibrated_constants import CalibratedConstants, sustained_ratio
 from moe_bench.report.columns import Columns
 from moe_bench.results.calibration import (
     AttentionCore,

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moe_bench.analysis.memory import GIB
 from moe_bench.analysis.memory_verdict import MemoryVerdict
-from moe_bench.projection.memory_record import TOLERANCE_FRACTION, JudgedRow, MemoryRecord
+from moe_bench.projection.accuracy.memory import TOLERANCE_FRACTION, JudgedRow, MemoryRecord
 from moe_bench.report.columns import Columns
 
 

@@ -13,8 +13,8 @@ from moe_bench.projection.cost import TrainingCost
 from moe_bench.projection.forecast import Forecast
 from moe_bench.projection.interval import Bounds
 from moe_bench.projection.nearest import NearRow
-from moe_bench.projection.projected import Projection
 from moe_bench.projection.scaleout import ScaleOut
+from moe_bench.projection.step import Projection
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text, seconds_text, tflops_text
 from moe_bench.report.recipe_list import layout_label

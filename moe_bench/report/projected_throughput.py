@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from moe_bench.errors import BadInputError
-from moe_bench.projection.projected import project
+from moe_bench.projection.step import project
 from moe_bench.spec.recipe import Recipe
 
 

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.analysis.memory_verdict import verdict
-from moe_bench.projection.search import Found, SearchResult
-from moe_bench.projection.search_base import Base
-from moe_bench.projection.space import Space
+from moe_bench.projection.search.base import Base
+from moe_bench.projection.search.search import Found, SearchResult
+from moe_bench.projection.search.space import Space
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import rate_text, seconds_text, tflops_text
 from moe_bench.report.project_view import NOT_MEASURED

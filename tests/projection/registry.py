@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from moe_bench.projection.accuracy import Projectable, accuracy_of, projectable
-from moe_bench.projection.row_folds import FoldBy
+from moe_bench.projection.accuracy.step_time import Projectable, accuracy_of, projectable
+from moe_bench.projection.rows.folds import FoldBy
 from moe_bench.report.accuracy_view import Accuracy
-from tests.projection.rows import CATALOGUE, ROWS
+from tests.projection.published_rows import CATALOGUE, ROWS
 
 
 @cache

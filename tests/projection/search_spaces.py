@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from moe_bench.projection.search_base import Asked, search_base
-from moe_bench.projection.search_legality import Legality
-from moe_bench.projection.space import Space, search_space
+from moe_bench.projection.search.base import Asked, search_base
+from moe_bench.projection.search.legality import Legality
+from moe_bench.projection.search.space import Space, search_space
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_bench.projection.accuracy import (
+from moe_bench.projection.accuracy.step_time import (
     Projectable,
     RowResult,
     accuracy_of,
@@ -12,8 +12,8 @@ from moe_bench.projection.accuracy import (
     projectable,
     summary,
 )
-from moe_bench.projection.row_folds import FoldBy
-from moe_bench.projection.row_inference import load_catalogue
+from moe_bench.projection.rows.folds import FoldBy
+from moe_bench.projection.rows.inference import load_catalogue
 from moe_bench.results.published import load_rows
 from moe_bench.spec.catalogue import data_root
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.projection.cost import training_cost
-from moe_bench.projection.projected import project
+from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.efficiency import Cost, Efficiency, Scale
-from moe_bench.projection.evidence import Grade
-from moe_bench.projection.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
+from moe_bench.projection.evidence.grade import Grade
+from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 

@@ -6,11 +6,11 @@ import pytest
 
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.forecast import Basis, forecast
-from moe_bench.projection.projected import project
+from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader
-from tests.projection.test_calibrated_constants import LAYER, NORM, held
-from tests.projection.test_calibrated_shapes import calibration, measured
+from tests.projection.evidence.test_calibrated_constants import LAYER, NORM, held
+from tests.projection.evidence.test_calibrated_shapes import calibration, measured
 
 LOADER = Loader(root=recipes_root(), rules=())
 DEEPSEEK = LOADER.recipe(find_recipe("deepseek_v3", LOADER))

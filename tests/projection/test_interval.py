@@ -7,10 +7,10 @@ import math
 import pytest
 
 from moe_bench.projection import interval as module
-from moe_bench.projection.evidence import Grade
+from moe_bench.projection.evidence.grade import Grade
+from moe_bench.projection.evidence.rates import gpu_rates
 from moe_bench.projection.interval import DENSE, MOE, SCALED_RATES, half_widths, interval
-from moe_bench.projection.operations import Number
-from moe_bench.projection.rates import gpu_rates
+from moe_bench.projection.work.operations import Number
 from moe_bench.report.accuracy_page import widths
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader

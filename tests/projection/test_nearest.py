@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.projection.nearest import NUM_SHOWN, nearest_rows
-from moe_bench.projection.projected import project
-from moe_bench.projection.row_engines import traits_of
+from moe_bench.projection.rows.engines import traits_of
+from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
-from tests.projection.rows import CATALOGUE, REPOSITORY
+from tests.projection.published_rows import CATALOGUE, REPOSITORY
 
 LOADER = Loader(root=recipes_root(), rules=())
 PUBLISHED = REPOSITORY / "results" / "published"

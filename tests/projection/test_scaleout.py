@@ -10,8 +10,8 @@ import pytest
 from moe_bench.analysis.collectives import Group
 from moe_bench.errors import BadInputError, RecipeError
 from moe_bench.projection.constants import Constants
-from moe_bench.projection.projected import project
 from moe_bench.projection.scaleout import MAX_GPUS, Level, level, quantile_s, scale_out
+from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader
 

@@ -6,7 +6,7 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
-from moe_bench.projection.schedule_shape import ScheduleKind
+from moe_bench.projection.schedule.shape import ScheduleKind
 from moe_bench.projection.whatif import what_if
 
 

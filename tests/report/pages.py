@@ -6,7 +6,7 @@ from functools import cache
 
 from moe_bench.analysis.memory import memory_fit
 from moe_bench.projection.forecast import forecast
-from moe_bench.projection.schedule import ChunkTime, ScheduleKind, simulate
+from moe_bench.projection.schedule.simulation import ChunkTime, ScheduleKind, simulate
 from moe_bench.report.html.memory_chart import memory_parts
 from moe_bench.report.html.page import ReportData
 from moe_bench.report.html.pipeline_picture import pipeline_picture

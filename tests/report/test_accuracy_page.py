@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.report.accuracy_page import HEADINGS, accuracy_page, printed_errors, readme_table, replaced
+from tests.projection.published_rows import REPOSITORY
 from tests.projection.registry import accuracy
-from tests.projection.rows import REPOSITORY
 
 DOCS = (REPOSITORY / "docs" / "projection.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

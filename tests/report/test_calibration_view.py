@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from moe_bench.projection.calibrated_constants import constants_for
+from moe_bench.projection.evidence.calibrated_constants import constants_for
 from moe_bench.report.calibration_view import calibration_json, calibration_view, shape_label
 from moe_bench.results.calibration import Calibration, Task
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
-from tests.projection.test_calibrated_shapes import DENSE, WGRAD, calibration, measured
+from tests.projection.evidence.test_calibrated_shapes import DENSE, WGRAD, calibration, measured
 
 SYSTEM = Loader(root=recipes_root(), rules=()).system("h100_sxm")
 ATTENTION = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from moe_bench.projection.memory_record import Evidence, memory_record
+from moe_bench.projection.accuracy.memory import Evidence, memory_record
 from moe_bench.report.memory_record_view import memory_record_json, memory_sentences, memory_tables
-from tests.projection.rows import CATALOGUE, made_row
+from tests.projection.published_rows import CATALOGUE, made_row
 
 PEAK = made_row(metrics={"tokens_per_s_per_gpu": 9000.0, "peak_mem_gb": 70.0}, note="memory in GiB")
 FAILED = made_row(id="failed", mbs=64, metrics={})

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from moe_bench.projection.evidence import Grade
-from moe_bench.projection.projected import Term
-from moe_bench.projection.search import Found, SearchResult, search
+from moe_bench.projection.evidence.grade import Grade
+from moe_bench.projection.search.search import Found, SearchResult, search
+from moe_bench.projection.step import Term
 from moe_bench.report.search_view import counts_text, recompute_text, rules_text, space_rows, why_text
 from moe_bench.spec.recipe import Recompute
 from tests.projection.search_spaces import space_of

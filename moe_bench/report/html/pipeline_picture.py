@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from moe_bench.projection.schedule_shape import PassKind
-from moe_bench.projection.schedule_timeline import Slot, Timeline
+from moe_bench.projection.schedule.shape import PassKind
+from moe_bench.projection.schedule.timeline import Slot, Timeline
 from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks
 from moe_bench.report.html.chart import (
     BOTTOM_PX,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_bench.projection.forecast import Forecast
-from moe_bench.projection.operations import Part
-from moe_bench.projection.projected import Projection
+from moe_bench.projection.step import Projection
+from moe_bench.projection.work.operations import Part
 from moe_bench.report.figures import seconds_text
 from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks
 from moe_bench.report.html.chart import BOTTOM_PX, RIGHT_PX, TOP_PX, Chart, Data, Mark, Stroke, legend_of

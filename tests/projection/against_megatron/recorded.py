@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import combined_1f1b, p2p_communication, sc
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from moe_bench.projection.schedule import ScheduleKind, ScheduleShape, TransferRule
+from moe_bench.projection.schedule.simulation import ScheduleKind, ScheduleShape, TransferRule
 
 
 @dataclass(eq=False)

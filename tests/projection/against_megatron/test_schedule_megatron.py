@@ -8,15 +8,15 @@ import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 from megatron.core.transformer.cuda_graphs import convert_schedule_table_to_order
 
-from moe_bench.projection.schedule import ScheduleKind, ScheduleShape, TransferRule
-from moe_bench.projection.schedule_megatron import (
+from moe_bench.projection.schedule.megatron import (
     num_warm_up_passes,
     rank_order,
     rank_program,
     schedule_table,
 )
-from moe_bench.projection.schedule_program import Compute, Post, Tensor, Wait, links_of
-from moe_bench.projection.schedule_shape import Pass, PassKind
+from moe_bench.projection.schedule.program import Compute, Post, Tensor, Wait, links_of
+from moe_bench.projection.schedule.shape import Pass, PassKind
+from moe_bench.projection.schedule.simulation import ScheduleKind, ScheduleShape, TransferRule
 from tests.projection.against_megatron.recorded import recorded
 
 SIZES = [

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.projection.schedule import ScheduleKind
+from moe_bench.projection.schedule.simulation import ScheduleKind
 from moe_bench.report.html.chart import Cells
 from moe_bench.report.html.chart_file import chart_svg, write_chart
 from moe_bench.report.html.pipeline_picture import pipeline_picture
-from tests.projection.test_schedule import equal_chunks
+from tests.projection.schedule.test_simulation import equal_chunks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

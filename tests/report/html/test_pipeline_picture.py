@@ -2,10 +2,10 @@
 
 import pytest
 
-from moe_bench.projection.schedule import ScheduleKind, Timeline
+from moe_bench.projection.schedule.simulation import ScheduleKind, Timeline
 from moe_bench.report.html.chart import LEFT_PX, RIGHT_PX, Mark
 from moe_bench.report.html.pipeline_picture import PASSES, binned_fractions, pipeline_picture
-from tests.projection.test_schedule import equal_chunks
+from tests.projection.schedule.test_simulation import equal_chunks
 
 SMALL = equal_chunks(ScheduleKind.INTERLEAVED, 4, 2, 8)
 LARGE = equal_chunks(ScheduleKind.INTERLEAVED, 16, 4, 64)

@@ -1,0 +1,1 @@
+"""What to measure on a GPU so that the projection of all recipes gains most."""

@@ -1,0 +1,1 @@
+"""What a GPU achieves: published laws, tables, calibrations, and the grade of each."""

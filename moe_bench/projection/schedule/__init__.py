@@ -1,0 +1,1 @@
+"""Pipeline schedules, simulated pass by pass."""

@@ -1,0 +1,1 @@
+"""The fastest legal layout that fits."""

@@ -1,0 +1,129 @@
+"""The attention half of a layer as operations: projections, rotary embedding, norms, and the core."""
+
+from __future__ import annotations
+
+from moe_bench.analysis.activations import token_counts
+from moe_bench.analysis.flops import core_attention_flops
+from moe_bench.projection.work.operations import AttentionCore, Part, Pass
+from moe_bench.projection.work.tally import Modules, Tally
+from moe_bench.spec.model import GroupedQueryAttention, LayerStructure, MultiLatentAttention
+
+_UP: Modules = frozenset({"mla_up_proj"})
+_CORE: Modules = frozenset({"core_attn"})
+_NORM: Modules = frozenset({"layernorm"})
+_BYTES = 2
+"""Of a BF16 element."""
+
+_UNFUSED_ROPE = 3.0
+"""Times as many bytes as the fused kernel moves: cosine and sine products and their sum, each read and
+written (megatron/core/models/common/embeddings/rope_utils.py, _apply_rotary_pos_emb_bshd)."""
+
+_GQA_LAUNCHES = 70
+_MLA_LAUNCHES = 95
+"""Kernels of the attention half, forward and backward: norm, projections with their three products, rotary
+embedding, core, residual, and what autograd adds. Counted in Megatron-Core 0.19.2 with Transformer Engine to
+about a tenth; their cost per launch is a constant of the projection."""
+
+
+def add_attention(tally: Tally, structure: LayerStructure) -> None:
+    """Input norm, attention and residual of one layer."""
+    model = tally.recipe.model
+    hidden_bytes = _BYTES * token_counts(tally.recipe).sharded * model.hidden_size
+    add_norm_and_residual(tally, hidden_bytes)
+    if model.attention.kind == "mla":
+        _add_latent(tally, model.attention)
+        tally.launch(_MLA_LAUNCHES, captured_by="attn")
+    else:
+        _add_grouped_query(tally, model.attention, structure)
+        tally.launch(_GQA_LAUNCHES, captured_by="attn")
+
+
+def add_norm_and_residual(tally: Tally, hidden_bytes: float) -> None:
+    """RMSNorm of a half layer's input (read, write; backward also the input) and the residual's sum."""
+    tally.move(Part.NORMS, forward_bytes=2 * hidden_bytes, backward_bytes=3 * hidden_bytes, repeated_by=_NORM)
+    tally.move(Part.NORMS, forward_bytes=3 * hidden_bytes, backward_bytes=2 * hidden_bytes)
+
+
+def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, structure: LayerStructure) -> None:
+    recipe = tally.recipe
+    tensor, hidden, rows = recipe.parallel.tensor, recipe.model.hidden_size, token_counts(recipe).gathered
+    heads, groups, dim = attention.num_heads, attention.num_query_groups, attention.head_dim
+    columns = ((1 + attention.output_gate) * heads + 2 * groups) * dim / tensor
+    tally.gemm(Part.ATTENTION_PROJECTIONS, rows, hidden, columns)
+    rotated = _BYTES * rows * (heads + groups) * dim / tensor
+    rope = 2 * rotated * (1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE)
+    tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=rope, backward_bytes=rope)
+    if attention.qk_norm != "none":
+        tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=2 * rotated, backward_bytes=3 * rotated)
+    # queries, keys and values leave one product interleaved by group and are written apart
+    split = 2 * _BYTES * rows * columns
+    tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=split, backward_bytes=split)
+    _add_core(tally, structure, num_heads=heads, qk_dim=dim, v_dim=dim)
+    if attention.output_gate:
+        gated = _BYTES * rows * heads * dim / tensor
+        tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=3 * gated, backward_bytes=5 * gated)
+    tally.gemm(Part.ATTENTION_PROJECTIONS, rows, heads * dim / tensor, hidden)
+
+
+def _add_latent(tally: Tally, attention: MultiLatentAttention) -> None:
+    """Multi-head latent attention (arXiv:2405.04434): down-projections whole on every rank."""
+    recipe = tally.recipe
+    counts, tensor, hidden = token_counts(recipe), recipe.parallel.tensor, recipe.model.hidden_size
+    heads, rows = attention.num_heads / tensor, counts.gathered
+    nope, rotary, value = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
+    part = Part.ATTENTION_PROJECTIONS
+    if attention.q_lora_rank is None:
+        tally.gemm(part, rows, hidden, heads * (nope + rotary), repeated_by=_UP)
+    else:
+        tally.gemm(part, counts.sharded, hidden, attention.q_lora_rank)
+        tally.gemm(part, rows, attention.q_lora_rank, heads * (nope + rotary), repeated_by=_UP)
+    tally.gemm(part, counts.sharded, hidden, attention.kv_lora_rank + rotary)
+    tally.gemm(part, rows, attention.kv_lora_rank, heads * (nope + value), repeated_by=_UP)
+    latents = _BYTES * counts.sharded * ((attention.q_lora_rank or 0) + attention.kv_lora_rank)
+    tally.move(part, forward_bytes=2 * latents, backward_bytes=3 * latents, repeated_by=_UP)
+    # queries rotated in place; keys written from their two parts, values beside them
+    queries = 2 * (nope + rotary)
+    keys_values = (nope + value) + (nope + rotary) + value
+    fused = 1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE
+    built = _BYTES * rows * heads * (queries * fused + keys_values)
+    tally.move(part, forward_bytes=built, backward_bytes=built, repeated_by=_UP)
+    _add_core(tally, None, num_heads=attention.num_heads, qk_dim=nope + rotary, v_dim=value)
+    tally.gemm(part, rows, heads * value, hidden)
+
+
+def _add_core(
+    tally: Tally, structure: LayerStructure | None, *, num_heads: int, qk_dim: int, v_dim: int
+) -> None:
+    """Forward two products per pair of tokens, backward five (arXiv:2307.08691, 3.1.2)."""
+    recipe = tally.recipe
+    parallel = recipe.parallel
+    window_tokens = None if structure is None else structure.window_tokens
+    chunk_tokens = None if structure is None else structure.chunk_tokens
+
+    def flops(qk_channels: int, v_channels: int) -> float:
+        whole = core_attention_flops(
+            num_seqs=recipe.micro_batch_size,
+            seq_len=recipe.seq_len,
+            num_heads=num_heads,
+            qk_dim=qk_channels,
+            v_dim=v_channels,
+            window_tokens=window_tokens,
+            chunk_tokens=chunk_tokens,
+            causal_half=True,
+        )
+        return whole / (parallel.tensor * parallel.context)
+
+    seq_len = min(recipe.seq_len, window_tokens or recipe.seq_len, chunk_tokens or recipe.seq_len)
+    backward = (Pass.DGRAD, flops(3 * qk_dim, 2 * v_dim))
+    forward = [(in_pass, flops(qk_dim, v_dim)) for in_pass in tally.forward_passes(_CORE)]
+    for in_pass, num_flops in (*forward, backward):
+        tally.operations.append(
+            AttentionCore(
+                in_pass=in_pass,
+                num_flops=num_flops,
+                seq_len=seq_len,
+                context=parallel.context,
+                qk_head_dim=qk_dim,
+                v_head_dim=v_dim,
+            )
+        )

@@ -1,0 +1,156 @@
+"""Collects the operations of one layer: a product brings its gradients and, recomputed, itself again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe_bench.projection.work.operations import Gemm, MemoryBound, Number, Operation, Part, Pass
+from moe_bench.spec.recipe import GraphModule, Precision, Recipe, RecomputeModule
+
+NUMBERS: dict[Precision, Number] = {
+    "bf16": Number.BF16,
+    "fp8_delayed": Number.FP8_TENSORWISE,
+    "fp8_tensorwise": Number.FP8_TENSORWISE,
+    "fp8_rowwise": Number.FP8_TENSORWISE,
+    "fp8_blockwise": Number.FP8_BLOCKWISE,
+    "mxfp8": Number.MXFP8,
+    "nvfp4": Number.NVFP4,
+}
+"""Format of the matrix products by a recipe's precision; FP32 training is not projected."""
+
+_READS_PER_QUANTIZATION = {"fp8_tensorwise": 2, "nvfp4": 2}
+"""Current scaling reads a tensor for its largest value before it quantizes it; NVFP4 for its global scale."""
+
+_FUSED_QUANTIZATION = 0.25
+"""Of the bytes, what is left where Transformer Engine's fused grouped MLP quantizes in the epilogue of the
+product before: the dispatched tokens at its start."""
+
+_BF16_BYTES = 2
+
+Modules = frozenset[RecomputeModule]
+NO_MODULES: Modules = frozenset()
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """The operations of one layer of `recipe`, added part by part."""
+
+    recipe: Recipe
+    number: Number
+    """Format of this layer's matrix products."""
+    is_whole_recomputed: bool = False
+    """Whether the backward pass runs the whole layer forward again."""
+    stops_early: bool = False
+    """Whether that ends where the last saved tensor is back, as torch's own checkpointing does: the products
+    and messages behind it do not run again."""
+    operations: list[Operation] = field(default_factory=list)
+    num_launches: float = 0.0
+
+    def gemm(
+        self,
+        part: Part,
+        rows: float,
+        inner: float,
+        columns: float,
+        *,
+        num_groups: int = 1,
+        number: Number | None = None,
+        repeated_by: Modules = NO_MODULES,
+        is_last: bool = False,
+    ) -> None:
+        """A projection of `inner` to `columns` channels for `rows` tokens, per group.
+
+        Y = X W, dX = dY W^T and dW += X^T dY. `is_last` says that nothing behind it is kept for the gradient.
+        """
+        form = self.number if number is None else number
+        for in_pass in self.forward_passes(repeated_by, is_last=is_last):
+            self.operations.append(
+                Gemm(
+                    part=part,
+                    in_pass=in_pass,
+                    num_rows=rows,
+                    num_inner=inner,
+                    num_columns=columns,
+                    num_groups=num_groups,
+                    number=form,
+                )
+            )
+        self.operations.append(
+            Gemm(
+                part=part,
+                in_pass=Pass.DGRAD,
+                num_rows=rows,
+                num_inner=columns,
+                num_columns=inner,
+                num_groups=num_groups,
+                number=form,
+            )
+        )
+        self.operations.append(
+            Gemm(
+                part=part,
+                in_pass=Pass.WGRAD,
+                num_rows=columns,
+                num_inner=rows,
+                num_columns=inner,
+                num_groups=num_groups,
+                number=form,
+                accumulates=True,
+            )
+        )
+        if form is not Number.BF16:
+            self._quantize(part, num_groups * rows, inner, columns, repeated_by)
+
+    def move(
+        self,
+        part: Part,
+        *,
+        forward_bytes: float,
+        backward_bytes: float,
+        repeated_by: Modules = NO_MODULES,
+        is_last: bool = False,
+    ) -> None:
+        """An operation bound by memory, and its gradient's."""
+        for in_pass in self.forward_passes(repeated_by, is_last=is_last):
+            self.operations.append(MemoryBound(part=part, in_pass=in_pass, num_bytes=forward_bytes))
+        if backward_bytes:
+            self.operations.append(MemoryBound(part=part, in_pass=Pass.DGRAD, num_bytes=backward_bytes))
+
+    def launch(self, count: float, *, captured_by: GraphModule | None = None) -> None:
+        """Kernels that the host starts for one part, forward and backward; none inside a CUDA graph."""
+        graphs = self.recipe.cuda_graphs
+        if graphs.implementation == "full_iteration":
+            return
+        is_captured = not graphs.modules or captured_by in graphs.modules
+        if graphs.implementation == "none" or not is_captured:
+            self.num_launches += count
+
+    def forward_passes(self, repeated_by: Modules, *, is_last: bool = False) -> tuple[Pass, ...]:
+        """The passes in which a forward operation of these modules runs."""
+        if is_last and self.stops_early:
+            return (Pass.FORWARD,)
+        recompute = self.recipe.recompute
+        is_selected = recompute.granularity == "selective" and bool(repeated_by & set(recompute.modules))
+        if self.is_whole_recomputed or is_selected:
+            return (Pass.FORWARD, Pass.RECOMPUTE)
+        return (Pass.FORWARD,)
+
+    @property
+    def fuses_epilogues(self) -> bool:
+        """Whether the experts run in Transformer Engine's fused grouped MLP, which knows no biases."""
+        return self.recipe.kernels.op_fuser and not self.recipe.model.linear_bias
+
+    def _quantize(self, part: Part, rows: float, inner: float, columns: float, repeated_by: Modules) -> None:
+        """Input and output gradient quantized, each row-wise for one product and column-wise for another:
+        read in BF16 and written twice. Weights are quantized once per step and kept (Transformer Engine's
+        is_first_microbatch), which is left out.
+        """
+        fused = _FUSED_QUANTIZATION if part is Part.EXPERTS and self.fuses_epilogues else 1.0
+        reads = _READS_PER_QUANTIZATION.get(self.recipe.precision, 1)
+        per_element = fused * (reads * _BF16_BYTES + 2 * self.number.element_bytes)
+        self.move(
+            Part.QUANTIZATION,
+            forward_bytes=rows * inner * per_element,
+            backward_bytes=rows * columns * per_element,
+            repeated_by=repeated_by,
+        )

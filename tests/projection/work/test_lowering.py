@@ -1,0 +1,150 @@
+"""The operations that a recipe is lowered to do the work that the accounting counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from moe_bench.analysis.collectives import Group, Phase
+from moe_bench.analysis.comms import step_transfers
+from moe_bench.analysis.rank_flops import rank_flops
+from moe_bench.errors import BadInputError
+from moe_bench.projection.work.lowering import lower
+from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Part, Pass
+from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
+from moe_bench.spec.load import Loader
+from moe_bench.spec.recipe import Recipe
+
+LOADER = Loader(root=recipes_root(), rules=())
+ALL = tuple(f"{path.parent.name}/{path.stem}" for path in recipe_paths(recipes_root()))
+
+
+def recipe_named(name: str, *changes: str) -> Recipe:
+    return LOADER.recipe(find_recipe(name, LOADER), changes=changes)
+
+
+def flops_of_rank(recipe: Recipe, pipeline_rank: int) -> dict[Pass, float]:
+    """FLOPs of all lowered products and attention cores of one rank over a step, by pass."""
+    lowered = lower(recipe)
+    totals = dict.fromkeys(Pass, 0.0)
+    for chunk in lowered.chunks:
+        if chunk.pipeline_rank != pipeline_rank:
+            continue
+        works = [(lowered.kinds[kind], number) for kind, number in chunk.layers.items()]
+        works += [(lowered.loss, 1)] if chunk.has_loss else []
+        for work, number in works:
+            for operation in work.operations:
+                if not isinstance(operation, MemoryBound):
+                    totals[operation.in_pass] += number * recipe.num_micro_batches * operation.num_flops
+    return totals
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_product_of_the_accounting_is_priced_in_its_pass(name: str) -> None:
+    recipe = recipe_named(name)
+    for pipeline_rank in {0, recipe.parallel.pipeline // 2, recipe.parallel.pipeline - 1}:
+        counted = rank_flops(recipe, pipeline_rank)
+        lowered = flops_of_rank(recipe, pipeline_rank)
+        expected = {
+            Pass.FORWARD: sum(line.forward_flops for line in counted),
+            Pass.DGRAD: sum(line.dgrad_flops for line in counted),
+            Pass.WGRAD: sum(line.wgrad_flops for line in counted),
+            Pass.RECOMPUTE: sum(line.recompute_flops for line in counted),
+        }
+        for in_pass, flops in expected.items():
+            assert lowered[in_pass] == pytest.approx(flops, rel=1e-6), (pipeline_rank, in_pass)
+
+
+def test_messages_carry_the_bytes_that_the_accounting_counts() -> None:
+    recipe = recipe_named("deepseek_v3/h100_sxm_1024g_fp8_blockwise")
+    lowered = lower(recipe)
+    for pipeline_rank in range(recipe.parallel.pipeline):
+        counted = sum(
+            transfer.num_bytes
+            for transfer in step_transfers(recipe, pipeline_rank)
+            if transfer.place.startswith(("decoder", "mtp")) and transfer.phase is not Phase.PIPELINE
+        )
+        carried = sum(
+            number * message.num_bytes
+            for chunk in lowered.chunks
+            if chunk.pipeline_rank == pipeline_rank
+            for kind, number in chunk.layers.items()
+            for message in lowered.kinds[kind].messages
+            if message.group is not Group.CONTEXT
+        )
+        assert carried * recipe.num_micro_batches == pytest.approx(counted, rel=0.02)
+
+
+def of(recipe: Recipe, kind: type, part: Part | None = None) -> Iterator[Gemm | MemoryBound | AttentionCore]:
+    for work in lower(recipe).kinds.values():
+        for operation in work.operations:
+            if isinstance(operation, kind) and (part is None or getattr(operation, "part", None) is part):
+                yield operation
+
+
+def test_experts_are_products_of_local_experts_with_their_tokens() -> None:
+    recipe = recipe_named("qwen3_30b_a3b/h100_sxm_16g_bf16")
+    first = next(iter(of(recipe, Gemm, Part.EXPERTS)))
+    assert isinstance(first, Gemm)
+    local = 128 // recipe.parallel.expert
+    tokens = recipe.seq_len * recipe.micro_batch_size * 8 / local
+    assert (first.num_groups, first.num_rows, first.num_inner, first.num_columns) == (
+        local,
+        tokens,
+        2048,
+        2 * 768,
+    )
+
+
+def test_full_recompute_runs_every_forward_operation_of_a_layer_again() -> None:
+    recipe = recipe_named(
+        "qwen3_30b_a3b/h100_sxm_16g_bf16", "recompute.granularity=full", "recompute.num_layers=1"
+    )
+    work = next(iter(lower(recipe).kinds.values()))
+    forward = [operation for operation in work.operations if operation.in_pass is Pass.FORWARD]
+    again = [operation for operation in work.operations if operation.in_pass is Pass.RECOMPUTE]
+    assert len(forward) == len(again) > 0
+
+
+def test_selective_recompute_of_the_activation_moves_its_bytes_again_and_multiplies_nothing() -> None:
+    recipe = recipe_named(
+        "qwen3_30b_a3b/h100_sxm_16g_bf16", "recompute.granularity=selective", "recompute.modules=[moe_act]"
+    )
+    again = [
+        operation
+        for work in lower(recipe).kinds.values()
+        for operation in work.operations
+        if operation.in_pass is Pass.RECOMPUTE
+    ]
+    assert again
+    assert all(isinstance(operation, MemoryBound) and operation.part is Part.EXPERTS for operation in again)
+
+
+def test_a_loaded_rank_multiplies_that_many_more_rows() -> None:
+    recipe = recipe_named("qwen3_30b_a3b/h100_sxm_16g_bf16")
+
+    def expert_flops(load: float) -> float:
+        return sum(
+            operation.num_flops
+            for work in lower(recipe, load=load).kinds.values()
+            for operation in work.operations
+            if isinstance(operation, Gemm) and operation.part is Part.EXPERTS
+        )
+
+    assert expert_flops(1.5) == pytest.approx(1.5 * expert_flops(1.0))
+
+
+def test_a_graph_of_the_whole_step_leaves_the_host_nothing_to_launch() -> None:
+    eager = recipe_named("qwen3_30b_a3b/h100_sxm_16g_bf16", "cuda_graphs.implementation=none")
+    graphed = eager.model_copy(
+        update={"cuda_graphs": eager.cuda_graphs.model_copy(update={"implementation": "full_iteration"})}
+    )
+    assert all(work.num_launches > 100 for work in lower(eager).kinds.values())
+    assert all(work.num_launches == 0 for work in lower(graphed).kinds.values())
+
+
+def test_fp32_is_refused_with_the_precisions_that_have_rates() -> None:
+    recipe = recipe_named("qwen3_30b_a3b/h100_sxm_16g_bf16").model_copy(update={"precision": "fp32"})
+    with pytest.raises(BadInputError, match="precision fp32 is not projected"):
+        lower(recipe)
