@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_bench.analysis.activations import activation_element_bytes
 from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.fsdp_memory import fsdp_in_flight
+from moe_bench.analysis.outside_memory import outside_bytes
 from moe_bench.analysis.params import Part, RankParams, rank_params, rank_weights
 from moe_bench.analysis.resident_memory import resident_bytes
 from moe_bench.analysis.schedule_memory import step_peak
@@ -68,6 +69,8 @@ class RankMemory:
     """Received from pipeline neighbours."""
     gathered_bytes: int
     """Whole weights that Megatron-FSDP gathers."""
+    outside_bytes: int
+    """At most, outside of torch's allocator or of no use to it: the dispatcher's buffers, CUDA graphs."""
     peak_at: str
     """Which pass through which part of the model it is: `backward of experts`."""
 
@@ -127,8 +130,8 @@ class MemoryFit:
 
 
 def needed_bytes(memory: RankMemory) -> int:
-    """The closed form with its margins: M = (1 + 3 %) total + 2.5 GiB, see the constants above."""
-    return round((1 + FRAGMENTATION_FRACTION) * memory.total_bytes) + CONTEXT_BYTES
+    """The closed form with its margins: M = (1 + 3 %) total + 2.5 GiB + what is outside of it, see above."""
+    return round((1 + FRAGMENTATION_FRACTION) * memory.total_bytes) + CONTEXT_BYTES + memory.outside_bytes
 
 
 def memory_fit(recipe: Recipe, *, load: float = 1.0) -> MemoryFit:
@@ -162,8 +165,8 @@ def rank_memory(recipe: Recipe, pipeline_rank: int) -> RankMemory:
     """Peak memory of pipeline rank `pipeline_rank`.
 
     Left out: the optimizer step, which never was the fullest moment, with the FP32 copies of BF16 gradients
-    that an optimizer without `main_params_dtype` support makes in it; buffers of DeepEP and HybridEP; CUDA
-    graph pools.
+    that an optimizer without `main_params_dtype` support makes in it. Buffers of dispatchers and CUDA graphs
+    are in the margins alone (`outside_bytes`).
     """
     return _rank_memory(recipe, pipeline_rank, ModelMemory(recipe))
 
@@ -179,17 +182,21 @@ def _rank_memory(recipe: Recipe, pipeline_rank: int, model: ModelMemory) -> Rank
     params = rank_params(recipe, pipeline_rank)
     peak = step_peak(recipe, [model.chunk(chunk) for chunk in chunks], vector_bytes=model.sizes.vector_bytes)
     whole = fsdp_in_flight(recipe, chunks)
+    activations = peak.held.activations_bytes + resident_bytes(recipe, chunks, model)
+    backward = peak.held.backward_bytes + whole.gradients_bytes
+    passing = activations + peak.held.recomputed_bytes + backward
     return RankMemory(
         pipeline_rank=pipeline_rank,
         weights_bytes=weights_bytes(recipe, params) + _quantized_bytes(recipe, pipeline_rank),
         gradients_bytes=gradients_bytes(recipe, params),
         optimizer_bytes=optimizer_bytes(recipe, params),
         inputs_bytes=inputs_bytes(recipe),
-        activations_bytes=peak.held.activations_bytes + resident_bytes(recipe, chunks, model),
+        activations_bytes=activations,
         recomputed_bytes=peak.held.recomputed_bytes,
-        backward_bytes=peak.held.backward_bytes + whole.gradients_bytes,
+        backward_bytes=backward,
         pipeline_bytes=peak.pipeline_bytes,
         gathered_bytes=whole.weights_bytes,
+        outside_bytes=outside_bytes(recipe, chunks, passing_bytes=passing),
         peak_at=f"{peak.phase} of {peak.place}",
     )
 

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_bench.analysis.chunk_memory import ModelMemory
+from moe_bench.analysis.dispatch_buffers import dispatch_buffer_bytes
 from moe_bench.analysis.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -21,6 +22,7 @@ from moe_bench.spec.load import Loader
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import (
+    CudaGraphs,
     Fusions,
     KernelSpec,
     LowPrecision,
@@ -246,6 +248,20 @@ def test_the_parts_add_up_and_the_margins_come_on_top(deepseek_256: Recipe) -> N
         )
         assert stage.total_bytes == sum(stage.bytes_by_category.values())
         assert needed_bytes(stage) > stage.total_bytes + CONTEXT_BYTES
+
+
+def test_buffers_and_graphs_are_in_the_margin_alone(deepseek_256: Recipe) -> None:
+    plain = rank_memory(deepseek_256, 1)
+    whole = rank_memory(
+        deepseek_256.model_copy(update={"cuda_graphs": CudaGraphs(implementation="full_iteration")}), 1
+    )
+    assert whole.total_bytes == plain.total_bytes
+    passing = plain.activations_bytes + plain.recomputed_bytes + plain.backward_bytes
+    assert needed_bytes(whole) - needed_bytes(plain) == passing
+    dispatch = deepseek_256.dispatch.model_copy(update={"dispatcher": "deepep"})
+    buffered = deepseek_256.model_copy(update={"dispatch": dispatch})
+    assert rank_memory(buffered, 1).outside_bytes == dispatch_buffer_bytes(buffered)
+    assert plain.outside_bytes == 0
 
 
 def test_recomputation_decides_whether_deepseek_fits_256_gpus(deepseek_256: Recipe) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_bench.analysis.dispatch_buffers import dispatch_buffer_bytes
-from moe_bench.analysis.layer_sizes import layer_sizes
-from moe_bench.analysis.memory import CONTEXT_BYTES, RankMemory, memory_fit, needed_bytes
+from moe_bench.analysis.memory import CONTEXT_BYTES, memory_fit, needed_bytes
 from moe_bench.analysis.memory_verdict import MemoryVerdict, bounds_verdict
+from moe_bench.analysis.outside_memory import buffer_bytes
 from moe_bench.errors import BadInputError
 from moe_bench.projection.rows.inference import Configured, InferredRun
 from moe_bench.projection.rows.memory_rules import OPERATOR_CHECKPOINTING
@@ -64,7 +63,7 @@ def run_memory(run: InferredRun | Configured) -> RunMemory:
     return RunMemory(
         held_bytes=fullest.total_bytes,
         reserved_bytes=reserved,
-        needed_bytes=reserved + CONTEXT_BYTES + _buffer_bytes(recipe),
+        needed_bytes=reserved + CONTEXT_BYTES + buffer_bytes(recipe),
         usable_bytes=_usable_bytes(recipe),
         pipeline_rank=fullest.pipeline_rank,
         peak_at=fullest.peak_at,
@@ -74,16 +73,16 @@ def run_memory(run: InferredRun | Configured) -> RunMemory:
 def recipe_memory(recipe: Recipe) -> RunMemory:
     """Memory of `recipe` on Megatron-Core. Raises BadInputError for a system without GPU.
 
-    What is needed at most is what is held with the margins of analysis/memory.py, the dispatcher's buffers,
-    what CUDA graphs add, and what natural routing brings to the busiest rank.
+    What is needed at most is what is held with the margins of analysis/memory.py, and what natural routing
+    brings to the busiest rank.
     """
     least, most = _loads(recipe)
     worst = memory_fit(recipe, load=least).worst
-    needed = needed_bytes(worst if most == least else memory_fit(recipe, load=most).worst)
+    upper = worst if most == least else memory_fit(recipe, load=most).worst
     return RunMemory(
         held_bytes=worst.total_bytes,
-        reserved_bytes=needed_bytes(worst) - CONTEXT_BYTES,
-        needed_bytes=needed + _buffer_bytes(recipe) + _graph_bytes(recipe, worst),
+        reserved_bytes=needed_bytes(worst) - CONTEXT_BYTES - worst.outside_bytes,
+        needed_bytes=needed_bytes(upper),
         usable_bytes=_usable_bytes(recipe),
         pipeline_rank=worst.pipeline_rank,
         peak_at=worst.peak_at,
@@ -98,30 +97,6 @@ def _usable_bytes(recipe: Recipe) -> int:
             "of recipes/systems that has"
         )
     return gpu.usable_bytes
-
-
-def _buffer_bytes(recipe: Recipe) -> int:
-    """The dispatcher's, outside of torch's allocator; what no source sizes is left out."""
-    if recipe.parallel.expert == 1:
-        return 0
-    return dispatch_buffer_bytes(recipe) or 0
-
-
-def _graph_bytes(recipe: Recipe, worst: RankMemory) -> int:
-    """Of CUDA graphs: static tensors of captured layers, or what one graph per iteration cannot use.
-
-    Graphs of layers keep an input of their own and both its gradients, 3 a t H each (transformer_engine
-    2.20.2, pytorch/graph.py). For one per iteration, what the iterations before the capture leave in the
-    allocator is of no use to its private pool: 60.9 GB inactive after the first where the next allocation
-    fails (NVIDIA-NeMo/Megatron-Bridge #4587), and no size of the model fits a B200 (#5356).
-    """
-    graphs = recipe.cuda_graphs
-    if graphs.implementation == "full_iteration":
-        return worst.activations_bytes + worst.recomputed_bytes + worst.backward_bytes
-    if graphs.implementation == "none" or (graphs.modules and "attn" not in graphs.modules):
-        return 0
-    num_layers = -(-recipe.model.num_layers // recipe.parallel.pipeline)
-    return 3 * layer_sizes(recipe).vector_bytes * num_layers
 
 
 def _loads(recipe: Recipe) -> tuple[float, float]:

@@ -33,7 +33,7 @@ MEMORY_PARTS = {
     "optimizer": "optimizer states",
     "activations": "activations",
     "transient": "transients",
-    "margin": "margins: context, fragmentation",
+    "margin": "margins: context, fragmentation, buffers, CUDA graphs",
 }
 
 
