@@ -1,4 +1,4 @@
-"""The accuracy of projections under cross-validation, as the tables of docs/projection.md and README.md.
+"""The accuracy of projections, of step time and memory, as the tables of docs/projection.md and README.md.
 
     python benchmarks/accuracy_table.py            # prints them, and the widths of the intervals
     python benchmarks/accuracy_table.py --write    # writes them into both pages and projection/interval.py
@@ -13,11 +13,21 @@ import re
 from pathlib import Path
 from typing import get_args
 
+from moe_bench.projection.accuracy.memory import load_evidence, memory_record
 from moe_bench.projection.accuracy.step_time import accuracy_of, projectable
 from moe_bench.projection.rows.folds import FoldBy
 from moe_bench.projection.rows.inference import load_catalogue
-from moe_bench.report.accuracy_page import accuracy_page, readme_table, replaced, widths
+from moe_bench.report.accuracy_page import (
+    BEGIN,
+    END,
+    MEMORY_MARKS,
+    accuracy_page,
+    readme_table,
+    replaced,
+    widths,
+)
 from moe_bench.report.accuracy_view import Accuracy
+from moe_bench.report.memory_record_view import memory_record_markdown
 from moe_bench.results.published import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,17 +41,22 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true")
     is_written = parser.parse_args().write
-    found = projectable(load_rows(ROOT / "results" / "published"), load_catalogue(ROOT / "recipes"))
+    published = ROOT / "results" / "published"
+    rows, catalogue = load_rows(published), load_catalogue(ROOT / "recipes")
+    found = projectable(rows, catalogue)
     by_fold = {
         fold: Accuracy(found=found, results=accuracy_of(found, left_out=fold), left_out=fold)
         for fold in get_args(FoldBy)
     }
-    for path, table in (
-        (ROOT / "docs" / "projection.md", accuracy_page(by_fold)),
-        (ROOT / "README.md", readme_table(by_fold)),
+    memory = memory_record_markdown(memory_record(rows, load_evidence(published / "known"), catalogue))
+    for path, table, marks in (
+        (ROOT / "docs" / "projection.md", accuracy_page(by_fold), (BEGIN, END)),
+        (ROOT / "docs" / "projection.md", memory, MEMORY_MARKS),
+        (ROOT / "README.md", readme_table(by_fold), (BEGIN, END)),
     ):
         if is_written:
-            path.write_text(replaced(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+            page = replaced(path.read_text(encoding="utf-8"), table, marks=marks)
+            path.write_text(page, encoding="utf-8")
         else:
             print(table, end="\n\n")
     source = INTERVAL.read_text(encoding="utf-8")

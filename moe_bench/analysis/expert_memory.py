@@ -41,6 +41,11 @@ class ExpertHalf:
         if rows.shared_ffn:
             recomputes = "shared_experts" in sizes.recomputes
             self._shared = Mlp(recipe, sizes, name="shared", ffn=rows.shared_ffn, recomputes=recomputes)
+        self._shared_input_bytes = 0
+        """Of shared experts beside the dispatch, which gather their input themselves and keep it whole:
+        a T H (moe/shared_experts.py, pre_forward_comm)."""
+        if rows.shared_ffn and recipe.overlap.shared_experts and sizes.is_split:
+            self._shared_input_bytes = sizes.gathered_bytes
         self._router_input_bytes = FP32_BYTES * sizes.sharded_tokens * sizes.hidden_size
         self.weights: tuple[Weight, ...] = self._products.weights
         if self._shared is not None:
@@ -78,7 +83,7 @@ class ExpertHalf:
         gradients = ["grad_mlp_norm_router"]
         if self._shared is not None:
             self._shared.backward(live)
-            live.free_if_held("shared_output")
+            live.free_if_held("shared_output", "shared_input")
             gradients.append("grad_mlp_norm_shared")
         norm_backward(live, sizes, *gradients)
         live.free_if_held("experts_output")
@@ -87,9 +92,11 @@ class ExpertHalf:
         """From the norm's output to `experts_output`."""
         sizes = self._sizes
         if self._shared is not None:
+            if self._shared_input_bytes:
+                live.make("shared_input", self._shared_input_bytes)
             self._shared.forward(live)
             if not is_saved:
-                live.free_if_held("shared_up", "shared_hidden")
+                live.free_if_held("shared_input", "shared_up", "shared_hidden")
         self._route(live)
         self._dispatch(live)
         self._products.forward(live, is_saved=is_saved)

@@ -10,6 +10,7 @@ from moe_bench.projection.interval import HalfWidths, half_widths
 from moe_bench.report.accuracy_view import GROUPS, Accuracy, sentences
 
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
+MEMORY_MARKS = "<!-- memory: begin -->", "<!-- memory: end -->"
 HEADINGS = ("MAPE", "median", "bias", "p90", "naive MAPE")
 _PER_CENT = 100
 
@@ -35,13 +36,13 @@ def readme_table(by_fold: Mapping[str, Accuracy]) -> str:
     return "\n".join(_table("rows, model family left out", groups))
 
 
-def replaced(page: str, table: str) -> str:
+def replaced(page: str, table: str, *, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """`page` with `table` between its marks. Raises ValueError where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"no {BEGIN} and {END} in the page")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+        raise ValueError(f"no {marks[0]} and {marks[1]} in the page")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def printed_errors(page: str) -> dict[str, tuple[float, ...]]:

@@ -214,6 +214,19 @@ def test_a_rank_with_busy_experts_keeps_the_rows_that_it_receives_beyond_the_mea
     assert pipeline_memory(deepseek_256, load=1.0) == pipeline_memory(deepseek_256)
 
 
+def test_shared_experts_beside_the_dispatch_keep_the_sequence_that_they_gathered(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    plain = make_recipe(
+        models["moonlight_16b_a3b"], ParallelSpec(num_gpus=8, tensor=2, expert=8, sequence_parallel=True)
+    )
+    beside = plain.model_copy(update={"overlap": plain.overlap.model_copy(update={"shared_experts": True})})
+    kept = [
+        ModelMemory(recipe).layer(is_moe=True, is_recomputed=False).kept_bytes for recipe in (plain, beside)
+    ]
+    assert kept[1] - kept[0] == 2 * 4096 * 2048
+
+
 def test_memory_never_falls_with_skew(deepseek_256: Recipe) -> None:
     needs = [
         needed_bytes(memory_fit(deepseek_256, load=load).worst) for load in (1.0, 1.01, 1.1, 1.5, 2.0, 4.0)

@@ -181,5 +181,5 @@ def test_the_documented_table_is_the_record() -> None:
     page = Path(REPOSITORY / "docs" / "projection.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- memory: begin -->\n")[2].partition("<!-- memory: end -->")[0]
     assert shown.strip() == memory_record_markdown(record()), (
-        "write memory_record_markdown() between the marks of docs/projection.md"
+        "run `python benchmarks/accuracy_table.py --write`"
     )
