@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.analysis.memory import memory_fit, pipeline_memory
+from moe_bench.analysis.memory_verdict import MemoryVerdict, verdict
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.row_recipe import disagreements, drift_problems
 from moe_bench.spec.catalogue import recipe_paths
@@ -92,7 +93,10 @@ def test_a_16_layer_stage_of_the_default_of_deepseek_v3_holds_46_gib_of_states()
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_fits_its_gpu(name: str) -> None:
-    assert memory_fit(load(name)).fits
+    """With one CUDA graph per iteration the upper bound is too wide to say so, of rows that ran."""
+    recipe = load(name)
+    has_one_graph = recipe.cuda_graphs.implementation == "full_iteration"
+    assert verdict(memory_fit(recipe)) is (MemoryVerdict.TOO_CLOSE if has_one_graph else MemoryVerdict.FITS)
 
 
 def test_a_changed_recipe_no_longer_agrees_with_its_row() -> None:
