@@ -20,7 +20,7 @@ from moe_bench.analysis.layer_comms import (
     runs_quantized,
 )
 from moe_bench.analysis.state_comms import state_calls
-from moe_bench.spec.pipeline import Chunk, embedding_pipeline_ranks, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk, embedding_pipeline_ranks
 from moe_bench.spec.recipe import Recipe
 
 SHAPE_BYTES = 24
@@ -53,9 +53,7 @@ def step_transfers(recipe: Recipe, pipeline_rank: int) -> tuple[Transfer, ...]:
     Tensor-, context-, expert- and data-parallel peers carry the same, but for the ends of a ring and what a
     shard of Megatron-FSDP sums over TP: the first rank's are taken.
     """
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     own = [chunk for chunk in chunks if chunk.pipeline_rank == pipeline_rank]
     sizes = _group_sizes(recipe)
     calls: list[tuple[Phase, str, int, Call]] = []

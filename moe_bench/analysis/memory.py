@@ -13,7 +13,6 @@ from moe_bench.analysis.params import Part, RankParams, rank_params, rank_weight
 from moe_bench.analysis.resident_memory import resident_bytes
 from moe_bench.analysis.schedule_memory import step_peak
 from moe_bench.errors import BadInputError
-from moe_bench.spec.pipeline import pipeline_chunks
 from moe_bench.spec.recipe import Precision, Recipe, StateDtype
 
 GIB = 1024**3
@@ -24,7 +23,7 @@ communicators on one node, 1 to 3 GiB at scale)."""
 FRAGMENTATION_FRACTION = 0.03
 """Reserved beyond allocated memory with expandable segments; without them 9 % and more have been seen."""
 
-_DTYPE_BYTES: Mapping[StateDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+STATE_BYTES: Mapping[StateDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 _QUANTIZED_COPY_BYTES: Mapping[Precision, float] = {
     "fp8_delayed": 2.0,
@@ -139,13 +138,19 @@ def memory_fit(recipe: Recipe, *, load: float = 1.0) -> MemoryFit:
 
     Raises BadInputError for a system without GPU.
     """
+    usable = usable_bytes(recipe)
+    return MemoryFit(ranks=pipeline_memory(recipe, load=load), usable_bytes=usable)
+
+
+def usable_bytes(recipe: Recipe) -> int:
+    """What the recipe's GPU can hold. Raises BadInputError for a system without GPU."""
     gpu = recipe.system.gpu
     if gpu is None:
         raise BadInputError(
             f"{recipe.name}: system {recipe.system.key} has no GPU whose memory could be filled; "
             "choose a system of recipes/systems with one"
         )
-    return MemoryFit(ranks=pipeline_memory(recipe, load=load), usable_bytes=gpu.usable_bytes)
+    return gpu.usable_bytes
 
 
 def fits(recipe: Recipe) -> bool:
@@ -172,13 +177,7 @@ def rank_memory(recipe: Recipe, pipeline_rank: int) -> RankMemory:
 
 
 def _rank_memory(recipe: Recipe, pipeline_rank: int, model: ModelMemory) -> RankMemory:
-    chunks = [
-        chunk
-        for chunk in pipeline_chunks(
-            recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-        )
-        if chunk.pipeline_rank == pipeline_rank
-    ]
+    chunks = [chunk for chunk in recipe.chunks() if chunk.pipeline_rank == pipeline_rank]
     params = rank_params(recipe, pipeline_rank)
     peak = step_peak(recipe, [model.chunk(chunk) for chunk in chunks], vector_bytes=model.sizes.vector_bytes)
     whole = fsdp_in_flight(recipe, chunks)
@@ -226,7 +225,7 @@ def gradients_bytes(recipe: Recipe, params: RankParams) -> int:
     Megatron-Core).
     """
     is_sharded = recipe.parallel.data_sharding == "megatron_fsdp" and recipe.parallel.fsdp_strategy != "optim"
-    return _state_bytes(recipe, params, _DTYPE_BYTES[recipe.optimizer.gradient_dtype], is_sharded=is_sharded)
+    return _state_bytes(recipe, params, STATE_BYTES[recipe.optimizer.gradient_dtype], is_sharded=is_sharded)
 
 
 def optimizer_bytes(recipe: Recipe, params: RankParams) -> int:
@@ -238,10 +237,10 @@ def optimizer_bytes(recipe: Recipe, params: RankParams) -> int:
     (`store_param_remainders`), two bytes less, which is not credited.
     """
     optimizer = recipe.optimizer
-    moments = [_DTYPE_BYTES[optimizer.exp_avg_dtype]]
+    moments = [STATE_BYTES[optimizer.exp_avg_dtype]]
     if optimizer.name == "adam":
-        moments.append(_DTYPE_BYTES[optimizer.exp_avg_sq_dtype])
-    main = 0 if recipe.precision == "fp32" else _DTYPE_BYTES[optimizer.main_params_dtype]
+        moments.append(STATE_BYTES[optimizer.exp_avg_sq_dtype])
+    main = 0 if recipe.precision == "fp32" else STATE_BYTES[optimizer.main_params_dtype]
     whole = _state_bytes(
         recipe, params, main + sum(moments), is_sharded=recipe.parallel.data_sharding != "none"
     )

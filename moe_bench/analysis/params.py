@@ -20,7 +20,7 @@ from moe_bench.spec.model import (
     ModelSpec,
     SparseIndexer,
 )
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import KernelFamily, Recipe
 
 
@@ -435,9 +435,7 @@ class RankParams:
 def rank_weights(recipe: Recipe, pipeline_rank: int) -> PartWeights:
     """Parameters of one pipeline rank before tensor and expert parallelism divide them."""
     model = recipe.model
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     return sum_parts(
         chunk_weights(
             model,

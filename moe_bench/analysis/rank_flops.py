@@ -35,7 +35,7 @@ from moe_bench.spec.model import (
     MultiLatentAttention,
     SparseIndexer,
 )
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe, RecomputeModule
 
 EXPERT_BIAS = "expert_bias"
@@ -87,9 +87,7 @@ class _Product:
 
 def rank_flops(recipe: Recipe, pipeline_rank: int) -> tuple[RankFlops, ...]:
     """Everything that a rank of pipeline rank `pipeline_rank` multiplies in one step."""
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     own = [chunk for chunk in chunks if chunk.pipeline_rank == pipeline_rank]
     return tuple(line for chunk in own for line in _chunk(recipe, chunk))
 

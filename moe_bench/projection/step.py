@@ -13,7 +13,10 @@ from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.evidence.grade import Grade
 from moe_bench.projection.layer_time import LayerTimes
 from moe_bench.projection.pricing import PARTS, PASSES
-from moe_bench.projection.schedule.simulation import ChunkTime, ScheduleKind, Timeline, simulate
+from moe_bench.projection.schedule.choice import schedule_shape
+from moe_bench.projection.schedule.megatron import TransferRule
+from moe_bench.projection.schedule.shape import ScheduleKind
+from moe_bench.projection.schedule.simulation import ChunkTime, Timeline, simulate_shape
 from moe_bench.projection.step_time import StepTable, StepTimes, step_table, step_times, sync_seconds
 from moe_bench.projection.step_work import StepWork, step_work
 from moe_bench.projection.sync_windows import exposed_s, gathering_windows_s, reduction_windows_s
@@ -125,15 +128,11 @@ def simulated(work: StepWork, layers: LayerTimes, *, first_layer: int, transfer_
         return None
     overlaps = recipe.overlap.p2p and parallel.virtual_pipeline > 1
     choices = work.schedule.overlap_choices
-    return simulate(
-        work.schedule,
-        num_ranks=parallel.pipeline,
-        num_virtual=parallel.virtual_pipeline,
-        num_micro_batches=recipe.num_micro_batches,
-        micro_batch_group_size=parallel.micro_batch_group_size or parallel.pipeline,
+    return simulate_shape(
+        schedule_shape(recipe, work.schedule),
+        TransferRule(overlaps=overlaps if overlaps in choices else choices[0], waits_for_sends=False),
         chunks=[_chunk_time(work, layers, first_layer, counts) for counts in work.chunk_counts],
         transfer_s=transfer_s,
-        overlaps_transfer=overlaps if overlaps in choices else choices[0],
     )
 
 

@@ -7,20 +7,19 @@ from dataclasses import dataclass, replace
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
 from moe_bench.analysis.collectives import Collective, Group, Phase
+from moe_bench.analysis.memory import STATE_BYTES
 from moe_bench.analysis.params import rank_params
 from moe_bench.analysis.state_comms import gradient_bytes, state_calls
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fabric import Fabric, LinkTime
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
-from moe_bench.projection.schedule.choice import schedule_kind, schedule_shape
+from moe_bench.projection.schedule.choice import overlaps_experts, schedule_kind, schedule_shape
 from moe_bench.projection.schedule.shape import ScheduleKind, ScheduleShape
 from moe_bench.projection.work.load import recipe_load
 from moe_bench.projection.work.lowering import Lowered, lower
 from moe_bench.projection.work.traits import MEGATRON, Traits
-from moe_bench.spec.pipeline import pipeline_chunks
-from moe_bench.spec.recipe import Recipe, StateDtype
+from moe_bench.spec.recipe import Recipe
 
-_STATE_BYTES: Mapping[StateDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _FP32_BYTES = 4
 
 
@@ -59,7 +58,7 @@ class StepWork:
     @property
     def overlaps_experts(self) -> bool:
         """Whether dispatch and combine run beside another micro batch."""
-        return self.recipe.overlap.expert_parallel or self.schedule is ScheduleKind.DUAL_PIPE_V
+        return overlaps_experts(self.recipe, self.schedule)
 
 
 def step_work(
@@ -84,11 +83,7 @@ def step_work(
         lowered = _placed(lowered, schedule_shape(recipe, schedule))
     fabric = Fabric(recipe.system, recipe.parallel)
     pricer = Pricer(efficiency, fabric, traits)
-    setting = LayerSetting(
-        is_grace=recipe.system.key.startswith("gb"),
-        overlaps_experts=recipe.overlap.expert_parallel or kind is ScheduleKind.DUAL_PIPE_V,
-        is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
-    )
+    setting = layer_setting(recipe, kind)
     kinds = list(lowered.kinds)
     loss = len(kinds)
     works = [*lowered.kinds.values(), lowered.loss]
@@ -108,6 +103,15 @@ def step_work(
         parameters=synced[Phase.PARAMETER_SYNC],
         micro_batch_gathers=synced[Phase.FORWARD],
         optimizer_memory_s=optimizer_bytes(recipe) / efficiency_bandwidth(recipe),
+    )
+
+
+def layer_setting(recipe: Recipe, schedule: ScheduleKind) -> LayerSetting:
+    """What of `recipe` and its schedule changes the time of every layer."""
+    return LayerSetting(
+        is_grace=recipe.system.key.startswith("gb"),
+        overlaps_experts=overlaps_experts(recipe, schedule),
+        is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
     )
 
 
@@ -137,15 +141,13 @@ def optimizer_bytes(recipe: Recipe) -> float:
     is_sharded = parallel.data_sharding != "none"
     dense = params.dense / (parallel.dense_shards if is_sharded else 1)
     expert = params.expert / (parallel.expert_data if is_sharded else 1)
-    moments = _STATE_BYTES[optimizer.exp_avg_dtype] + _STATE_BYTES[optimizer.exp_avg_sq_dtype]
+    moments = STATE_BYTES[optimizer.exp_avg_dtype] + STATE_BYTES[optimizer.exp_avg_sq_dtype]
     per_shard = 4 * _FP32_BYTES + 2 * moments + activation_element_bytes(recipe)
     return (dense + expert) * per_shard + (params.dense + params.expert) * gradient_bytes(recipe)
 
 
 def _fullest_rank(recipe: Recipe) -> int:
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     num_layers = [0] * recipe.parallel.pipeline
     for chunk in chunks:
         num_layers[chunk.pipeline_rank] += sum(map(recipe.model.is_moe_layer, chunk.layers)) * 1000
@@ -155,9 +157,7 @@ def _fullest_rank(recipe: Recipe) -> int:
 
 def _syncs(recipe: Recipe, fabric: Fabric, traits: Traits) -> dict[Phase, SyncWork]:
     """Once-per-step gradients and parameters, and under FORWARD what every micro batch repeats."""
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     rank = _fullest_rank(recipe)
     own = [chunk for chunk in chunks if chunk.pipeline_rank == rank]
     times: dict[Phase, list[LinkTime]] = {

@@ -17,6 +17,7 @@ from moe_bench.spec.base import (
 )
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.system import SystemSpec
 
 Precision = Literal[
@@ -273,6 +274,15 @@ class Recipe(Spec):
     def num_micro_batches(self) -> int:
         """Micro batches that each data-parallel rank runs per step."""
         return self.global_batch_size // (self.micro_batch_size * self.parallel.data)
+
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Model chunks in the order in which a token passes them.
+
+        Raises LayoutError where the layers cannot be split so.
+        """
+        return pipeline_chunks(
+            self.parallel, num_layers=self.model.num_layers, num_mtp_layers=self.num_mtp_layers
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_bench.projection.schedule.simulation import ChunkTime, ScheduleKind, Timeline, simulate
+from moe_bench.projection.schedule.simulation import ChunkTime, ScheduleKind, Timeline
 from moe_bench.projection.sync_windows import exposed_s, gathering_windows_s, reduction_windows_s
+from tests.projection.schedule.simulate import simulate
 
 WINDOWS = st.lists(st.floats(0, 10), min_size=1, max_size=8)
 

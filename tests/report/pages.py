@@ -6,7 +6,7 @@ from functools import cache
 
 from moe_bench.analysis.memory import memory_fit
 from moe_bench.projection.forecast import forecast
-from moe_bench.projection.schedule.simulation import ChunkTime, ScheduleKind, simulate
+from moe_bench.projection.schedule.simulation import ChunkTime, ScheduleKind
 from moe_bench.report.html.memory_chart import memory_parts
 from moe_bench.report.html.page import ReportData
 from moe_bench.report.html.pipeline_picture import pipeline_picture
@@ -18,6 +18,7 @@ from moe_bench.spec.catalogue import data_root, find_recipe
 from moe_bench.spec.family import scaled_recipe
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import full_plan, smoke_plan
+from tests.projection.schedule.simulate import simulate
 from tests.results.records import LOADER, record
 
 NUM_STEPS = 24

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_bench.analysis.memory import CONTEXT_BYTES, memory_fit, needed_bytes
+from moe_bench.analysis.memory import CONTEXT_BYTES, memory_fit, needed_bytes, usable_bytes
 from moe_bench.analysis.memory_verdict import MemoryVerdict, bounds_verdict
 from moe_bench.analysis.outside_memory import buffer_bytes
-from moe_bench.errors import BadInputError
 from moe_bench.projection.rows.inference import Configured, InferredRun
 from moe_bench.projection.rows.memory_rules import OPERATOR_CHECKPOINTING
 from moe_bench.projection.rows.stack import Engine
@@ -64,7 +63,7 @@ def run_memory(run: InferredRun | Configured) -> RunMemory:
         held_bytes=fullest.total_bytes,
         reserved_bytes=reserved,
         needed_bytes=reserved + CONTEXT_BYTES + buffer_bytes(recipe),
-        usable_bytes=_usable_bytes(recipe),
+        usable_bytes=usable_bytes(recipe),
         pipeline_rank=fullest.pipeline_rank,
         peak_at=fullest.peak_at,
     )
@@ -83,20 +82,10 @@ def recipe_memory(recipe: Recipe) -> RunMemory:
         held_bytes=worst.total_bytes,
         reserved_bytes=needed_bytes(worst) - CONTEXT_BYTES - worst.outside_bytes,
         needed_bytes=needed_bytes(upper),
-        usable_bytes=_usable_bytes(recipe),
+        usable_bytes=usable_bytes(recipe),
         pipeline_rank=worst.pipeline_rank,
         peak_at=worst.peak_at,
     )
-
-
-def _usable_bytes(recipe: Recipe) -> int:
-    gpu = recipe.system.gpu
-    if gpu is None:
-        raise BadInputError(
-            f"{recipe.name}: system {recipe.system.key} has no GPU whose memory could be filled; choose one "
-            "of recipes/systems that has"
-        )
-    return gpu.usable_bytes
 
 
 def _loads(recipe: Recipe) -> tuple[float, float]:

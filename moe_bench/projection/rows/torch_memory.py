@@ -15,7 +15,7 @@ from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.params import Part, RankParams, rank_params, rank_weights
 from moe_bench.projection.rows.torch_kept import operator_checkpoint_bytes
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe, Recompute
 
 _BF16_BYTES, _FP32_BYTES = 2, 4
@@ -121,9 +121,7 @@ def _rank(recipe: Recipe, layers: ModelMemory, policy: TorchPolicy, rank: int) -
 
 
 def _chunks(recipe: Recipe) -> tuple[Chunk, ...]:
-    return pipeline_chunks(
-        recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    return recipe.chunks()
 
 
 def _sharded(recipe: Recipe, params: RankParams) -> int:

@@ -18,6 +18,11 @@ def schedule_kind(recipe: Recipe) -> ScheduleKind:
     return ScheduleKind.INTERLEAVED
 
 
+def overlaps_experts(recipe: Recipe, kind: ScheduleKind) -> bool:
+    """Whether dispatch and combine run beside another micro batch."""
+    return recipe.overlap.expert_parallel or kind is ScheduleKind.DUAL_PIPE_V
+
+
 def schedule_shape(recipe: Recipe, kind: ScheduleKind) -> ScheduleShape:
     """`kind` at the sizes of `recipe`. Raises ScheduleError where no such schedule exists."""
     parallel = recipe.parallel

@@ -24,7 +24,6 @@ __all__ = [
     "ScheduleShape",
     "Timeline",
     "TransferRule",
-    "simulate",
     "simulate_shape",
 ]
 
@@ -48,33 +47,6 @@ class ChunkTime:
     def backward_s(self) -> float:
         """Both gradients, one behind the other."""
         return self.dgrad_s + self.wgrad_s
-
-
-def simulate(
-    kind: ScheduleKind,
-    *,
-    num_ranks: int,
-    num_virtual: int,
-    num_micro_batches: int,
-    micro_batch_group_size: int,
-    chunks: Sequence[ChunkTime],
-    transfer_s: float,
-    overlaps_transfer: bool,
-) -> Timeline:
-    """One step of the schedule `kind`; see `simulate_shape`.
-
-    `overlaps_transfer` is Megatron-Core's `overlap_p2p_comm`, which leaves warm-up and flush blocking. Raises
-    ScheduleError where no such schedule exists.
-    """
-    shape = ScheduleShape(
-        kind=kind,
-        num_ranks=num_ranks,
-        num_virtual=num_virtual,
-        num_micro_batches=num_micro_batches,
-        group_size=micro_batch_group_size,
-    )
-    rule = TransferRule(overlaps=overlaps_transfer, waits_for_sends=False)
-    return simulate_shape(shape, rule, chunks=chunks, transfer_s=transfer_s)
 
 
 def simulate_shape(

@@ -24,10 +24,11 @@ from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fabric import Fabric
 from moe_bench.projection.layer_time import LayerTimes, layer_times
 from moe_bench.projection.pricing import Floats, LayerSetting, PricedLayer, Pricer, stack
+from moe_bench.projection.schedule.choice import schedule_kind
 from moe_bench.projection.search.space import Axis, Layout, Space, recipe_of
 from moe_bench.projection.search.splits import Split
 from moe_bench.projection.step_time import step_table, sync_seconds
-from moe_bench.projection.step_work import step_work
+from moe_bench.projection.step_work import layer_setting, step_work
 from moe_bench.projection.work.load import recipe_load
 from moe_bench.projection.work.lowering import ChunkWork, LayerKind, lower
 from moe_bench.spec.recipe import Recipe, Recompute
@@ -152,11 +153,7 @@ class StepBound:
         """The kinds of layers of one recipe in the order of all kinds, the loss last."""
         lowered = lower(recipe, load=self._load(family, recipe))
         pricer = Pricer(self._efficiency, Fabric(recipe.system, recipe.parallel))
-        setting = LayerSetting(
-            is_grace=recipe.system.key.startswith("gb"),
-            overlaps_experts=recipe.overlap.expert_parallel,
-            is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
-        )
+        setting = layer_setting(recipe, schedule_kind(recipe))
         works = {_kept_kind(kind): work for kind, work in lowered.kinds.items()}
         ordered = (*(works[kind] for kind in self._kinds), lowered.loss)
         return [(pricer.price(work), setting) for work in ordered]

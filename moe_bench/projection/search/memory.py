@@ -14,7 +14,7 @@ from moe_bench.projection.pricing import Floats
 from moe_bench.projection.search.bound import Family
 from moe_bench.projection.search.space import Axis, Space, Widths
 from moe_bench.projection.search.splits import Split
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
 
 _PARAMS = 10**12
@@ -78,9 +78,7 @@ class MemoryBound:
 
 def _holding(recipe: Recipe, split: Split) -> _Holding:
     model = recipe.model
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     counts = []
     for chunk in chunks:
         num_moe = sum(map(model.is_moe_layer, chunk.layers))

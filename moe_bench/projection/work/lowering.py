@@ -25,7 +25,7 @@ from moe_bench.projection.work.operations import LayerWork, Message, Number, Par
 from moe_bench.projection.work.state_space import add_gated_delta_net, add_mamba
 from moe_bench.projection.work.tally import NUMBERS, Tally
 from moe_bench.spec.model import LayerStructure
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
 
 _CROSS_ENTROPY_BYTES = {"te": 6, "native": 14, "none": 24}
@@ -83,10 +83,7 @@ def lower(recipe: Recipe, *, load: float = 1.0, stops_early: bool = False) -> Lo
             f"{recipe.name}: precision {recipe.precision} is not projected; training in it is for smoke runs "
             f"on a CPU, choose one of {', '.join(NUMBERS)}"
         )
-    model = recipe.model
-    chunks = pipeline_chunks(
-        recipe.parallel, num_layers=model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-    )
+    chunks = recipe.chunks()
     works = tuple(
         ChunkWork(
             layers=Counter(_kinds(recipe, chunk)), has_loss=chunk.has_loss, pipeline_rank=chunk.pipeline_rank

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moe_bench.report.html.chart import WIDTH_PX
-from moe_bench.spec.pipeline import Chunk, pipeline_chunks
+from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
 
 GPU_SIZES_PX = (12, 10, 8, 7, 6, 5)
@@ -225,13 +225,7 @@ def _containers(recipe: Recipe) -> list[tuple[str, int]]:
 
 def stage_label(recipe: Recipe, stage: int) -> str:
     """`stage 0: embedding, 15 layers`."""
-    chunks: list[Chunk] = [
-        chunk
-        for chunk in pipeline_chunks(
-            recipe.parallel, num_layers=recipe.model.num_layers, num_mtp_layers=recipe.num_mtp_layers
-        )
-        if chunk.pipeline_rank == stage
-    ]
+    chunks: list[Chunk] = [chunk for chunk in recipe.chunks() if chunk.pipeline_rank == stage]
     num_layers = sum(len(chunk.layers) for chunk in chunks)
     parts = ["embedding"] if any(chunk.has_embedding for chunk in chunks) else []
     parts.append(f"{num_layers} layer{'s' if num_layers != 1 else ''}")

@@ -16,6 +16,7 @@ from moe_bench.projection.schedule.simulation import (
     Timeline,
     TransferRule,
 )
+from tests.projection.schedule.simulate import simulate
 
 TIMES_S = st.floats(min_value=0.01, max_value=1.0)
 
@@ -97,7 +98,7 @@ def test_a_long_schedule_can_be_cut(asked: tuple[ScheduleShape, TransferRule]) -
 
 def test_equal_chunks_repeat_after_the_shortest_simulation() -> None:
     one = ChunkTime(forward_s=1.0, dgrad_s=1.0, wgrad_s=1.0)
-    timeline = schedule.simulate(
+    timeline = simulate(
         ScheduleKind.INTERLEAVED,
         num_ranks=4,
         num_virtual=2,
@@ -120,7 +121,7 @@ def test_a_steady_state_that_is_not_reached_is_simulated_whole() -> None:
         ChunkTime(forward_s=forward_s, dgrad_s=forward_s, wgrad_s=forward_s)
         for forward_s in (1.0001, 0.1, 0.1, 1.0)
     ]
-    timeline = schedule.simulate(
+    timeline = simulate(
         ScheduleKind.ONE_F_ONE_B,
         num_ranks=4,
         num_virtual=1,

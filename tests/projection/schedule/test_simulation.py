@@ -16,9 +16,9 @@ from moe_bench.projection.schedule.simulation import (
     ScheduleShape,
     Timeline,
     TransferRule,
-    simulate,
     simulate_shape,
 )
+from tests.projection.schedule.simulate import simulate
 
 
 def equal_chunks(
