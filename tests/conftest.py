@@ -1,1 +1,23 @@
-"""What all tests share."""
+"""What all tests share: with several workers, which tests must stay together and which go first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SLURM = "tests/slurm"
+"""One cluster serves all of its files; its tests mostly wait, so they start first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file, which share what they build, on one worker, and those of Slurm on one."""
+    root = Path(__file__).parent.parent
+    groups = {item: _group(item.path.relative_to(root).as_posix()) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] != SLURM)
+
+
+def _group(path: str) -> str:
+    return SLURM if path.startswith(f"{SLURM}/") else path
