@@ -19,7 +19,10 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-HARNESS_ONLY = {"torch", "megatron", "transformer_engine", "quack", "deep_ep", "apex"}
+HARNESS_ONLY = {
+    "torch", "megatron", "transformer_engine", "quack", "deep_ep", "apex", "transformers", "deepspeed",
+    "megablocks",
+}  # fmt: skip
 
 
 def level_of(part: str) -> int:
