@@ -226,18 +226,18 @@ def forward_flops_by_part(
             f"{counting}: its formula ({rule.source}) knows whole layers of grouped-query attention only, "
             f"{model.key} has {_beyond_idealised(model)}; use another convention"
         )
-    model = _as_counted(model, rule)
+    model = as_counted(model, rule)
     tokens = num_seqs * seq_len
     num_mtp = num_mtp_layers if rule.mtp else 0
     parts: Counter[str] = Counter()
     for structure, number in Counter(model.layers + model.mtp_layers * num_mtp).items():
-        layer = _layer_flops(model, structure, num_seqs=num_seqs, seq_len=seq_len, rule=rule)
+        layer = layer_flops(model, structure, num_seqs=num_seqs, seq_len=seq_len, rule=rule)
         parts.update({part: number * flops for part, flops in layer.items()})
     head = lm_head_flops(tokens=tokens, hidden=model.hidden_size, vocab_size=model.vocab_size)
     parts[Part.LM_HEAD] = (1 + num_mtp) * head
     if model.hybrid_pattern is None:  # Megatron-Core's hybrid_flops leaves out the joint of MTP and its norms
         parts[Part.MTP_PROJECTION] = num_mtp * mtp_projection_flops(tokens=tokens, hidden=model.hidden_size)
-        width = (model.num_layers + num_mtp) * _latent_width(model) + num_mtp * 3 * model.hidden_size
+        width = (model.num_layers + num_mtp) * latent_width(model) + num_mtp * 3 * model.hidden_size
         parts[Part.NORMS] = rule.latent_norms * norm_flops_as_product(tokens=tokens, width=width)
     return {part: flops for part, flops in parts.items() if flops}
 
@@ -258,7 +258,7 @@ def _beyond_idealised(model: ModelSpec) -> str:
     return ""
 
 
-def _as_counted(model: ModelSpec, rule: CountingRule) -> ModelSpec:
+def as_counted(model: ModelSpec, rule: CountingRule) -> ModelSpec:
     """The model as a convention takes it to be.
 
     dgxc-benchmarking counts 12 L H^2 (1 + g / n + S / 2 H) + 18 L H F k + 6 V H a token: n d = H, and each of
@@ -317,9 +317,10 @@ def gflops_per_token(
     return 3 * sum(forward.values()) / seq_len / 1e9
 
 
-def _layer_flops(
+def layer_flops(
     model: ModelSpec, structure: LayerStructure, *, num_seqs: int, seq_len: int, rule: CountingRule
 ) -> dict[str, int]:
+    """Forward FLOPs of one layer of a model `as_counted`, by part; norms are left out."""
     tokens, hidden = num_seqs * seq_len, model.hidden_size
     parts: dict[str, int] = {}
     if structure.mixer == "attention":
@@ -423,7 +424,8 @@ def _qk_dim(attention: Attention) -> int:
     return attention.head_dim
 
 
-def _latent_width(model: ModelSpec) -> int:
+def latent_width(model: ModelSpec) -> int:
+    """Width of the latents that are normalised in one layer: r_q + r_kv."""
     attention, compressed = model.attention, model.compressed_attention
     if attention.kind == "mla":
         return (attention.q_lora_rank or 0) + attention.kv_lora_rank
