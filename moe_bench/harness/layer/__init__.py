@@ -1,0 +1,1 @@
+"""One MoE layer built, timed, taken apart, and held against other engines."""

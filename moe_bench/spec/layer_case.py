@@ -1,0 +1,191 @@
+"""One MoE layer on one rank, and nothing around it: what `moe-bench layer` builds, times and compares."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from moe_bench.errors import BadInputError
+from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+from moe_bench.spec.model import Activation, MixtureOfExperts, Router
+from moe_bench.spec.recipe import DispatchSpec, Fusions, KernelSpec, LowPrecision, Precision, Recipe
+
+RoutingKind = Literal["balanced", "random", "power_law", "trace"]
+
+
+class LayerRouting(Spec):
+    """How many tokens each expert gets."""
+
+    kind: RoutingKind
+    """`balanced`: experts in turn, as many tokens each. `random`: every expert as likely as another.
+    `power_law`: the n-th most popular expert as likely as n^-exponent. `trace`: as likely as was recorded."""
+    exponent: NonNegativeFloat = 0.0
+    """Read with `power_law`; 0 is `random`."""
+    shares: tuple[NonNegativeFloat, ...] = ()
+    """Tokens of each expert, in any unit; read with `trace`."""
+    source: Text | None = None
+    """File that the trace was read from."""
+
+    @property
+    def label(self) -> str:
+        """`power_law 0.8` or `trace`, as a table names it."""
+        return f"{self.kind} {self.exponent:g}" if self.kind == "power_law" else self.kind
+
+
+class LayerCase(Spec):
+    """Everything that defines one MoE layer on one rank. Two engines given the same case do the same work.
+
+    Of the experts this rank, the first of `ep_size`, holds the first `num_local_experts`.
+    """
+
+    name: Text
+    """Of the recipe that it is a layer of, or of a shape of a suite."""
+    hidden_size: PositiveInt
+    moe: MixtureOfExperts
+    """Experts, top-k, widths and router, over all expert-parallel ranks."""
+    activation: Activation
+    linear_bias: bool
+    """Biases on the router and on both projections of the experts."""
+    init_std: PositiveFloat
+    """Standard deviation of all weights."""
+    num_tokens: PositiveInt
+    """That this rank routes, before each is copied to its experts."""
+    ep_size: PositiveInt = 1
+    routing: LayerRouting = LayerRouting(kind="balanced")
+    precision: Precision
+    low_precision: LowPrecision | None = None
+    kernels: KernelSpec
+    dispatch: DispatchSpec
+    seed: NonNegativeInt = 1234
+    """Of weights, inputs and routing."""
+
+    @model_validator(mode="after")
+    def _require_whole_shares(self) -> Self:
+        if self.moe.num_experts % self.ep_size:
+            raise ValueError(f"ep_size {self.ep_size} does not divide {self.moe.num_experts} experts")
+        if self.routing.kind == "trace" and len(self.routing.shares) != self.moe.num_experts:
+            raise ValueError(
+                f"the trace counts {len(self.routing.shares)} experts, the layer has {self.moe.num_experts}"
+            )
+        return self
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts whose weights this rank holds."""
+        return self.moe.num_experts // self.ep_size
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this rank's tokens, each copied to `top_k` experts; with balance also what it receives."""
+        return self.num_tokens * self.moe.top_k
+
+    def with_kernels(self, kernels: KernelSpec) -> LayerCase:
+        """The same layer on other kernels."""
+        return self.model_copy(update={"kernels": kernels})
+
+    def with_routing(self, routing: LayerRouting) -> LayerCase:
+        """The same layer with other loads."""
+        return self.model_copy(update={"routing": routing})
+
+    def folded(self) -> LayerCase:
+        """The experts of this rank as a layer of their own, for engines without expert parallelism.
+
+        Of a token's `top_k` experts `top_k / ep_size` are on one rank, 1 at least, and as many tokens are
+        routed as give the experts the rows that they get under expert parallelism. Experts are chosen among
+        those of the rank: the router is narrower, and groups are dropped where they would not divide them.
+        Losses that only some engines have (balance, z) are off. With `ep_size` 1 nothing else changes.
+        """
+        top_k = max(1, self.moe.top_k // self.ep_size)
+        router = self.moe.router.model_copy(
+            update={"aux_loss": "none", "aux_loss_coefficient": 0.0, "z_loss_coefficient": 0.0}
+        )
+        if self.ep_size > 1:
+            router = router.model_copy(update={"num_groups": None, "groups_per_token": None})
+        moe = self.moe.model_copy(
+            update={"num_experts": self.num_local_experts, "top_k": top_k, "router": router}
+        )
+        routing = self.routing
+        if routing.kind == "trace":
+            routing = routing.model_copy(update={"shares": routing.shares[: self.num_local_experts]})
+        return self.model_copy(
+            update={
+                "moe": moe,
+                "ep_size": 1,
+                "num_tokens": self.num_rows // top_k,
+                "routing": routing,
+                "dispatch": self.dispatch.model_copy(update={"dispatcher": "alltoall", "num_sms": None}),
+            }
+        )
+
+
+def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase:
+    """An expert layer of `recipe` as one of its ranks has it.
+
+    `num_tokens` is by default what a micro batch gives one rank: micro batch x sequence / (CP x TP), the
+    sequence being cut over tensor ranks as well. A shared expert is whole and sees the rank's tokens, where
+    tensor ranks would each have a slice of it and see all of theirs: the same work.
+
+    Raises BadInputError for a dense model, experts cut over ranks, dropped tokens and recomputed experts'
+    latent projections, which a layer alone does not have.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    if model.moe is None:
+        raise BadInputError(f"{recipe.name}: {model.key} has no expert layers; name a model with experts")
+    if parallel.expert_tensor > 1:
+        raise BadInputError(
+            f"{recipe.name}: parallel.expert_tensor {parallel.expert_tensor}: a layer alone has whole "
+            "experts; set it to 1"
+        )
+    if recipe.token_drop is not None:
+        raise BadInputError(f"{recipe.name}: token_drop: a layer alone drops no tokens; set it to null")
+    if model.moe.latent_size is not None:
+        raise BadInputError(f"{recipe.name}: model.moe.latent_size: no code builds such experts alone")
+    tokens = recipe.micro_batch_size * recipe.seq_len // (parallel.context * parallel.tensor)
+    return LayerCase(
+        name=recipe.name,
+        hidden_size=model.hidden_size,
+        moe=model.moe,
+        activation=model.activation,
+        linear_bias=model.linear_bias,
+        init_std=model.init_std,
+        num_tokens=tokens if num_tokens is None else num_tokens,
+        ep_size=parallel.expert,
+        precision=recipe.precision,
+        low_precision=recipe.low_precision,
+        kernels=recipe.kernels,
+        dispatch=recipe.dispatch.model_copy(
+            update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
+        ),
+        seed=recipe.seed,
+    )
+
+
+def swiglu_case(
+    name: str,
+    *,
+    num_tokens: int,
+    hidden_size: int,
+    expert_ffn_hidden_size: int,
+    num_experts: int,
+    top_k: int,
+) -> LayerCase:
+    """A BF16 layer of SwiGLU experts behind a softmax router over the chosen, all of it on one rank."""
+    return LayerCase(
+        name=name,
+        hidden_size=hidden_size,
+        moe=MixtureOfExperts(
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_ffn_hidden_size=expert_ffn_hidden_size,
+            router=Router(score_function="softmax", renormalise=True),
+        ),
+        activation=Activation(kind="swiglu"),
+        linear_bias=False,
+        init_std=0.02,
+        num_tokens=num_tokens,
+        routing=LayerRouting(kind="random"),
+        precision="bf16",
+        kernels=KernelSpec(family="torch_native", fusions=Fusions()),
+        dispatch=DispatchSpec(dispatcher="alltoall"),
+    )
