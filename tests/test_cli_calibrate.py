@@ -17,8 +17,8 @@ from moe_bench.projection.constants import Constants
 from moe_bench.projection.evidence.calibrated_constants import constants_for
 from moe_bench.projection.evidence.calibrated_shapes import read_calibrations
 from moe_bench.results.calibration import CPU, Calibration, Task, read_calibration
-from moe_bench.results.calibration_journal import UNFINISHED
 from moe_bench.results.calibration_tasks import OPERATIONS
+from moe_bench.results.journal import UNFINISHED
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 
