@@ -21,6 +21,8 @@ from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.activation import GatedActivation, gated_activation
 from moe_bench.harness.kernels.expert_checkpoint import ExpertShards, sharded_parameters
 from moe_bench.harness.kernels.grouped_linear import (
+    PLAIN,
+    Products,
     activated_grouped_linear,
     check_alignment,
     group_offsets,
@@ -62,6 +64,7 @@ class ExpertStack(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.num_experts, self.are_apart = shape, num_experts, are_apart
+        self.products: Products = PLAIN
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         leading = () if are_apart else (num_experts,)
         sizes = {"weight": (*leading, shape.out_features, shape.in_features)}
@@ -146,7 +149,7 @@ class UpProjection(ExpertStack):
 
     def forward(self, x: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """Project; `members` is the one-hot matrix of `membership`, needed with biases."""
-        y, biases = grouped_linear(x, self.weights, offsets), self.biases
+        y, biases = grouped_linear(x, self.weights, offsets, self.products), self.biases
         return y if biases is None else torch.addmm(y, members, biases)
 
 
@@ -177,7 +180,13 @@ class DownProjection(ExpertStack):
     def forward(self, x: Tensor, probabilities: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """Activate and project; the bias too is weighted by the probability, as in Megatron-Core's MLP."""
         y = activated_grouped_linear(
-            x, probabilities, self.weights, offsets, activation=self.activation, recompute=self.recompute
+            x,
+            probabilities,
+            self.weights,
+            offsets,
+            activation=self.activation,
+            recompute=self.recompute,
+            products=self.products,
         )
         biases = self.biases
         if biases is None or members is None:
@@ -188,8 +197,6 @@ class DownProjection(ExpertStack):
 class GroupedExperts(MegatronModule):
     """All local experts of one layer, in the place of Megatron-Core's SequentialMLP or TEGroupedMLP."""
 
-    implementation = "torch:grouped_mm"
-
     def __init__(
         self,
         num_local_experts: int,
@@ -198,6 +205,7 @@ class GroupedExperts(MegatronModule):
         name: str | None = None,
         *,
         are_apart: bool = False,
+        products: Products = PLAIN,
     ) -> None:
         """Build them; `are_apart` gives each a weight of its own, as Megatron-FSDP needs (`ExpertStack`)."""
         super().__init__(config=config)
@@ -232,6 +240,8 @@ class GroupedExperts(MegatronModule):
             init_method=config.output_layer_init_method,
             groups=groups,
         )
+        self.linear_fc1.products = self.linear_fc2.products = products
+        self.implementation = products.implementation
 
     def forward(
         self,

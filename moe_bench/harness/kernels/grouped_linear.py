@@ -15,7 +15,7 @@ to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,36 @@ from moe_bench.harness.kernels.activation import GatedActivation
 
 ALIGNMENT_BYTES = 16
 """Strides that TMA, Hopper's bulk copy, can address (CUDA Driver API, cuTensorMapEncodeTiled)."""
+
+
+class Products(Protocol):
+    """How tokens meet the experts' weights, forward and back; weight gradients are always plain."""
+
+    implementation: str
+    """As a record names it."""
+
+    def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """x [tokens, in] and weight [experts, out, in] to [tokens, out]."""
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """grad [tokens, out] and weight [experts, out, in] to [tokens, in]."""
+
+
+class PlainProducts:
+    """grouped_mm in the type of the tokens."""
+
+    implementation = "torch:grouped_mm"
+
+    def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """x [tokens, in] and weight [experts, out, in] to [tokens, out]."""
+        return grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """grad [tokens, out] and weight [experts, out, in] to [tokens, in]."""
+        return grouped_mm(grad, weight, offs=offsets)
+
+
+PLAIN = PlainProducts()
 
 
 def group_offsets(tokens_per_expert: Tensor, device: torch.device) -> Tensor:
@@ -48,13 +78,15 @@ def membership(offsets: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     return ((starts <= row) & (row < offsets)).to(dtype)
 
 
-def grouped_linear(x: Tensor, weights: Sequence[Tensor], offsets: Tensor) -> Tensor:
+def grouped_linear(
+    x: Tensor, weights: Sequence[Tensor], offsets: Tensor, products: Products = PLAIN
+) -> Tensor:
     """x [tokens, in] times each expert's weight, transposed: [tokens, out].
 
     Args:
         weights: all experts in one tensor [experts, out, in], or a matrix [out, in] for each.
     """
-    return _GroupedLinear.apply(x, offsets, *weights)
+    return _GroupedLinear.apply(x, offsets, products, *weights)
 
 
 def activated_grouped_linear(
@@ -65,6 +97,7 @@ def activated_grouped_linear(
     *,
     activation: GatedActivation,
     recompute: bool,
+    products: Products = PLAIN,
 ) -> Tensor:
     """Activate x [tokens, 2 * in], weight by the probabilities, then `grouped_linear`.
 
@@ -72,7 +105,7 @@ def activated_grouped_linear(
         recompute: keep only x for the backward pass and activate again there, rather than keep the activated
             [tokens, in] too (Megatron-Core's recompute module `moe_act`).
     """
-    return _ActivatedGroupedLinear.apply(x, probabilities, offsets, activation, recompute, *weights)
+    return _ActivatedGroupedLinear.apply(x, probabilities, offsets, activation, recompute, products, *weights)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
@@ -112,18 +145,19 @@ class _GroupedLinear(torch.autograd.Function):
     """grouped_mm with a gradient whose layouts are ours (see the module's docstring)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offsets: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, products: Products, *weights: Tensor) -> Tensor:
+        ctx.products = products
         ctx.save_for_backward(x, offsets, *weights)
-        return _output(x, stacked(weights), offsets)
+        return _output(products, x, stacked(weights), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, offsets, *weights = ctx.saved_tensors
         grad = grad.contiguous()
         weight = stacked(weights)
-        grad_x = _input_gradient(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        grad_x = _input_gradient(ctx.products, grad, weight, offsets) if ctx.needs_input_grad[0] else None
         grad_weights = _weight_gradients(ctx, weights, grad, x, offsets)
-        return grad_x, None, *grad_weights
+        return grad_x, None, None, *grad_weights
 
 
 class _ActivatedGroupedLinear(torch.autograd.Function):
@@ -137,12 +171,13 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         offsets: Tensor,
         activation: GatedActivation,
         recompute: bool,
+        products: Products,
         *weights: Tensor,
     ) -> Tensor:
         hidden = activation.forward(x, probabilities)
-        ctx.activation = activation
+        ctx.activation, ctx.products = activation, products
         ctx.save_for_backward(x, probabilities, offsets, None if recompute else hidden, *weights)
-        return _output(hidden, stacked(weights), offsets)
+        return _output(products, hidden, stacked(weights), offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,21 +188,21 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
             hidden = ctx.activation.forward(x, probabilities)
         grad_weights = _weight_gradients(ctx, weights, grad, hidden, offsets)
         del hidden
-        grad_hidden = _input_gradient(grad, weight, offsets)
+        grad_hidden = _input_gradient(ctx.products, grad, weight, offsets)
         grad_x, grad_probabilities = ctx.activation.backward(grad_hidden, x, probabilities)
-        return grad_x, grad_probabilities, None, None, None, *grad_weights
+        return grad_x, grad_probabilities, None, None, None, None, *grad_weights
 
 
-def _output(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _output(products: Products, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[1])
-    return grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return products.output(x, weight, offsets)
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _input_gradient(products: Products, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if grad.shape[0] == 0:
         return grad.new_empty(0, weight.shape[2])
-    return grouped_mm(grad, weight, offs=offsets)
+    return products.input_gradient(grad, weight, offsets)
 
 
 def _weight_gradients(
