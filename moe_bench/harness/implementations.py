@@ -31,6 +31,11 @@ def implementations(training: Training) -> Implementations:
     )
 
 
+def expert_layer_name(layer: MoELayer) -> str:
+    """What runs the experts of one layer, and what brings tokens to them."""
+    return f"{_name(layer.experts)} behind {_dispatcher(layer.token_dispatcher)}"
+
+
 def _name(module: torch.nn.Module) -> str:
     """What the module says of its kernel, or else its class."""
     return str(getattr(module, "implementation", type(module).__name__))

@@ -91,12 +91,13 @@ class LayerCase(Spec):
     def folded(self) -> LayerCase:
         """The experts of this rank as a layer of their own, for engines without expert parallelism.
 
-        Of a token's `top_k` experts `top_k / ep_size` are on one rank, 1 at least, and as many tokens are
-        routed as give the experts the rows that they get under expert parallelism. Experts are chosen among
-        those of the rank: the router is narrower, and groups are dropped where they would not divide them.
-        Losses that only some engines have (balance, z) are off. With `ep_size` 1 nothing else changes.
+        As many tokens are routed as give the experts the rows that they get under expert parallelism, each
+        to `top_k / ep_size` of them, 2 at least, so that there are weights to choose. The router is narrower,
+        and has no groups. Losses that only some engines have (balance, z) are off. With `ep_size` 1 nothing
+        else changes.
         """
-        top_k = max(1, self.moe.top_k // self.ep_size)
+        fewest = min(2, self.num_local_experts, self.moe.top_k)
+        top_k = max(fewest, self.moe.top_k // self.ep_size)
         router = self.moe.router.model_copy(
             update={"aux_loss": "none", "aux_loss_coefficient": 0.0, "z_loss_coefficient": 0.0}
         )
