@@ -10,8 +10,10 @@ SLURM = "tests/slurm"
 """One cluster serves all of its files; its tests mostly wait, so they start first."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of a file, which share what they build, on one worker, and those of Slurm on one."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     root = Path(__file__).parent.parent
     groups = {item: _group(item.path.relative_to(root).as_posix()) for item in items}
     for item, group in groups.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_bench.errors import MeasurementError, MoeBenchError
+from moe_bench.results.workers import end_with_parent
 from moe_bench.spec.rendezvous import Rendezvous
 
 LOOPBACK = "127.0.0.1"
@@ -30,8 +30,6 @@ END_S = 10.0
 
 STDERR = 2
 """File descriptor of the standard error (POSIX)."""
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +112,7 @@ def _fork(
 def _rank_main(seat: Seat, work: Callable[[Seat], Any], stderr: Path) -> None:
     """Body of a rank: its result or its failure goes to the parent."""
     # A rank that outlives its parent would wait for its peers until gloo's time is up.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stderr.open("wb") as file:
         # The descriptor, not the Python object: torch's C++ parts write there too.

@@ -1,7 +1,8 @@
-"""The same work on many files, by several processes where there are enough of them."""
+"""Processes that this one starts: the same work on many files, and an end together with their parent."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,8 @@ MIN_FILES = 256
 """Below this the start of processes takes longer than the files."""
 MAX_WORKERS = 8
 CHUNK = 8
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
 
 
 def over_files[File, Found](work: Callable[[File], Found], files: Sequence[File]) -> Iterator[Found]:
@@ -24,6 +27,11 @@ def over_files[File, Found](work: Callable[[File], Found], files: Sequence[File]
     context.set_forkserver_preload([work.__module__])
     with context.Pool(min(MAX_WORKERS, len(os.sched_getaffinity(0))), _fall_silent) as pool:
         yield from pool.imap_unordered(work, files, chunksize=CHUNK)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill the calling process as soon as the one that started it has ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _fall_silent() -> None:
