@@ -23,6 +23,7 @@ from torch.nn.functional import grouped_mm
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.activation import GatedActivation
+from moe_bench.harness.ranges import range_named
 
 ALIGNMENT_BYTES = 16
 """Strides that TMA, Hopper's bulk copy, can address (CUDA Driver API, cuTensorMapEncodeTiled)."""
@@ -174,7 +175,8 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         products: Products,
         *weights: Tensor,
     ) -> Tensor:
-        hidden = activation.forward(x, probabilities)
+        with range_named("activation fwd"):
+            hidden = activation.forward(x, probabilities)
         ctx.activation, ctx.products = activation, products
         ctx.save_for_backward(x, probabilities, offsets, None if recompute else hidden, *weights)
         return _output(products, hidden, stacked(weights), offsets)
@@ -185,11 +187,13 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         grad = grad.contiguous()
         weight = stacked(weights)
         if hidden is None:
-            hidden = ctx.activation.forward(x, probabilities)
+            with range_named("activation bwd"):
+                hidden = ctx.activation.forward(x, probabilities)
         grad_weights = _weight_gradients(ctx, weights, grad, hidden, offsets)
         del hidden
         grad_hidden = _input_gradient(ctx.products, grad, weight, offsets)
-        grad_x, grad_probabilities = ctx.activation.backward(grad_hidden, x, probabilities)
+        with range_named("activation bwd"):
+            grad_x, grad_probabilities = ctx.activation.backward(grad_hidden, x, probabilities)
         return grad_x, grad_probabilities, None, None, None, None, *grad_weights
 
 
@@ -202,7 +206,8 @@ def _output(products: Products, x: Tensor, weight: Tensor, offsets: Tensor) -> T
 def _input_gradient(products: Products, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if grad.shape[0] == 0:
         return grad.new_empty(0, weight.shape[2])
-    return products.input_gradient(grad, weight, offsets)
+    with range_named("dgrad"):
+        return products.input_gradient(grad, weight, offsets)
 
 
 def _weight_gradients(
@@ -216,5 +221,6 @@ def _weight_gradients(
         return (None,) * len(weights)
     if grad.shape[0] == 0:
         return tuple(torch.zeros_like(weight) for weight in weights)
-    whole = grouped_mm(grad.t(), x, offs=offsets)
+    with range_named("wgrad"):
+        whole = grouped_mm(grad.t(), x, offs=offsets)
     return (whole,) if weights[0].dim() == 3 else whole.unbind(0)
