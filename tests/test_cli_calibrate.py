@@ -37,7 +37,7 @@ EXPECTED_REASONS = {
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the CPU path, also on a machine with a GPU; torch sees none either."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("moe_bench.cli.calibrate._gpu_here", lambda: None)
+    monkeypatch.setattr("moe_bench.cli.calibrate.gpu_here", lambda: None)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *options: str) -> list[Task]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SYSTEM = "h100_sxm"
 """Whose laws give the estimates where there is no GPU."""
-_INTERRUPTED = 130
+INTERRUPTED = 130
 """128 and the signal's number, as shells have it."""
 TINY_MODELS = ("deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b")
 """Whose toys have every kind of operation: latent, windowed and grouped attention, both ways of routing."""
@@ -66,18 +66,18 @@ def calibrate(
     if plan:
         from moe_bench.report.calibration_view import plan_json, plan_view
 
-        planned = _plan(found, _system_for_plan(system, loader), loader, operations, tiny, budget_seconds)
+        planned = _plan(found, system_for_plan(system, loader), loader, operations, tiny, budget_seconds)
         print_view(plan_view(planned), plan_json(planned), as_json)
         return
     if system is not None:
         raise BadInputError("--system estimates without a GPU; add --plan, or drop it")
-    gpu = _gpu_here()
+    gpu = gpu_here()
     if gpu is None and not tiny:
         raise MissingRequirementError(
             "calibrate needs a GPU and this machine has none; see what would run with --plan, or run the "
             "command on the CPU with --tiny"
         )
-    here = _system_of_gpu(gpu, loader) if gpu is not None else loader.system(DEFAULT_SYSTEM)
+    here = system_of_gpu(gpu, loader) if gpu is not None else loader.system(DEFAULT_SYSTEM)
     planned = _plan(found, here, loader, operations, tiny, budget_seconds)
     toys_on = here if gpu is not None else loader.system("cpu_host")
     _measure(
@@ -118,7 +118,7 @@ def _recipes(names: list[str] | None, loader: Loader, *, tiny: bool) -> list[Rec
     return [calibration_toy(recipe, host=host) for recipe in found] if tiny else found
 
 
-def _gpu_here() -> str | None:
+def gpu_here() -> str | None:
     """Name of the first GPU that the driver lists, which is that of torch; None without one."""
     from moe_bench.launch.here import num_gpus_here
     from moe_bench.launch.runner import run_captured
@@ -129,7 +129,7 @@ def _gpu_here() -> str | None:
     return answer.stdout.strip().splitlines()[0].strip()
 
 
-def _system_of_gpu(name: str, loader: Loader) -> SystemSpec:
+def system_of_gpu(name: str, loader: Loader) -> SystemSpec:
     keys = sorted(path.stem for path in (loader.root / SYSTEMS_FOLDER).glob("*.yaml"))
     systems = [loader.system(key) for key in keys]
     for one in systems:
@@ -140,11 +140,11 @@ def _system_of_gpu(name: str, loader: Loader) -> SystemSpec:
     )
 
 
-def _system_for_plan(key: str | None, loader: Loader) -> SystemSpec:
+def system_for_plan(key: str | None, loader: Loader) -> SystemSpec:
     if key is not None:
         return loader.system(key)
-    gpu = _gpu_here()
-    return loader.system(DEFAULT_SYSTEM) if gpu is None else _system_of_gpu(gpu, loader)
+    gpu = gpu_here()
+    return loader.system(DEFAULT_SYSTEM) if gpu is None else system_of_gpu(gpu, loader)
 
 
 def _plan(
@@ -209,7 +209,7 @@ def _measure(
     except KeyboardInterrupt:
         num_done = sum(task in journal.done for task in tasks)
         typer.echo(f"stopped after {num_done} of {len(tasks)}; go on with --resume", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     path = journal.finish(end_sm_clock_hz=sweep.sm_clock_hz())
     calibration = read_calibration(path)
     view = calibration_view(calibration, constants_for(plan.system, [calibration], with_shapes=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from moe_bench.results.provenance import (
     cpu_model,
     git_state,
     installed_packages,
+    job_id_here,
     operating_system,
     recorded_environment,
 )
@@ -75,11 +75,10 @@ def _provenance(
     source_root: Path,
     repeat: int,
 ) -> Provenance:
-    job = environment.get("SLURM_JOB_ID")
     return Provenance(
         started_at=started_at,
         command=command,
-        job_id=f"job{job}" if job is not None else f"pid{os.getpid()}",
+        job_id=job_id_here(environment),
         repeat=repeat,
         git=git_state(source_root),
         python_version=platform.python_version(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -50,6 +51,12 @@ def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if _ENVIRONMENT.match(name) and not _SECRET.search(name)
     }
+
+
+def job_id_here(environment: Mapping[str, str]) -> str:
+    """`job<id>` of the Slurm job that this process is in, else `pid<id>` of the process."""
+    job = environment.get("SLURM_JOB_ID")
+    return f"job{job}" if job is not None else f"pid{os.getpid()}"
 
 
 def installed_packages() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import platform
 import socket
 import time
@@ -51,7 +50,7 @@ from moe_bench.results.calibration import (
 )
 from moe_bench.results.calibration_journal import Entry, Journal
 from moe_bench.results.calibration_tasks import COMPILED, PAUSE_S, WINDOW_S, Implementation
-from moe_bench.results.provenance import git_state, installed_packages, recorded_environment
+from moe_bench.results.provenance import git_state, installed_packages, job_id_here, recorded_environment
 from moe_bench.results.record import GpuFacts
 from moe_bench.spec.recipe import Recipe
 
@@ -195,12 +194,11 @@ def provenance_here(
     *, command: tuple[str, ...], environment: Mapping[str, str], source_root: Path
 ) -> CalibrationProvenance:
     """Where, when and with what the tasks are measured."""
-    job = environment.get("SLURM_JOB_ID")
     has_gpu = torch.cuda.is_available()
     return CalibrationProvenance(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        job_id=f"job{job}" if job is not None else f"pid{os.getpid()}",
+        job_id=job_id_here(environment),
         git=git_state(source_root),
         python_version=platform.python_version(),
         packages=installed_packages(),
