@@ -4,8 +4,10 @@ Every collective returns at once with the shapes and, as far as one rank can kno
 one: other ranks are taken to hold what this rank holds. So an all-gather repeats the input, an all-to-all
 returns this rank's share of it, a broadcast changes nothing. Sums are not multiplied by the number of ranks
 (an all-reduce returns its input, a reduce-scatter a slice of it), which keeps values in range. What is
-received from a pipeline neighbour is a fixed pattern between -1 and 1. Tensors on the `meta` device have no
-values; for them only shapes and bytes remain.
+received from a pipeline neighbour is a fixed sequence of normally distributed values, which no row repeats
+soon: kernels meet numbers as in training, not zeros. Outputs are filled without copies on the way, so that a
+rank's peak memory stays its own. Tensors on the `meta` device have no values; for them only shapes and bytes
+remain.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from moe_bench.harness.process_groups import initialise_model_parallel
 from moe_bench.harness.substitution import Substitution, substituted
 
 BACKEND = "loopback"
-_PATTERN_LENGTH = 251
+META = "meta"
+_PATTERN_LENGTH = 65_521
 """A prime, so that the pattern does not line up with rows."""
 
 
@@ -46,6 +49,8 @@ class Transfer:
 
 
 OnTransfer = Callable[[Transfer], None]
+AroundCopies = Callable[[], contextlib.AbstractContextManager[None]]
+"""Entered while a group fills outputs: time that a real group spends on its links."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -88,14 +93,19 @@ class Ledger:
 
 @contextlib.contextmanager
 def loopback_groups(
-    *, world_size: int, rank: int, sizes: Mapping[str, Any], on_transfer: OnTransfer
+    *,
+    world_size: int,
+    rank: int,
+    sizes: Mapping[str, Any],
+    on_transfer: OnTransfer,
+    around_copies: AroundCopies = contextlib.nullcontext,
 ) -> Iterator[None]:
     """Be rank `rank` of `world_size` in Megatron-Core's groups, alone, until the block ends.
 
     `sizes` is `MegatronArguments.parallel_state`. `on_transfer` is called for every transfer in a group of
-    two or more.
+    two or more, `around_copies` around the copies that fill its outputs.
     """
-    create = partial(_create_group, on_transfer)
+    create = partial(_create_group, on_transfer, around_copies)
     distributed.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
     distributed.init_process_group(BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -155,9 +165,11 @@ _LABELS: Mapping[str, str] = {
 }
 
 
-def _create_group(on_transfer: OnTransfer, options: Any, backend_options: object) -> LoopbackGroup:
+def _create_group(
+    on_transfer: OnTransfer, around_copies: AroundCopies, options: Any, backend_options: object
+) -> LoopbackGroup:
     del backend_options
-    return LoopbackGroup(options.group_rank, options.group_size, on_transfer)
+    return LoopbackGroup(options.group_rank, options.group_size, on_transfer, around_copies)
 
 
 class LoopbackGroup(distributed.ProcessGroup):
@@ -169,10 +181,12 @@ class LoopbackGroup(distributed.ProcessGroup):
 
     supports_coalescing = False
 
-    def __init__(self, rank: int, size: int, on_transfer: OnTransfer) -> None:
+    def __init__(self, rank: int, size: int, on_transfer: OnTransfer, around_copies: AroundCopies) -> None:
         super().__init__(rank, size)
         self._rank, self._size, self._on_transfer = rank, size, on_transfer
+        self._around_copies = around_copies
         self._name = self._description = ""
+        self._patterns: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @property
     def group_name(self) -> str:
@@ -208,9 +222,7 @@ class LoopbackGroup(distributed.ProcessGroup):
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: object = None) -> Any:
         """Repeat the input along the first dimension; in place, leave the other ranks' parts as they are."""
-        if not _is_part_of(input, output):
-            _fill(output, input)
-        return self._done("all_gather", [output], [output])
+        return self.all_gather_single_coalesced([output], [input])
 
     def all_gather_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: object = None
@@ -218,7 +230,7 @@ class LoopbackGroup(distributed.ProcessGroup):
         """The same for every input."""
         for output, input in zip(outputs, inputs, strict=True):
             if not _is_part_of(input, output):
-                _fill(output, input)
+                self._fill([output], input)
         return self._done("all_gather", outputs, outputs)
 
     def allgather(
@@ -227,8 +239,7 @@ class LoopbackGroup(distributed.ProcessGroup):
         """Copy each input to all its outputs; an output of another length takes its rows in turn."""
         outputs = [output for parts in output_lists for output in parts]
         for parts, input in zip(output_lists, inputs, strict=True):
-            for output in parts:
-                _fill(output, input)
+            self._fill(parts, input)
         return self._done("all_gather", outputs, outputs)
 
     def gather(
@@ -236,8 +247,7 @@ class LoopbackGroup(distributed.ProcessGroup):
     ) -> Any:
         """Copy each input to all its outputs, of which only the root has any."""
         for parts, input in zip(output_lists, inputs, strict=False):
-            for output in parts:
-                _fill(output, input)
+            self._fill(parts, input)
         outputs = [output for parts in output_lists for output in parts]
         return self._done("gather", outputs or inputs, outputs)
 
@@ -247,15 +257,14 @@ class LoopbackGroup(distributed.ProcessGroup):
         """Take this rank's input on the root; elsewhere nothing is known but the shape."""
         for index, output in enumerate(outputs):
             if input_lists:
-                _fill(output, input_lists[index][self._rank])
+                self._fill([output], input_lists[index][self._rank])
             else:
-                _fill_pattern(output)
+                self._fill_pattern(output)
         return self._done("scatter", [part for parts in input_lists for part in parts] or outputs, outputs)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: object = None) -> Any:
         """Take this rank's slice."""
-        self._take_slice(output, input)
-        return self._done("reduce_scatter", [input], [output])
+        return self.reduce_scatter_single_coalesced([output], [input])
 
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: object = None
@@ -270,13 +279,12 @@ class LoopbackGroup(distributed.ProcessGroup):
     ) -> Any:
         """Take this rank's part of every list."""
         for output, parts in zip(outputs, input_lists, strict=True):
-            _fill(output, parts[self._rank])
+            self._fill([output], parts[self._rank])
         return self._done("reduce_scatter", [part for parts in input_lists for part in parts], outputs)
 
     def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: object = None) -> Any:
         """Receive from every rank what this rank would send to itself."""
-        for output in outputs:
-            _fill(output, inputs[self._rank])
+        self._fill(outputs, inputs[self._rank])
         return self._done("all_to_all", inputs, outputs)
 
     def all_to_all_single(
@@ -294,8 +302,9 @@ class LoopbackGroup(distributed.ProcessGroup):
         output_parts = self._parts("output", output, output_split_sizes)
         input_parts = self._parts("input", input, input_split_sizes)
         own = input_parts[self._rank] if len(input_parts[self._rank]) else input
-        for part in output_parts if _has_values(output) else ():
-            _fill(part, own)
+        is_even = {len(part) for part in output_parts} == {len(own)}
+        # equal parts are written by one kernel, not by one for each rank
+        self._fill([output] if is_even else output_parts, own)
         return self._done("all_to_all", [input], [output])
 
     def send(self, tensors: Sequence[Tensor], destination: int, tag: int = 0) -> Any:
@@ -305,7 +314,7 @@ class LoopbackGroup(distributed.ProcessGroup):
     def recv(self, tensors: Sequence[Tensor], source: int, tag: int = 0) -> Any:
         """Fill the tensors with the module's pattern."""
         for tensor in tensors:
-            _fill_pattern(tensor)
+            self._fill_pattern(tensor)
         return self._done("recv", tensors, tensors)
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Any:
@@ -349,11 +358,27 @@ class LoopbackGroup(distributed.ProcessGroup):
                 f"all_to_all: {name} splits add up to {sum(splits)} rows over {len(splits)} ranks, the "
                 f"tensor has {num_rows} over {self._size}"
             )
-        return (tensor,) * self._size if not _has_values(tensor) else tensor.split(splits)
+        return (tensor,) * self._size if tensor.device.type == META else tensor.split(splits)
+
+    def _fill(self, outputs: Sequence[Tensor], input: Tensor) -> None:
+        if any(output.device.type != META for output in outputs):
+            with self._around_copies():
+                for output in outputs:
+                    _fill(output, input)
+
+    def _fill_pattern(self, tensor: Tensor) -> None:
+        if tensor.device.type == META:
+            return
+        key = tensor.device, tensor.dtype
+        if key not in self._patterns:
+            drawn = torch.randn(_PATTERN_LENGTH, generator=torch.Generator().manual_seed(0))
+            self._patterns[key] = drawn.to(*key)
+        self._fill([tensor], self._patterns[key])
 
     def _take_slice(self, output: Tensor, input: Tensor) -> None:
-        if _has_values(output):
-            output.view(-1).copy_(input.reshape(self._size, -1)[self._rank])
+        if output.device.type != META:
+            with self._around_copies():
+                output.view(-1).copy_(input.reshape(self._size, -1)[self._rank])
 
     def _done(self, op: str, counted: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
         if self._size > 1:
@@ -377,12 +402,13 @@ def _finished() -> Any:
 
 
 def _fill(output: Tensor, input: Tensor) -> None:
-    """Copy the input as often as it takes to fill the output, cut off at the end."""
-    if not _has_values(output) or output.numel() == 0:
+    """Copy the input as often as it takes to fill the output, cut off at the end; nothing fits in nothing."""
+    source, target = input.detach().reshape(-1), output.detach().view(-1)
+    if not len(source):
         return
-    source = input.detach().reshape(-1)
-    repeats = -(-output.numel() // source.numel())
-    output.detach().copy_(source.repeat(repeats)[: output.numel()].view_as(output))
+    num_repeated = len(target) // len(source) * len(source)
+    target[:num_repeated].view(-1, len(source)).copy_(source.expand(num_repeated // len(source), -1))
+    target[num_repeated:].copy_(source[: len(target) - num_repeated])
 
 
 def _is_part_of(input: Tensor, output: Tensor) -> bool:
@@ -392,14 +418,3 @@ def _is_part_of(input: Tensor, output: Tensor) -> bool:
     send than this rank's share: a norm's weights are no part of a projection's.
     """
     return input.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
-
-
-def _fill_pattern(tensor: Tensor) -> None:
-    if not _has_values(tensor):
-        return
-    steps = torch.arange(tensor.numel(), device=tensor.device) * 97 % _PATTERN_LENGTH
-    tensor.detach().copy_((steps / (_PATTERN_LENGTH // 2) - 1).view_as(tensor))
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta"

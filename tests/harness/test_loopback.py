@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -161,8 +162,33 @@ def test_messages_are_counted_one_by_one_and_filled_with_finite_values(
     for work in distributed.batch_isend_irecv(messages):
         work.wait()
     assert [(transfer.op, transfer.num_bytes) for transfer in transfers] == [("send", 24), ("recv", 140)]
-    assert received.abs().max() <= 1
+    assert received.isfinite().all()
     assert len(received.unique()) == received.numel()
+
+
+def test_what_comes_from_a_neighbour_has_the_spread_of_activations(rank: int) -> None:
+    received = torch.empty(64, 512, dtype=torch.bfloat16)
+    distributed.recv(received, (rank + 1) % WORLD)
+    assert received.float().mean().item() == pytest.approx(0, abs=0.02)
+    assert received.float().std().item() == pytest.approx(1, abs=0.02)
+    assert not (received[0] == received[1]).all()
+
+
+def test_time_spent_on_filling_outputs_can_be_told_apart() -> None:
+    entered = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        entered.append(None)
+        yield
+
+    with loopback_groups(
+        world_size=WORLD, rank=0, sizes=PLAIN, on_transfer=lambda transfer: None, around_copies=around
+    ):
+        entered.clear()
+        all_gather(0)
+        distributed.all_reduce(rows(2))
+    assert len(entered) == 2
 
 
 def test_coalesced_collectives_are_one_transfer(rank: int, transfers: list[Transfer]) -> None:

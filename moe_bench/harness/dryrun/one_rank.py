@@ -33,12 +33,7 @@ from moe_bench.harness.dryrun.outcome import (
 )
 from moe_bench.harness.dryrun.phases import phases
 from moe_bench.harness.dryrun.places import Phase, Places, layer_of
-from moe_bench.harness.dryrun.schedule import (
-    SYNCS,
-    WatchedBatches,
-    num_micro_batches_to_run,
-    over_the_step,
-)
+from moe_bench.harness.dryrun.schedule import SYNCS, WatchedBatches, over_the_step
 from moe_bench.harness.dryrun.stand_ins import StandIn, stand_ins
 from moe_bench.harness.dryrun.standalone_mtp import known_shapes
 from moe_bench.harness.dryrun.token_counts import SenderCounts, token_counts
@@ -48,6 +43,7 @@ from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.step import train_step
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.steady_state import num_micro_batches_to_run
 
 TIMELINE_POINTS = 1000
 SHARED_STORAGE = "host_share_storage"

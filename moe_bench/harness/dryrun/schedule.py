@@ -1,4 +1,4 @@
-"""How many micro batches show what a step does, and how their totals become those of the whole step."""
+"""How the totals of a few micro batches become those of a whole step."""
 
 from __future__ import annotations
 
@@ -7,31 +7,11 @@ from collections.abc import Iterator, Sequence
 from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.dryrun.places import Phase
 from moe_bench.harness.loopback import Ledger, LedgerKey, Traffic
-from moe_bench.spec.recipe import Recipe
 
 PER_MICRO_BATCH = frozenset({Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.PIPELINE})
 """Phases that every micro batch goes through alike; the others come once per step."""
 SYNCS = frozenset({Phase.GRADIENT_SYNC, Phase.PARAMETER_SYNC})
 """Phases that Megatron-FSDP, unlike DDP, goes through in micro batches too, though not in all alike."""
-
-
-def num_micro_batches_to_run(recipe: Recipe) -> int:
-    """The fewest micro batches that bring every rank to its steady state, at most those of the recipe.
-
-    One after the other (no pipeline): 2, so that one follows another; 3 where the forward pass of one runs
-    beside the backward pass of another. 1F1B: PP, as many as are ever in flight, at least 2. Interleaved:
-    three groups of PP (or of `micro_batch_group_size`), as the first fills the pipeline, the second is in
-    flight with it and the third is the first to alternate. Megatron-FSDP: 3, as the first finds weights that
-    were gathered before the step and the last may reduce what the others have added up.
-    """
-    parallel = recipe.parallel
-    if parallel.virtual_pipeline > 1:
-        wanted = 3 * max(parallel.pipeline, parallel.micro_batch_group_size)
-    elif recipe.overlap.expert_parallel or parallel.data_sharding == "megatron_fsdp":
-        wanted = max(parallel.pipeline, 3)
-    else:
-        wanted = max(parallel.pipeline, 2)
-    return min(wanted, recipe.num_micro_batches)
 
 
 def over_the_step(count: int, phase: Phase, *, num_run: int, num_micro_batches: int) -> int:

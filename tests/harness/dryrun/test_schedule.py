@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from moe_bench.harness.dryrun.places import Phase
-from moe_bench.harness.dryrun.schedule import WatchedBatches, num_micro_batches_to_run, over_the_step
+from moe_bench.harness.dryrun.schedule import WatchedBatches, over_the_step
 from moe_bench.harness.loopback import Ledger, LedgerKey, Traffic, Transfer
 from moe_bench.spec.recipe import Overlap
+from moe_bench.spec.steady_state import num_micro_batches_to_run
 from tests.harness.dryrun.conftest import toy
 
 PP2 = {"num_gpus": 2, "pipeline": 2}
