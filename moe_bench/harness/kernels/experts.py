@@ -24,7 +24,6 @@ from moe_bench.harness.kernels.grouped_linear import (
     PLAIN,
     Products,
     activated_grouped_linear,
-    check_alignment,
     group_offsets,
     grouped_linear,
     membership,
@@ -223,7 +222,9 @@ class GroupedExperts(MegatronModule):
                 f"{groups.expt_tp.size()} does not divide it; choose one that does"
             )
         hidden = config.hidden_size
-        check_alignment(dtype=config.params_dtype, hidden_size=hidden, expert_ffn_hidden_size_per_rank=ffn)
+        products.check_widths(
+            dtype=config.params_dtype, hidden_size=hidden, expert_ffn_hidden_size_per_rank=ffn
+        )
         self.linear_fc1 = UpProjection(
             config,
             StackShape(in_features=hidden, out_features=2 * ffn, split="out", has_gate=True),

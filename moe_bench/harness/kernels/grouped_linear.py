@@ -3,13 +3,13 @@
 The tokens of a rank stand sorted by expert; `offsets[e]` is the end of expert e's rows. On Hopper and
 Blackwell the BF16 kernel reads the offsets on the device.
 
-Alignment. The kernel wants every row and column stride to be a multiple of 16 bytes (`check_alignment`). It
-wants group sizes to be multiples of 16 bytes as well, 8 BF16 rows, wherever the dimension that the groups cut
-is the contiguous one (torch, aten/src/ATen/native/cuda/GroupMMCommon.cuh; pytorch/pytorch#155466). None of
-our three products is of that kind: output and input gradient cut row-major rows, and the weight gradient is
-grad^T [out, tokens] times x [tokens, in], both cut along a dimension whose stride is a whole row. So groups
-of any size, empty ones too, go in unpadded, provided that grad is row-major, which the backward passes see
-to.
+Alignment. The kernel wants every row and column stride to be a multiple of 16 bytes (`PlainProducts`). It
+wants group sizes to be multiples of 16 bytes as well, 8 BF16 rows, wherever the dimension that the groups
+cut is the contiguous one (torch, aten/src/ATen/native/cuda/GroupMMCommon.cuh; pytorch/pytorch#155466). None
+of our three products is of that kind: output and input gradient cut row-major rows, and the weight gradient
+is grad^T [out, tokens] times x [tokens, in], both cut along a dimension whose stride is a whole row. So
+groups of any size, empty ones too, go in unpadded, provided that grad is row-major, which the backward
+passes see to.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class Products(Protocol):
     implementation: str
     """As a record names it."""
 
+    def check_widths(self, *, dtype: torch.dtype, **widths: int) -> None:
+        """Raise MissingRequirementError, naming one of `widths`, for weights that cannot be multiplied so."""
+
     def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """x [tokens, in] and weight [experts, out, in] to [tokens, out]."""
 
@@ -46,6 +49,15 @@ class PlainProducts:
     """grouped_mm in the type of the tokens."""
 
     implementation = "torch:grouped_mm"
+
+    def check_widths(self, *, dtype: torch.dtype, **widths: int) -> None:
+        """Raise MissingRequirementError where a row of so many elements is no multiple of 16 bytes."""
+        for name, width in widths.items():
+            if width * dtype.itemsize % ALIGNMENT_BYTES != 0:
+                raise MissingRequirementError(
+                    f"{name} {width} of {dtype}: grouped_mm needs rows of a multiple of {ALIGNMENT_BYTES} "
+                    f"bytes; choose a multiple of {ALIGNMENT_BYTES // dtype.itemsize}, or grouped_gemm: false"
+                )
 
     def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """x [tokens, in] and weight [experts, out, in] to [tokens, out]."""
@@ -126,20 +138,6 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
         if not is_next or weight.untyped_storage()._cdata != storage:
             return torch.stack(tuple(weights))
     return first.as_strided((len(weights), *first.shape), (size, *first.stride()))
-
-
-def check_alignment(*, dtype: torch.dtype, **widths: int) -> None:
-    """Refuse widths whose rows grouped_mm cannot address.
-
-    Raises:
-        MissingRequirementError: a row of that many elements is not a multiple of 16 bytes.
-    """
-    for name, width in widths.items():
-        if width * dtype.itemsize % ALIGNMENT_BYTES != 0:
-            raise MissingRequirementError(
-                f"{name} {width} of {dtype}: grouped_mm needs rows of a multiple of {ALIGNMENT_BYTES} bytes; "
-                f"choose a multiple of {ALIGNMENT_BYTES // dtype.itemsize}, or grouped_gemm: false"
-            )
 
 
 class _GroupedLinear(torch.autograd.Function):

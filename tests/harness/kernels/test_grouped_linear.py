@@ -8,7 +8,7 @@ import torch
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels import grouped_linear as module
 from moe_bench.harness.kernels.grouped_linear import (
-    check_alignment,
+    PLAIN,
     group_offsets,
     grouped_linear,
     membership,
@@ -69,10 +69,10 @@ def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
 
 
 def test_rows_that_are_no_multiple_of_16_bytes_are_refused() -> None:
-    check_alignment(dtype=torch.bfloat16, hidden_size=8)
-    check_alignment(dtype=torch.float32, hidden_size=4)
+    PLAIN.check_widths(dtype=torch.bfloat16, hidden_size=8)
+    PLAIN.check_widths(dtype=torch.float32, hidden_size=4)
     with pytest.raises(MissingRequirementError, match=r"hidden_size 4 .*multiple of 8"):
-        check_alignment(dtype=torch.bfloat16, hidden_size=4)
+        PLAIN.check_widths(dtype=torch.bfloat16, hidden_size=4)
 
 
 def test_matrices_that_follow_one_another_in_memory_are_not_copied() -> None:
