@@ -12,6 +12,8 @@ from moe_bench.spec.scale import Plan
 
 CALIBRATION_FOLDER = "calibration"
 """Folder beside the models' that holds measurements of single operations (results/calibration.py)."""
+LAYER_FOLDER = "layer"
+"""The same of single MoE layers (results/layer_record.py)."""
 WHAT = "result file"
 
 
@@ -74,14 +76,15 @@ def parse_record(text: bytes, path: Path) -> Record:
 def record_files(place: str) -> Iterator[os.DirEntry[str]]:
     """The JSON files below the folder `place`, in no order.
 
-    Calibrations are passed over, and what begins with a dot: the index, submitted jobs, unfinished records.
+    Calibrations and layers are passed over, and what begins with a dot: the index, submitted jobs, unfinished
+    records.
     """
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if entry.name != CALIBRATION_FOLDER:
+                if entry.name not in (CALIBRATION_FOLDER, LAYER_FOLDER):
                     yield from record_files(entry.path)
             elif entry.name.endswith(".json"):
                 yield entry
