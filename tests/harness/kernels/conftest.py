@@ -34,6 +34,13 @@ def _one_thread_and_one_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def each_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where every tensor of the test is made: on the host and, where there is one, on the GPU."""
+    with torch.device(request.param) as device:
+        yield device
+
+
 @pytest.fixture
 def groups() -> Iterator[Groups]:
     """Every process group of Megatron-Core, each with this process alone."""

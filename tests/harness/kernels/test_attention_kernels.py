@@ -48,12 +48,14 @@ def test_positions_are_those_at_which_megatron_core_cuts_a_batch(run_ranks: Any)
     assert ranks == [zigzag_positions(16, cp_size=2, cp_rank=rank, device=CPU).tolist() for rank in range(2)]
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_window_counts_the_tokens_before_the_query() -> None:
     positions = torch.arange(5)
     visible = is_visible(positions[:, None], positions[None, :], 2)
     assert visible.sum(dim=1).tolist() == [1, 2, 3, 3, 3]
 
 
+@pytest.mark.usefixtures("each_device")
 def test_the_sink_gate_on_scores_equals_a_softmax_with_one_more_column() -> None:
     """Output and gradients of scores, values and sink, the gate through the log-sum-exp as on a GPU."""
     scores, values = (
@@ -77,14 +79,17 @@ def test_the_sink_gate_on_scores_equals_a_softmax_with_one_more_column() -> None
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize("cp_size", [1, 2])
-def test_flex_attention_equals_masked_attention(window: int | None, with_sink: bool, cp_size: int) -> None:
+def test_flex_attention_equals_masked_attention(
+    window: int | None, with_sink: bool, cp_size: int, each_device: torch.device
+) -> None:
     """Forward only: torch has flex attention's backward on GPUs alone."""
     num_tokens = 32
     query = torch.randn(num_tokens // cp_size, 2, 4, 24)
     key, value = torch.randn(num_tokens, 2, 2, 24), torch.randn(num_tokens, 2, 2, 16)
     sink = torch.randn(4) if with_sink else None
     ranks = [
-        zigzag_positions(len(query), cp_size=cp_size, cp_rank=rank, device=CPU) for rank in range(cp_size)
+        zigzag_positions(len(query), cp_size=cp_size, cp_rank=rank, device=each_device)
+        for rank in range(cp_size)
     ]
     query_positions, key_positions = ranks[-1], torch.cat(ranks)
     scale = 1 / math.sqrt(24)

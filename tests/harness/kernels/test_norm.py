@@ -37,6 +37,7 @@ def test_an_unknown_norm_is_refused() -> None:
         norm(config=small_config(layernorm_zero_centered_gamma=True), hidden_size=8, eps=EPS)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_rms_norm_equals_its_formula_with_gradients() -> None:
     module = norm(config=small_config(), hidden_size=8, eps=EPS).double()
     module.weight.data.normal_()
