@@ -24,10 +24,13 @@ _FP8_FORMATS = {
     "fp8_delayed": ("hybrid", "delayed"),
     "fp8_tensorwise": ("hybrid", "tensorwise"),
     "fp8_blockwise": ("e4m3", "blockwise"),
-    "fp8_rowwise": ("e4m3", "rowwise"),
     "mxfp8": ("e4m3", "mxfp8"),
 }
-"""Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them."""
+"""Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them.
+
+`fp8_rowwise` is not among them: Megatron-Core knows no such recipe (core/enums.py, Fp8Recipe) and builds a
+BF16 model, whose torch-native experts multiply in FP8 (harness/kernels/fp8_grouped.py).
+"""
 
 _FLEX_BACKENDS = ("deepep", "hybridep", "ncclep")
 
@@ -434,6 +437,7 @@ def _training(recipe: Recipe) -> Arguments:
     attention = recipe.model.attention
     return {
         "kernel_family": recipe.kernels.family,
+        "experts_are_fp8": recipe.precision == "fp8_rowwise",
         "qk_norm": attention.qk_norm if isinstance(attention, GroupedQueryAttention) else "latent",
         "seq_length": recipe.seq_len,
         "micro_batch_size": recipe.micro_batch_size,

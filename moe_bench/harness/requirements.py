@@ -28,6 +28,10 @@ def require_runnable(arguments: MegatronArguments) -> None:
             f"precision: {transformer['fp8'] or transformer['fp4']} needs kernels.family: "
             f"transformer_engine, not {training['kernel_family']}"
         )
+    if training["experts_are_fp8"] and training["device"] is None:
+        raise MissingRequirementError(
+            "precision: fp8_rowwise runs on Hopper alone; torch's scaled_grouped_mm has no code for a CPU"
+        )
     main_params_dtype = arguments.optimizer["main_params_dtype"]
     if main_params_dtype != "fp32" and training["kernel_family"] != "transformer_engine":
         raise MissingRequirementError(

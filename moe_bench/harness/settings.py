@@ -13,6 +13,9 @@ class Settings(Spec):
     """The `training` section of the arguments; a key that nobody reads is an error."""
 
     kernel_family: KernelFamily
+    experts_are_fp8: bool
+    """Whether the torch-native experts multiply in FP8 with a scale per row, which Megatron-Core knows
+    nothing of."""
     qk_norm: Literal["none", "per_head", "whole_vector", "latent"]
     seq_length: PositiveInt
     micro_batch_size: PositiveInt

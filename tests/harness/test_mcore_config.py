@@ -206,6 +206,15 @@ def test_a_knob_that_is_read_only_beside_another_arrives_there(
     assert everything(changed(base, path, first)) != everything(changed(base, path, second))
 
 
+def test_fp8_with_a_scale_per_row_is_the_experts_and_bf16_to_megatron_core() -> None:
+    plain, rowwise = (
+        megatron_arguments(alone(GQA, precision=precision)) for precision in ("bf16", "fp8_rowwise")
+    )
+    assert rowwise.training == plain.training | {"experts_are_fp8": True}
+    assert rowwise.transformer == plain.transformer
+    assert rowwise.optimizer == plain.optimizer
+
+
 def test_an_override_reaches_every_class_that_has_the_field() -> None:
     arguments = megatron_arguments(GQA.model_copy(update={"mcore": {"barrier_with_L1_time": False}}))
     assert arguments.transformer["barrier_with_L1_time"] is False

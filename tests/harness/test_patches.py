@@ -68,6 +68,7 @@ def test_an_unknown_patch_is_refused_with_the_known_ones() -> None:
 def settings(*, device: str | None, wanted: tuple[str, ...]) -> Settings:
     return Settings(
         kernel_family="torch_native",
+        experts_are_fp8=False,
         qk_norm="none",
         seq_length=32,
         micro_batch_size=1,

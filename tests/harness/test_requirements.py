@@ -36,6 +36,7 @@ def test_a_smoke_recipe_needs_nothing_more() -> None:
     [
         ({"training": {"kernel_family": "transformer_engine"}}, "kernels.family: transformer_engine is not"),
         ({"transformer": {"fp8": "e4m3"}}, "precision: e4m3 needs kernels.family: transformer_engine"),
+        ({"training": {"experts_are_fp8": True}}, "precision: fp8_rowwise runs on Hopper alone"),
         ({"transformer": {"fp4": "e2m1"}}, "precision: e2m1 needs kernels.family: transformer_engine"),
         ({"transformer": {"cuda_graph_impl": "local"}}, "cuda_graphs.implementation: local: no code"),
         ({"transformer": {"tp_comm_overlap": True}}, "overlap.tensor_parallel: no code sets up"),

@@ -50,6 +50,8 @@ class KernelChoice:
     """Norm on queries and keys of grouped-query attention."""
     experts_are_apart: bool = False
     """Whether torch-native experts have a weight each (Megatron-FSDP), not one for all of a layer."""
+    experts_are_fp8: bool = False
+    """Whether the torch-native experts multiply in FP8 (precision `fp8_rowwise`)."""
 
     def provider(self) -> BackendSpecProvider:
         """The modules of the family.
@@ -57,7 +59,10 @@ class KernelChoice:
         Raises MissingRequirementError where it is not installed, or no code runs it yet.
         """
         return provider_for(
-            self.family, device_type=self.device_type, experts_are_apart=self.experts_are_apart
+            self.family,
+            device_type=self.device_type,
+            experts_are_apart=self.experts_are_apart,
+            experts_are_fp8=self.experts_are_fp8,
         )
 
 

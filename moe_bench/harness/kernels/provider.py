@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.attention import CoreAttention
 from moe_bench.harness.kernels.experts import GroupedExperts
+from moe_bench.harness.kernels.grouped_linear import PLAIN, Products
 from moe_bench.harness.kernels.mla import DuplicatedLinear
 from moe_bench.harness.kernels.norm import norm
 
@@ -27,10 +28,15 @@ TRANSFORMER_ENGINE_PIP = 'pip install --no-build-isolation "transformer_engine[p
 class TorchNativeSpecProvider(BackendSpecProvider):
     """Modules made of torch alone: fused attention and grouped GEMM on a GPU, plain arithmetic on a CPU."""
 
-    def __init__(self, *, device_type: str, experts_are_apart: bool = False) -> None:
-        """`experts_are_apart`: a weight for each, as Megatron-FSDP needs them (`ExpertStack`)."""
+    def __init__(
+        self, *, device_type: str, experts_are_apart: bool = False, experts_are_fp8: bool = False
+    ) -> None:
+        """`experts_are_apart`: a weight for each, as Megatron-FSDP needs them (`ExpertStack`);
+        `experts_are_fp8`: their products as in `fp8_grouped`.
+        """
         self.device_type = device_type
         self.experts_are_apart = experts_are_apart
+        self.experts_are_fp8 = experts_are_fp8
 
     def linear(self) -> type[torch.nn.Module]:
         """A linear layer that is whole on every tensor-parallel rank."""
@@ -65,27 +71,46 @@ class TorchNativeSpecProvider(BackendSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., torch.nn.Module]:
         """All local experts in grouped GEMMs, or one after the other."""
         if moe_use_grouped_gemm:
-            return partial(GroupedExperts, are_apart=self.experts_are_apart)
+            return partial(GroupedExperts, are_apart=self.experts_are_apart, products=self._products())
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return partial(_sequential_experts, submodules=submodules)
+
+    def _products(self) -> Products:
+        """FP8 is loaded where it is asked for: it needs Triton, which not every torch comes with."""
+        if not self.experts_are_fp8:
+            return PLAIN
+        if find_spec("triton") is None:
+            raise MissingRequirementError("precision: fp8_rowwise needs the package triton, not installed")
+        from moe_bench.harness.kernels.fp8_grouped import RowwiseFp8Products
+
+        return RowwiseFp8Products()
 
     def activation_func(self) -> None:
         """Megatron-Core's own activation."""
 
 
-def provider_for(family: str, *, device_type: str, experts_are_apart: bool = False) -> BackendSpecProvider:
+def provider_for(
+    family: str, *, device_type: str, experts_are_apart: bool = False, experts_are_fp8: bool = False
+) -> BackendSpecProvider:
     """Return the modules of a kernel family.
 
     Args:
         family: `torch_native`, `transformer_engine` or `quack` (a recipe's `kernels.family`).
         device_type: `cuda` or `cpu`: where the model is to run.
         experts_are_apart: whether torch-native experts have a weight each; Transformer Engine's always have.
+        experts_are_fp8: whether the torch-native experts' products are in FP8 (precision `fp8_rowwise`).
 
     Raises:
         MissingRequirementError: the family is not installed, or no code runs it yet.
     """
+    if experts_are_fp8 and family != "torch_native":
+        raise MissingRequirementError(
+            f"precision: fp8_rowwise needs kernels.family: torch_native, not {family}"
+        )
     if family == "torch_native":
-        return TorchNativeSpecProvider(device_type=device_type, experts_are_apart=experts_are_apart)
+        return TorchNativeSpecProvider(
+            device_type=device_type, experts_are_apart=experts_are_apart, experts_are_fp8=experts_are_fp8
+        )
     if family == "transformer_engine":
         if find_spec("transformer_engine") is None:
             raise MissingRequirementError(

@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+import torch
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.provider import TorchNativeSpecProvider, provider_for
@@ -25,6 +26,15 @@ def test_a_missing_transformer_engine_is_named_with_the_line_that_installs_it() 
 def test_a_family_without_code_is_refused() -> None:
     with pytest.raises(MissingRequirementError, match="no code runs quack yet"):
         provider_for("quack", device_type="cuda")
+
+
+def test_experts_in_fp8_are_torch_native_alone(groups: Groups) -> None:
+    provider = provider_for("torch_native", device_type="cuda", experts_are_fp8=True)
+    config = small_config(params_dtype=torch.bfloat16, bf16=True)
+    experts = provider.grouped_mlp_modules(True)(4, config, pg_collection=groups)
+    assert experts.implementation == "torch:scaled_grouped_mm:rowwise"
+    with pytest.raises(MissingRequirementError, match="fp8_rowwise needs kernels.family: torch_native"):
+        provider_for("transformer_engine", device_type="cuda", experts_are_fp8=True)
 
 
 def test_experts_with_biases_cannot_run_one_by_one(groups: Groups) -> None:
