@@ -15,6 +15,8 @@ from pydantic import Field
 
 from moe_bench.results.calibration import CPU, CalibrationProvenance
 from moe_bench.results.journal import file_stem, gpu_folder
+from moe_bench.results.layer_peers import LayerPeers
+from moe_bench.results.layer_samples import WholeSamples
 from moe_bench.results.store import LAYER_FOLDER
 from moe_bench.results.versioned import read_versioned
 from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, Spec, Text
@@ -45,31 +47,6 @@ class PartSamples(Spec):
         return statistics.median(self.samples_s)
 
 
-class WholeSamples(Spec):
-    """Calls of the layer without marks inside it, forward and backward of the same call."""
-
-    forward_s: tuple[PositiveFloat, ...] = Field(min_length=1)
-    backward_s: tuple[PositiveFloat, ...] = Field(min_length=1)
-
-    @property
-    def total_s(self) -> tuple[float, ...]:
-        """Forward and backward of each call."""
-        return tuple(map(sum, zip(self.forward_s, self.backward_s, strict=True)))
-
-    @property
-    def median_s(self) -> float:
-        """Median of forward and backward together."""
-        return statistics.median(self.total_s)
-
-    @property
-    def spread_fraction(self) -> float:
-        """Distance of the quartiles over the median; 0 of a single call."""
-        if len(self.total_s) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.total_s, n=4, method="inclusive")
-        return (high - low) / self.median_s
-
-
 class HeldSamples(Spec):
     """The same layer in bursts after pauses, and without a pause for so long."""
 
@@ -85,34 +62,6 @@ class HeldSamples(Spec):
         """What holding adds to a burst's call, from the last half of the windows."""
         late = self.held_s[len(self.held_s) // 2 :]
         return statistics.median(late) / statistics.median(self.burst_s) - 1
-
-
-class Agreement(Spec):
-    """How far two engines' results are apart: |difference| over |reference|, as Frobenius norms."""
-
-    tensor: Text
-    """`output`, `input gradient`, or a weight's name for its gradient."""
-    error_fraction: NonNegativeFloat
-    bound_fraction: PositiveFloat
-    """Below which they agree."""
-
-    @property
-    def is_agreed(self) -> bool:
-        """Whether the two did the same work."""
-        return self.error_fraction <= self.bound_fraction
-
-
-class PeerTimes(Spec):
-    """Another engine on the same weights and inputs; timed only where its results agree."""
-
-    engine: Text
-    package: Text
-    version: Text | None = None
-    implementation: Text | None = None
-    agreements: tuple[Agreement, ...] = ()
-    whole: WholeSamples | None = None
-    absent: Text | None = None
-    """Why there is no time: not installed, no such router, results that do not agree."""
 
 
 class LayerRecord(Spec):
@@ -146,7 +95,8 @@ class LayerRecord(Spec):
     start_sm_clock_hz: PositiveFloat | None = None
     end_sm_clock_hz: PositiveFloat | None = None
     held: HeldSamples | None = None
-    peers: tuple[PeerTimes, ...] = ()
+    peers: LayerPeers | None = None
+    """Other engines on the same weights and inputs; null where none were asked for."""
 
     @property
     def parts_s(self) -> float:

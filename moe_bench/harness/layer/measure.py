@@ -13,7 +13,8 @@ from moe_bench.harness.layer.parts import PartClock
 from moe_bench.harness.ranges import heard_by
 from moe_bench.harness.timing import DeviceClock, burst_samples_s, held_samples_s
 from moe_bench.results.calibration_tasks import NUM_WARMUP, PAUSE_S, WINDOW_S, num_samples
-from moe_bench.results.layer_record import HeldSamples, PartSamples, Pass, WholeSamples
+from moe_bench.results.layer_record import HeldSamples, PartSamples, Pass
+from moe_bench.results.layer_samples import WholeSamples
 
 _TINY_PAUSE_S, _TINY_WINDOW_S = 0.01, 0.05
 
@@ -27,11 +28,19 @@ class LayerCall:
 
     def __call__(self) -> None:
         """Both passes; the gradients of the call before are dropped."""
+        self.drop_gradients()
         self.passes(lambda: None)
+
+    def drop_gradients(self) -> None:
+        """Between two micro batches: gradients that a kernel adds up stay, as in training."""
+        if self.built.module is None:
+            self.built.clear_gradients()
+            return
+        for parameter in self.built.module.parameters():
+            parameter.grad = None
 
     def passes(self, between: Callable[[], Any]) -> Any:
         """Both passes; what `between` returns, which is called between them."""
-        self.built.clear_gradients()
         x = self.inputs.x.detach().requires_grad_()
         y = self.built.forward(x)
         middle = between()
@@ -80,6 +89,7 @@ _Marks = tuple[Any, Any, Any]
 
 
 def _timed(call: LayerCall, clock: DeviceClock) -> _Marks:
+    call.drop_gradients()
     clock.flush()
     start = clock.mark()
     middle = call.passes(clock.mark)
