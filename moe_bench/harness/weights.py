@@ -25,7 +25,7 @@ def initialise_by_name(chunks: Sequence[torch.nn.Module], *, std: float, seed: i
     """
     for chunk in chunks:
         reached: dict[int, dict[int, int]] = {}
-        for shard in _sharded_tensors(chunk):
+        for shard in sharded_tensors(chunk):
             data = shard.data
             if data is None or not data.is_floating_point():
                 continue
@@ -43,12 +43,17 @@ def _values(shard: ShardedTensor, *, std: float, seed: int) -> torch.Tensor:
     whole = torch.randn(shard.global_shape[num_stacked:], generator=generator) * std
     if _is_norm_weight(shard.key):
         whole += 1.0
-    lengths = (1,) * (shard.prepend_axis_num - num_stacked) + tuple(shard.local_shape)
+    return local_part(shard, whole, num_skipped_axes=num_stacked)
+
+
+def local_part(shard: ShardedTensor, whole: torch.Tensor, *, num_skipped_axes: int = 0) -> torch.Tensor:
+    """The part of the global tensor `whole`, less its first axes, that this rank holds."""
+    lengths = (1,) * (shard.prepend_axis_num - num_skipped_axes) + tuple(shard.local_shape)
     part = tuple(
         slice(start, start + length)
-        for start, length in zip(shard.global_offset[num_stacked:], lengths, strict=True)
+        for start, length in zip(shard.global_offset[num_skipped_axes:], lengths, strict=True)
     )
-    return whole[part].reshape(shard.data.shape)
+    return whole[part].reshape(shard.local_shape)
 
 
 def _num_index_axes(shard: ShardedTensor) -> int:
@@ -66,7 +71,7 @@ def _is_norm_weight(key: str) -> bool:
     return key.endswith(("norm.weight", "layernorm.weight", "layer_norm_weight"))
 
 
-def _sharded_tensors(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
+def sharded_tensors(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
     """Every sharded tensor of a chunk; a factory stands for several (gate and linear half of SwiGLU)."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for entry in chunk.sharded_state_dict(metadata={"dp_cp_group": group}).values():

@@ -233,6 +233,11 @@ class MixtureOfExperts(Spec):
     router: Router
 
 
+HuggingFaceModelType = Literal[
+    "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen3_moe"
+]
+
+
 class PublishedSize(Spec):
     """Parameter counts as the authors state them, and how their active count comes about."""
 
@@ -280,6 +285,8 @@ class ModelSpec(Spec):
     display_name: Text
     hf_id: Text | None = None
     """Where its weights are, or those whose shape it has; null where none were released."""
+    hf_model_type: HuggingFaceModelType | None = None
+    """Class of transformers 5 that runs them; null where `moe_bench/checkpoints` has no map for it."""
     default_run: Key | None = None
     """Recipe that the bare model name stands for; null for a reference model, which has none."""
     num_layers: PositiveInt
