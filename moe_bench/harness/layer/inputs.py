@@ -25,12 +25,8 @@ class LayerInputs:
     """[tokens, hidden], of the output."""
     choices: Tensor
     """[tokens, top_k]: the experts of each token, of all ranks, in no order."""
-
-    @property
-    def tokens_per_expert(self) -> tuple[int, ...]:
-        """Tokens of this rank that each expert gets."""
-        counts = torch.bincount(self.choices.flatten())
-        return tuple(counts.tolist())
+    tokens_per_expert: tuple[int, ...]
+    """Tokens of this rank that each expert of all ranks gets."""
 
 
 def routed_inputs(case: LayerCase, weights: LayerWeights) -> LayerInputs:
@@ -52,7 +48,13 @@ def routed_inputs(case: LayerCase, weights: LayerWeights) -> LayerInputs:
     x += (missing @ router).to(x.dtype)
     gradient = torch.randn(x.shape, generator=generator, device=device)
     kind = weights.router.dtype
-    return LayerInputs(x=x.to(kind), gradient=gradient.to(kind), choices=choices)
+    counts = torch.bincount(choices.flatten(), minlength=case.moe.num_experts)
+    return LayerInputs(
+        x=x.to(kind),
+        gradient=gradient.to(kind),
+        choices=choices,
+        tokens_per_expert=tuple(counts.tolist()),
+    )
 
 
 def expert_choices(case: LayerCase, *, generator: torch.Generator, device: torch.device) -> Tensor:

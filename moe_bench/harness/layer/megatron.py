@@ -128,6 +128,13 @@ def engine_for(case: LayerCase, system: SystemSpec) -> MegatronEngine:
     return MegatronEngine(family=case.kernels.family, is_grouped=case.kernels.grouped_gemm, system=system)
 
 
+def expert_layer(built: BuiltLayer) -> MoELayer:
+    """The module of a layer that a Megatron engine built."""
+    if not isinstance(built.module, MoELayer):
+        raise MissingRequirementError(f"{built.implementation}: not a layer of Megatron-Core")
+    return built.module
+
+
 def _forward(layer: MoELayer, x: Tensor) -> Tensor:
     """[tokens, hidden] through a layer that takes [sequence, batch, hidden]."""
     output, bias = layer(x.unsqueeze(1))

@@ -1,0 +1,196 @@
+"""One case on one engine, measured on this machine from the weights to the record."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from moe_bench.errors import MeasurementError, MissingRequirementError
+from moe_bench.harness import device_facts, sanity
+from moe_bench.harness.calibrate.gemm import dense_call
+from moe_bench.harness.calibrate.memory import memory_call
+from moe_bench.harness.layer.inputs import LayerInputs, routed_inputs
+from moe_bench.harness.layer.measure import LayerCall, held_samples, marked_samples, whole_samples
+from moe_bench.harness.layer.megatron import MegatronEngine, expert_layer
+from moe_bench.harness.layer.parts import parts_named
+from moe_bench.harness.layer.weights import draw_weights
+from moe_bench.harness.patches import patch_names, patches
+from moe_bench.harness.timing import CudaClock, DeviceClock, HostClock, samples_s
+from moe_bench.results.calibration import CalibrationProvenance, DenseGemm, MemoryBound
+from moe_bench.results.calibration_tasks import DEVICE_TO_DEVICE, Implementation
+from moe_bench.results.layer_peers import LayerPeers
+from moe_bench.results.layer_record import LayerRecord, PartSamples
+from moe_bench.spec.layer_case import LayerCase
+from moe_bench.spec.system import SystemSpec
+
+GEMM_WIDTH, TINY_GEMM_WIDTH = 8192, 128
+"""Of the square product that expert GEMMs are compared with: 1.1 TFLOP, which fills any GPU."""
+COPY_BYTES, TINY_COPY_BYTES = 1024**3, 1024**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """The machine that layers are measured on, for as long as `bench_here` holds it."""
+
+    device: str
+    """`cuda` or `cpu`."""
+    clock: DeviceClock
+    system: SystemSpec
+    is_tiny: bool
+
+    def sm_clock_hz(self) -> float | None:
+        """Of the GPU at this moment; None on a CPU, or where the driver does not say."""
+        return device_facts.sm_clock_hz() if self.device == "cuda" else None
+
+    def copy_bytes_per_s(self) -> float:
+        """Bytes read and written per second by a copy on the device."""
+        size = TINY_COPY_BYTES if self.is_tiny else COPY_BYTES
+        copy = MemoryBound(
+            operation="copy",
+            variant=DEVICE_TO_DEVICE,
+            shape=(size,),
+            num_read_bytes=size,
+            num_written_bytes=size,
+        )
+        call = memory_call(copy, "bf16", Implementation.COPY, self.device)
+        return 2 * size / statistics.median(samples_s(call, self.clock))
+
+    def dense_flops_per_s(self) -> float:
+        """Of one large square matrix product in BF16."""
+        width = TINY_GEMM_WIDTH if self.is_tiny else GEMM_WIDTH
+        what = DenseGemm(operation="dense_gemm", num_rows=width, num_inner=width, num_columns=width)
+        call = dense_call(what, "bf16", Implementation.MM, self.device)
+        return what.num_flops / statistics.median(samples_s(call, self.clock))
+
+
+@contextlib.contextmanager
+def bench_here(system: SystemSpec, *, is_tiny: bool) -> Iterator[Bench]:
+    """This machine as `system` describes it: its GPU, or for toys its CPU with Megatron-Core patched for it.
+
+    Raises MissingRequirementError for real sizes without a GPU, MeasurementError on another GPU.
+    """
+    if system.gpu is not None:
+        if not torch.cuda.is_available():
+            raise MissingRequirementError(
+                "layer needs a GPU and torch sees none; try the command on this machine with --tiny"
+            )
+        found = torch.cuda.get_device_name()
+        sanity.require_gpu(rank=0, expected=system.gpu.device_name, found=found)
+        yield Bench(device="cuda", clock=CudaClock(), system=system, is_tiny=is_tiny)
+        return
+    if not is_tiny:
+        raise MissingRequirementError("layer: real sizes need a GPU; run toys on this machine with --tiny")
+    from moe_bench.harness.host_device import host_device
+
+    torch.set_num_threads(1)
+    with host_device(), patches((*patch_names("host"), *patch_names("no_transformer_engine"))):
+        yield Bench(device="cpu", clock=HostClock(), system=system, is_tiny=True)
+
+
+def measure_layer(
+    case: LayerCase,
+    engine: MegatronEngine,
+    bench: Bench,
+    provenance: CalibrationProvenance,
+    *,
+    suite: str | None = None,
+    held_for_s: float | None = None,
+    peers: Callable[[LayerCase, Bench], LayerPeers] | None = None,
+) -> LayerRecord:
+    """Whole, parts, and what else is asked for, of `case` on `engine`.
+
+    Raises MissingRequirementError where the engine does not run here, MeasurementError where the layer
+    routes otherwise than the case says.
+    """
+    start_hz = bench.sm_clock_hz()
+    weights = draw_weights(case, device=bench.device)
+    inputs = routed_inputs(case, weights)
+    before_bytes = torch.cuda.memory_allocated() if bench.device == "cuda" else 0
+    with engine.build(case, weights, device=bench.device) as built:
+        layer = expert_layer(built)
+        call = LayerCall(built, inputs)
+        _require_routing(case, layer, call)
+        whole = whole_samples(call, bench.clock)
+        peak_bytes = _peak_bytes(call, before_bytes) if bench.device == "cuda" else None
+        marked, parts = marked_samples(call, bench.clock, parts_named(layer))
+        held = None
+        if held_for_s is not None:
+            held = held_samples(
+                call, bench.clock, held_for_s=held_for_s, sm_clock_hz=bench.sm_clock_hz, is_tiny=bench.is_tiny
+            )
+        implementation, received = built.implementation, _received(case, inputs)
+    del weights, inputs, call
+    beside = None if peers is None else peers(case, bench)
+    return LayerRecord(
+        is_tiny=bench.is_tiny,
+        suite=suite,
+        provenance=provenance,
+        case=case,
+        engine=engine.name,
+        implementation=implementation,
+        differences=_differences(case),
+        local_tokens_per_expert=received,
+        whole=whole,
+        marked=marked,
+        parts=parts,
+        unreachable=_unreachable(engine, parts),
+        peak_memory_bytes=peak_bytes,
+        copy_bytes_per_s=bench.copy_bytes_per_s(),
+        dense_flops_per_s=bench.dense_flops_per_s(),
+        start_sm_clock_hz=start_hz,
+        end_sm_clock_hz=bench.sm_clock_hz(),
+        held=held,
+        peers=beside,
+    )
+
+
+def _require_routing(case: LayerCase, layer: MoELayer, call: LayerCall) -> None:
+    """Run once, and hold the router's own choice against the one that the inputs were made for."""
+    counted: list[torch.Tensor] = []
+
+    def count(module: object, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        counted.append(outputs[1].sum(dim=0))
+
+    handle = layer.router.register_forward_hook(count)
+    try:
+        call()
+    finally:
+        handle.remove()
+    found = tuple(int(number) for number in counted[0].tolist())
+    if found != call.inputs.tokens_per_expert:
+        raise MeasurementError(
+            f"{case.name}: the layer sent {found} tokens to its experts, the case says "
+            f"{call.inputs.tokens_per_expert}"
+        )
+
+
+def _received(case: LayerCase, inputs: LayerInputs) -> tuple[int, ...]:
+    """Rows of this rank's experts: every rank sends what this one sends (loopback)."""
+    return tuple(count * case.ep_size for count in inputs.tokens_per_expert[: case.num_local_experts])
+
+
+def _peak_bytes(call: LayerCall, before_bytes: int) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before_bytes
+
+
+def _differences(case: LayerCase) -> tuple[str, ...]:
+    if case.ep_size == 1:
+        return ()
+    return (f"dispatch and combine are copies on this device, in place of {case.ep_size} ranks' exchange",)
+
+
+def _unreachable(engine: MegatronEngine, parts: tuple[PartSamples, ...]) -> dict[str, str]:
+    found = {(part.part, part.in_pass) for part in parts}
+    reasons = {}
+    if ("fc1", "dgrad") not in found:
+        reasons["fc1 and fc2: dgrad, wgrad"] = f"{engine.name} computes both in one backward pass"
+    if not any(part == "activation" for part, _ in found):
+        reasons["activation"] = f"{engine.name} has no bound around it; it is in experts"
+    return reasons
