@@ -12,9 +12,9 @@ from moe_bench.results.layer_samples import WholeSamples
 from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.layer_case import LayerCase
 
-Outcome = Literal["measured", "absent", "unable", "disagrees"]
-"""`absent`: its package is not installed. `unable`: it does not compute this layer here, for the reason it
-gives. `disagrees`: it ran, and its numbers are not those of the reference, so its time means nothing."""
+Outcome = Literal["measured", "unable", "disagrees"]
+"""`unable`: not installed, or it does not compute this layer here, for the reason it gives. `disagrees`: it
+ran, and its numbers are not those of the reference, so its time would mean nothing."""
 Pass = Literal["forward", "forward and backward"]
 
 

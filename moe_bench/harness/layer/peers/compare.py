@@ -1,0 +1,185 @@
+"""Engines side by side in one process: each held against the reference, then timed in turn with the others.
+
+They stand one at a time, so that each has the memory to itself. Rounds go through all of them, every second
+one backwards, so that a clock that drifts meets all alike; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_bench.errors import BadInputError
+from moe_bench.harness.layer.engine import BuiltLayer, Engine
+from moe_bench.harness.layer.inputs import LayerInputs, routed_inputs
+from moe_bench.harness.layer.measure import LayerCall, whole_samples
+from moe_bench.harness.layer.peers.agreement import (
+    ALLOWED_FRACTION,
+    differences,
+    num_checked_tokens,
+    observed,
+    reference,
+)
+from moe_bench.harness.layer.peers.obstacles import PLAIN_PRECISIONS
+from moe_bench.harness.layer.weights import LayerWeights, draw_weights, dtype_of
+from moe_bench.harness.timing import DeviceClock
+from moe_bench.results.layer_peers import EngineResult, EngineTimes, LayerPeers, Outcome, TensorDifference
+from moe_bench.results.layer_samples import WholeSamples
+from moe_bench.spec.layer_case import LayerCase
+
+NUM_ROUNDS = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class _Entrant:
+    """What is known of one engine so far."""
+
+    name: str
+    engine: Engine
+    outcome: Outcome = "measured"
+    reason: str | None = None
+    implementation: str | None = None
+    differences: tuple[TensorDifference, ...] = ()
+    rounds: list[WholeSamples] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def is_out(self, outcome: Outcome, reason: str) -> None:
+        """Take no more part in it."""
+        self.outcome, self.reason = outcome, reason
+
+    def result(self) -> EngineResult:
+        """What the record says of it."""
+        times = None
+        if self.outcome == "measured":
+            times = EngineTimes(rounds=tuple(self.rounds), peak_bytes=self.peak_bytes)
+        return EngineResult(
+            engine=self.name,
+            package=self.engine.package,
+            version=_version(self.engine.package),
+            outcome=self.outcome,
+            reason=self.reason,
+            implementation=self.implementation,
+            differences=self.differences,
+            times=times,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What all engines are given."""
+
+    case: LayerCase
+    weights: LayerWeights
+    inputs: LayerInputs
+    device: str
+
+
+def compare_engines(
+    case: LayerCase,
+    engines: Mapping[str, Engine],
+    *,
+    baseline: str,
+    device: str,
+    clock: DeviceClock,
+    num_rounds: int = NUM_ROUNDS,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> LayerPeers:
+    """Run `case`, folded onto one rank, on each of `engines`, by name; times are over those of `baseline`.
+
+    An engine that is absent, cannot run the case, runs out of memory or disagrees with the reference is
+    recorded as such, and has no time.
+
+    Raises BadInputError where the precision is one that other people's layers do not have.
+    """
+    case = case.folded()
+    if case.precision not in PLAIN_PRECISIONS:
+        raise BadInputError(
+            f"{case.name}: peers compute in FP32 or BF16, not in {case.precision}; compare with "
+            "--precision bf16"
+        )
+    weights = draw_weights(case, device=device)
+    task = _Task(case=case, weights=weights, inputs=routed_inputs(case, weights), device=device)
+    entrants = [_Entrant(name=name, engine=engine) for name, engine in engines.items()]
+    num_checked = _check(task, entrants, on_progress)
+    for number in range(num_rounds):
+        running = [one for one in entrants if one.outcome == "measured"]
+        for entrant in reversed(running) if number % 2 else running:
+            on_progress(f"{entrant.name}: round {number + 1} of {num_rounds}")
+            _attempt(task, entrant, partial(_time, task, entrant, clock))
+    return LayerPeers(
+        case=case,
+        baseline=baseline,
+        num_checked_tokens=num_checked,
+        allowed_fraction=ALLOWED_FRACTION[dtype_of(case)],
+        engines=tuple(entrant.result() for entrant in entrants),
+    )
+
+
+def _check(task: _Task, entrants: list[_Entrant], on_progress: Callable[[str], None]) -> int:
+    """Hold every engine that can run against the reference; the number of tokens that it was done with."""
+    num_tokens = num_checked_tokens(task.case)
+    x, gradient = task.inputs.x[:num_tokens], task.inputs.gradient[:num_tokens]
+    exact: dict[str, Tensor] = {}
+    for entrant in entrants:
+        if (obstacle := entrant.engine.obstacle(task.case)) is not None:
+            entrant.is_out("unable", obstacle)
+            continue
+        on_progress(f"{entrant.name}: agreement")
+        exact = exact or reference(task.case, task.weights, x, gradient)
+        _attempt(task, entrant, partial(_agree, entrant, x, gradient, exact))
+    return num_tokens
+
+
+def _attempt(task: _Task, entrant: _Entrant, use: Callable[[BuiltLayer], None]) -> None:
+    """Build the engine's layer and use it; running out of memory is an outcome."""
+    try:
+        with entrant.engine.build(task.case, task.weights, device=task.device) as layer:
+            entrant.implementation = layer.implementation
+            use(layer)
+    except torch.OutOfMemoryError as error:
+        entrant.is_out("unable", f"out of memory: {str(error).splitlines()[0]}")
+
+
+def _agree(
+    entrant: _Entrant, x: Tensor, gradient: Tensor, exact: dict[str, Tensor], layer: BuiltLayer
+) -> None:
+    allowed = ALLOWED_FRACTION[x.dtype]
+    entrant.differences = differences(observed(layer, x, gradient), exact)
+    wrong = [one for one in entrant.differences if one.order() > allowed]
+    if wrong:
+        entrant.is_out("disagrees", ", ".join(map(_in_words, wrong)) + f"; allowed {allowed:.2g}")
+
+
+def _in_words(difference: TensorDifference) -> str:
+    fraction = difference.difference_fraction
+    return f"{difference.tensor} is " + (
+        "not finite or missing" if fraction is None else f"{fraction:.2g} off"
+    )
+
+
+def _time(task: _Task, entrant: _Entrant, clock: DeviceClock, layer: BuiltLayer) -> None:
+    call = LayerCall(layer, task.inputs)
+    entrant.rounds.append(whole_samples(call, clock))
+    if entrant.peak_bytes is None and task.device == "cuda":
+        entrant.peak_bytes = _peak_bytes(call, layer)
+
+
+def _peak_bytes(call: LayerCall, layer: BuiltLayer) -> int:
+    layer.clear_gradients()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _version(package: str) -> str | None:
+    """Of an installed distribution; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

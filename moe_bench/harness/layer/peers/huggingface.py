@@ -1,0 +1,103 @@
+"""Hugging Face transformers' MoE blocks as engines: five routers, each with the experts run in several ways.
+
+Of transformers 5 an experts module runs as its configuration says (integrations/moe.py): `eager`, a loop over
+the experts that were chosen; `grouped_mm`, torch's grouped product over sorted rows; `batched_mm`, a batched
+product over a copy of the expert's weights for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.layer.engine import BuiltLayer
+from moe_bench.harness.layer.peers import obstacles
+from moe_bench.harness.layer.peers.huggingface_blocks import BLOCKS, Block
+from moe_bench.harness.layer.peers.modules import drop_gradients
+from moe_bench.harness.layer.weights import LayerWeights
+from moe_bench.spec.layer_case import LayerCase
+
+PIP_LINE = 'pip install "transformers>=5"'
+Implementation = Literal["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("eager", "grouped_mm", "batched_mm")
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    """One block with one way to run its experts."""
+
+    block: Block
+    implementation: Implementation
+    package: str = "transformers"
+
+    @property
+    def name(self) -> str:
+        """`hf_<model>_<way>`."""
+        return f"hf_{self.block.model}_{self.implementation}"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names that stand for several of these: all, the block in every way, every block in this way."""
+        return ("hf", f"hf_{self.block.model}", f"hf_{self.implementation}")
+
+    def obstacle(self, case: LayerCase) -> str | None:
+        """Why it cannot run the case: absent, or another layer than this block's."""
+        return (
+            obstacles.not_plain(case)
+            or self.block.cannot(case)
+            or self._copies_too_much(case)
+            or obstacles.not_installed("transformers", PIP_LINE)
+        )
+
+    def _copies_too_much(self, case: LayerCase) -> str | None:
+        if self.implementation != "batched_mm" or not torch.cuda.is_available():
+            return None
+        weight = 3 * case.hidden_size * case.moe.expert_ffn_hidden_size
+        num_bytes = case.num_rows * weight * (4 if case.precision == "fp32" else 2)
+        if num_bytes <= torch.cuda.get_device_properties(0).total_memory:
+            return None
+        return (
+            f"copies its expert's weights for every row, {num_bytes / 2**30:,.0f} GiB: more than the GPU has"
+        )
+
+    @contextmanager
+    def build(self, case: LayerCase, weights: LayerWeights, *, device: str) -> Iterator[BuiltLayer]:
+        """The block, on the memory of `weights` where its layout is theirs, on copies where it is not."""
+        if (reason := self.obstacle(case)) is not None:
+            raise MissingRequirementError(f"{self.name}: {reason}")
+        del device  # where the weights are
+        folder = f"transformers.models.{self.block.model}"
+        config_class = getattr(
+            import_module(f"{folder}.configuration_{self.block.model}"), self.block.config_class
+        )
+        block_class = getattr(import_module(f"{folder}.modeling_{self.block.model}"), self.block.block_class)
+        config = config_class(experts_implementation=self.implementation, **self.block.config(case))
+        with torch.device("meta"):
+            block = block_class(config)
+        self.block.place(block, weights)
+
+        def forward(x: Tensor) -> Tensor:
+            output = block(x.unsqueeze(0))
+            # GPT-OSS returns the router's scores as well
+            return (output[0] if isinstance(output, tuple) else output).squeeze(0)
+
+        yield BuiltLayer(
+            forward=forward,
+            gradients=partial(self.block.gradients, block),
+            clear_gradients=partial(drop_gradients, block),
+            implementation=f"{self.block.block_class}:{self.implementation}",
+            module=block,
+        )
+
+
+def hugging_face_engines() -> tuple[HuggingFace, ...]:
+    """Every block with every way to run its experts."""
+    return tuple(HuggingFace(block, way) for block in BLOCKS for way in IMPLEMENTATIONS)
