@@ -56,7 +56,7 @@ class KernelChoice:
     def provider(self) -> BackendSpecProvider:
         """The modules of the family.
 
-        Raises MissingRequirementError where it is not installed, or no code runs it yet.
+        Raises MissingRequirementError where it is not installed, or does not run on this device.
         """
         return provider_for(
             self.family,
@@ -167,15 +167,23 @@ def _layer(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=provider.layer_norm(),
-            mlp=get_mlp_module_spec_for_backend(
-                backend=provider,
-                num_experts=config.num_moe_experts if has_experts else None,
-                moe_grouped_gemm=config.moe_grouped_gemm,
-            ),
+            mlp=_mlp(config, provider, has_experts=has_experts),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),
     )
+
+
+def _mlp(
+    config: TransformerConfig, provider: TorchNativeSpecProvider, *, has_experts: bool
+) -> ModuleSpec | Callable[..., torch.nn.Module]:
+    """A dense MLP, or the provider's MoE layer with the submodules that Megatron-Core's spec names."""
+    spec = get_mlp_module_spec_for_backend(
+        backend=provider,
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+    )
+    return partial(provider.moe_layer(), **spec.keywords) if has_experts else spec
 
 
 def _latent_attention(config: TransformerConfig, provider: TorchNativeSpecProvider) -> ModuleSpec:

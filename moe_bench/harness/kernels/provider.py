@@ -12,10 +12,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moe_bench.errors import MissingRequirementError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.kernels.attention import CoreAttention
 from moe_bench.harness.kernels.experts import GroupedExperts
 from moe_bench.harness.kernels.grouped_linear import PLAIN, Products
@@ -88,6 +89,10 @@ class TorchNativeSpecProvider(BackendSpecProvider):
     def activation_func(self) -> None:
         """Megatron-Core's own activation."""
 
+    def moe_layer(self) -> Callable[..., torch.nn.Module]:
+        """Megatron-Core's own."""
+        return MoELayer
+
 
 def provider_for(
     family: str, *, device_type: str, experts_are_apart: bool = False, experts_are_fp8: bool = False
@@ -101,7 +106,8 @@ def provider_for(
         experts_are_fp8: whether the torch-native experts' products are in FP8 (precision `fp8_rowwise`).
 
     Raises:
-        MissingRequirementError: the family is not installed, or no code runs it yet.
+        BadInputError: there is no such family.
+        MissingRequirementError: the family is not installed, or does not run on `device_type`.
     """
     if experts_are_fp8 and family != "torch_native":
         raise MissingRequirementError(
@@ -120,9 +126,13 @@ def provider_for(
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
-    raise MissingRequirementError(
-        f"kernels.family: no code runs {family} yet; use torch_native or transformer_engine"
-    )
+    if family == "quack":
+        from moe_bench.harness.kernels.quack.experts import require_quack
+        from moe_bench.harness.kernels.quack.provider import QuackSpecProvider
+
+        require_quack(device_type)
+        return QuackSpecProvider(device_type=device_type, experts_are_apart=experts_are_apart)
+    raise BadInputError(f"kernels.family: {family}; one of torch_native, transformer_engine, quack")
 
 
 def _sequential_experts(

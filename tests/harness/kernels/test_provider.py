@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from moe_bench.errors import MissingRequirementError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.kernels.provider import TorchNativeSpecProvider, provider_for
 from tests.harness.kernels.configs import gpt_oss_experts, small_config
 from tests.harness.kernels.ranks import Groups
@@ -23,9 +23,15 @@ def test_a_missing_transformer_engine_is_named_with_the_line_that_installs_it() 
         provider_for("transformer_engine", device_type="cuda")
 
 
-def test_a_family_without_code_is_refused() -> None:
-    with pytest.raises(MissingRequirementError, match="no code runs quack yet"):
+@pytest.mark.skipif(importlib.util.find_spec("quack") is not None, reason="quack-kernels is installed")
+def test_a_missing_quack_is_named_with_the_line_that_installs_it() -> None:
+    with pytest.raises(MissingRequirementError, match=r"quack-kernels, not installed; pip install"):
         provider_for("quack", device_type="cuda")
+
+
+def test_an_unknown_family_is_refused() -> None:
+    with pytest.raises(BadInputError, match="torch_native, transformer_engine, quack"):
+        provider_for("cublas", device_type="cuda")
 
 
 def test_experts_in_fp8_are_torch_native_alone(groups: Groups) -> None:
@@ -33,7 +39,7 @@ def test_experts_in_fp8_are_torch_native_alone(groups: Groups) -> None:
     config = small_config(params_dtype=torch.bfloat16, bf16=True)
     experts = provider.grouped_mlp_modules(True)(4, config, pg_collection=groups)
     assert experts.implementation == "torch:scaled_grouped_mm:rowwise"
-    with pytest.raises(MissingRequirementError, match="fp8_rowwise needs kernels.family: torch_native"):
+    with pytest.raises(MissingRequirementError, match=r"fp8_rowwise needs kernels\.family: torch_native"):
         provider_for("transformer_engine", device_type="cuda", experts_are_fp8=True)
 
 

@@ -1,0 +1,94 @@
+"""Megatron-Core's MoE layer whose all-to-all dispatcher leaves the last permutation to the experts.
+
+With one expert rank nothing is permuted at all: the experts get the layer's input and add up each token's
+rows. With several, tokens are permuted to be sent, as Megatron-Core does, but what arrives stays in the order
+of its senders. Other dispatchers permute on arrival, and the experts take their rows as they come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+
+from moe_bench.harness.kernels.quack.rows import ExpertRows, rows_of_chunks, rows_of_routing_map
+
+
+class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
+    """The all-to-all dispatcher for experts that gather; see the module's docstring.
+
+    In the place of the tokens per expert, the experts are handed `ExpertRows`.
+    """
+
+    _rows: ExpertRows
+    _counts: Tensor
+
+    @property
+    def _is_alone(self) -> bool:
+        return self.ep_size == 1
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """Remember how many rows arrive from whom before the counts leave for the host."""
+        tokens_per_expert = super().preprocess(routing_map)
+        if self.num_local_experts > 1:
+            self._counts = self.num_global_tokens_per_local_expert
+        else:
+            self._counts = tokens_per_expert.view(1, 1)
+        return tokens_per_expert
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Permute what is to be sent; alone, say which token each row is."""
+        if not self._is_alone:
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        self.hidden_shape = hidden_states.shape
+        self._rows, probabilities = rows_of_routing_map(routing_map, probs, top_k=self.config.moe_router_topk)
+        return hidden_states.view(-1, self.hidden_shape[-1]), probabilities
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Exchange; alone, there is nobody to exchange with."""
+        if self._is_alone:
+            return hidden_states, probs
+        return super().token_dispatch(hidden_states, probs)
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, ExpertRows, Tensor]:
+        """Say which token each row is, and leave tokens where they are."""
+        if self._is_alone:
+            return hidden_states, self._rows, probs
+        rows = rows_of_chunks(self._counts, num_rows=hidden_states.shape[0], device=hidden_states.device)
+        return hidden_states, rows, probs.index_select(0, rows.token_of_row)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """The experts have put their output where its tokens came from."""
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor, *options: Any, **named: Any) -> Tensor:
+        """Exchange back."""
+        if self._is_alone:
+            return hidden_states
+        return super().token_combine(hidden_states, *options, **named)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Add up what came back for each token; alone, the experts have."""
+        if self._is_alone:
+            return hidden_states.view(self.hidden_shape)
+        return super().combine_postprocess(hidden_states)
+
+
+class GatheringMoELayer(MoELayer):
+    """Megatron-Core's layer with `GatheringDispatcher` in the place of its all-to-all dispatcher."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.moe_token_dispatcher_type == "alltoall":
+            self.token_dispatcher = GatheringDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=self.config,
+                pg_collection=kwargs["pg_collection"],
+            )
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
