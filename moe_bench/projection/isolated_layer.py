@@ -7,6 +7,8 @@ of a layer in a step to the layer alone is that of the constants: `Constants.sus
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moe_bench.analysis.layer_comms import expert_exchanges, runs_quantized, tensor_parallel
@@ -19,8 +21,9 @@ from moe_bench.projection.layer_time import layer_times
 from moe_bench.projection.pricing import LayerSetting, Pricer, stack
 from moe_bench.projection.work.experts import add_experts
 from moe_bench.projection.work.lowering import messages_of
-from moe_bench.projection.work.operations import LayerWork, Number, Part
+from moe_bench.projection.work.operations import Gemm, LayerWork, MemoryBound, Number, Part, Pass
 from moe_bench.projection.work.tally import NUMBERS, Tally
+from moe_bench.spec.model import MixtureOfExperts
 from moe_bench.spec.recipe import Recipe
 
 BURST = Constants(
@@ -46,21 +49,63 @@ def isolated_layer(recipe: Recipe, constants: Constants = BURST) -> LayerSeconds
 
     Raises BadInputError for a dense model.
     """
+    tally, moe = _tally(recipe, load=1.0)
+    is_quantized = runs_quantized(recipe, None)
+    exchanges = expert_exchanges(recipe, moe, tensor_parallel(recipe, is_quantized=is_quantized))
+    work = LayerWork(
+        operations=tuple(_operations(tally)),
+        messages=tuple(messages_of(tally, exchanges, 1.0)),
+        num_launches=tally.num_launches,
+    )
+    pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
+    forward_s, backward_s = layer_times(stack([(pricer.price(work), _SETTING)]), constants).total_s[0]
+    return LayerSeconds(forward_s=float(forward_s), backward_s=float(backward_s))
+
+
+def isolated_parts(
+    recipe: Recipe, *, load: float, constants: Constants = BURST
+) -> Mapping[tuple[str, str], float]:
+    """Seconds of the parts of such a layer without its messages, by part and pass as records name them.
+
+    `load` is how many rows the rank's experts get over the balanced number. Parts are `router`, `permute and
+    unpermute`, `fc1`, `activation`, `fc2` and `shared experts`; passes `forward`, `dgrad` and `wgrad` for the
+    products of routed experts, `forward` and `backward` for all else. Raises BadInputError as above.
+    """
+    tally, _ = _tally(recipe, load=load)
+    pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    products = 0
+    for operation in _operations(tally):
+        work = LayerWork(operations=(operation,), messages=(), num_launches=0)
+        times = layer_times(stack([(pricer.price(work), _SETTING)]), constants)
+        name, in_pass = operation.part.value, operation.in_pass.value
+        if operation.part is Part.EXPERTS and isinstance(operation, Gemm):
+            name = "fc1" if products < _PASSES_OF_A_PRODUCT else "fc2"
+            products += 1
+        else:
+            name = "activation" if operation.part is Part.EXPERTS else name
+            in_pass = "forward" if operation.in_pass is Pass.FORWARD else "backward"
+        seconds[name, in_pass] += float(times.total_s.sum())
+    return dict(seconds)
+
+
+_PASSES_OF_A_PRODUCT = 3
+"""Forward, dgrad and wgrad, in which the first projection stands before the second."""
+_SETTING = LayerSetting(is_grace=False, overlaps_experts=False, is_graphed=False)
+
+
+def _tally(recipe: Recipe, *, load: float) -> tuple[Tally, MixtureOfExperts]:
     moe = recipe.model.moe
     if moe is None:
         raise BadInputError(f"{recipe.model.key}: a dense model has no MoE layer; name one with experts")
     is_quantized = runs_quantized(recipe, None)
     tally = Tally(recipe=recipe, number=NUMBERS[recipe.precision] if is_quantized else Number.BF16)
-    add_experts(tally, moe, load=1.0)
-    exchanges = expert_exchanges(recipe, moe, tensor_parallel(recipe, is_quantized=is_quantized))
-    work = LayerWork(
-        operations=tuple(
-            operation for operation in tally.operations if getattr(operation, "part", None) is not Part.NORMS
-        ),
-        messages=tuple(messages_of(tally, exchanges, 1.0)),
-        num_launches=tally.num_launches,
-    )
-    setting = LayerSetting(is_grace=False, overlaps_experts=False, is_graphed=False)
-    pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
-    forward_s, backward_s = layer_times(stack([(pricer.price(work), setting)]), constants).total_s[0]
-    return LayerSeconds(forward_s=float(forward_s), backward_s=float(backward_s))
+    add_experts(tally, moe, load=load)
+    return tally, moe
+
+
+def _operations(tally: Tally) -> Iterator[Gemm | MemoryBound]:
+    """What is of the expert half of the layer itself: products and moves but those of norm and residual."""
+    for operation in tally.operations:
+        if isinstance(operation, Gemm | MemoryBound) and operation.part is not Part.NORMS:
+            yield operation
