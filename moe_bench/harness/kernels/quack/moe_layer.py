@@ -22,7 +22,7 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
     In the place of the tokens per expert, the experts are handed `ExpertRows`.
     """
 
-    _rows: ExpertRows
+    _rows: ExpertRows | None = None
     _counts: Tensor
 
     @property
@@ -41,41 +41,34 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Permute what is to be sent; alone, say which token each row is."""
+        """Permute what is to be sent; alone, say which token each row is, and copy nothing."""
         if not self._is_alone:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape = hidden_states.shape
+        self.tokens_per_expert = None
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
         self._rows, probabilities = rows_of_routing_map(routing_map, probs, top_k=self.config.moe_router_topk)
         return hidden_states.view(-1, self.hidden_shape[-1]), probabilities
 
-    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Exchange; alone, there is nobody to exchange with."""
-        if self._is_alone:
-            return hidden_states, probs
-        return super().token_dispatch(hidden_states, probs)
-
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, ExpertRows, Tensor]:
         """Say which token each row is, and leave tokens where they are."""
-        if self._is_alone:
-            return hidden_states, self._rows, probs
-        rows = rows_of_chunks(self._counts, num_rows=hidden_states.shape[0], device=hidden_states.device)
-        return hidden_states, rows, probs.index_select(0, rows.token_of_row)
+        rows, self._rows = self._rows, None
+        if rows is None:
+            rows = rows_of_chunks(self._counts, num_rows=hidden_states.shape[0], device=hidden_states.device)
+            probs = probs.index_select(0, rows.token_of_row)
+        return hidden_states, rows, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """The experts have put their output where its tokens came from."""
         return hidden_states
 
-    def token_combine(self, hidden_states: Tensor, *options: Any, **named: Any) -> Tensor:
-        """Exchange back."""
-        if self._is_alone:
-            return hidden_states
-        return super().token_combine(hidden_states, *options, **named)
-
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up what came back for each token; alone, the experts have."""
-        if self._is_alone:
-            return hidden_states.view(self.hidden_shape)
-        return super().combine_postprocess(hidden_states)
+        if not self._is_alone:
+            return super().combine_postprocess(hidden_states)
+        output = hidden_states.view(self.hidden_shape)
+        return output if self.shared_experts is None else output + self.shared_experts.get_output()
 
 
 class GatheringMoELayer(MoELayer):

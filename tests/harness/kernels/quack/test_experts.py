@@ -15,6 +15,7 @@ from tests.harness.kernels.configs import gpt_oss_experts, small_config
 from tests.harness.kernels.quack import plain_interface
 from tests.harness.kernels.ranks import Groups, without_groups
 from tests.harness.kernels.references import experts_reference
+from tests.harness.kernels.test_expert_checkpoint import written
 
 COUNTS = [5, 0, 9, 2]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -147,3 +148,17 @@ def test_weight_gradients_are_added_to_the_buffer_where_that_is_asked_for(groups
 def test_what_quack_lacks_is_refused(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(MissingRequirementError, match=problem):
         experts(without_groups(), **changes)
+
+
+def test_the_checkpoint_is_that_of_one_module_per_expert(groups: Groups) -> None:
+    module = experts(groups)
+    tensors = written(module)
+    assert {
+        key.removeprefix("mlp.experts.experts."): tuple(whole.shape) for key, (whole, _) in tensors.items()
+    } == {
+        "linear_fc1.weight": (3, 4, 64, 64),
+        "linear_fc2.weight": (3, 4, 64, 32),
+    }
+    for name, parameter in module.named_parameters():
+        stored, _ = tensors[f"mlp.experts.experts.{name}"]
+        torch.testing.assert_close(stored[1].double(), parameter.detach(), rtol=1e-6, atol=1e-6)
