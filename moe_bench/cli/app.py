@@ -9,7 +9,7 @@ import typer
 from moe_bench import __version__
 from moe_bench.errors import EXIT_CODES
 
-PANELS = RECIPES, PREDICT, RUN, READ = ("Recipes", "Predict", "Run", "Read")
+PANELS = RECIPES, PREDICT, RUN, READ, MODEL = ("Recipes", "Predict", "Run", "Read", "Model")
 """Groups of `--help`, in its order: each answers a question that costs more than the one before."""
 
 app = typer.Typer(

@@ -6,11 +6,14 @@ What really ran is in the record, module by module; notices at import time say n
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from moe_bench.errors import MissingRequirementError
 
 if TYPE_CHECKING:
     from moe_bench.results.record import Record
@@ -25,6 +28,28 @@ def load_measure() -> Callable[..., Record | None]:
 def load_calibrate() -> ModuleType:
     """`moe_bench.harness.calibrate.sweep`, imported quietly."""
     return _loaded("moe_bench.harness.calibrate.sweep")
+
+
+def load_data() -> ModuleType:
+    """`moe_bench.harness.data.build`, imported quietly."""
+    return _loaded("moe_bench.harness.data.build")
+
+
+def load_tokenizer() -> ModuleType:
+    """`moe_bench.harness.data.tokenizer`, imported quietly."""
+    return _loaded("moe_bench.harness.data.tokenizer")
+
+
+def load_verify() -> ModuleType:
+    """`moe_bench.harness.convert.verify`, imported quietly; MissingRequirementError without transformers."""
+    require_package("transformers", extra="huggingface")
+    return _loaded("moe_bench.harness.convert.verify")
+
+
+def require_package(name: str, *, extra: str) -> None:
+    """Raise MissingRequirementError where a package of an optional extra is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise MissingRequirementError(f"{name} is not installed: pip install 'moe_bench[{extra}]'")
 
 
 def _loaded(name: str) -> ModuleType:

@@ -86,13 +86,17 @@ def read_journal[HeaderKind: Spec, EntryKind: Spec](
     return header, entries
 
 
-def require_alike(path: Path, facts: Iterable[tuple[str, object, object]]) -> None:
+def require_alike(
+    path: Path,
+    facts: Iterable[tuple[str, object, object]],
+    *,
+    remedy: str = "remove it, or start afresh without --resume",
+) -> None:
     """Raise BadInputError where one of `facts`, its name, how it was and how it is, has changed."""
     for name, before, now in facts:
         if before != now:
             raise BadInputError(
-                f"{path}: {name}: {before} when it was begun, {now} now; one file holds one state: "
-                "remove it, or start afresh without --resume"
+                f"{path}: {name}: {before} when it was begun, {now} now; one file holds one state: {remedy}"
             )
 
 
