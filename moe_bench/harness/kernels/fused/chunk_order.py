@@ -122,12 +122,12 @@ def _moved(
 
 @triton.jit
 def _source_kernel(
-    ends_as_sent_ptr: Any,
-    ends_as_sorted_ptr: Any,
-    sources_ptr: Any,
-    num_rows: Any,
-    num_senders: Any,
-    num_experts: Any,
+    ends_as_sent_ptr: tl.tensor,
+    ends_as_sorted_ptr: tl.tensor,
+    sources_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_senders: tl.tensor,
+    num_experts: tl.tensor,
     block_r: tl.constexpr,
     block_c: tl.constexpr,
 ) -> None:
@@ -145,12 +145,12 @@ def _source_kernel(
 
 @triton.jit
 def _move_kernel(
-    rows_ptr: Any,
-    probabilities_ptr: Any,
-    sources_ptr: Any,
-    moved_ptr: Any,
-    moved_probabilities_ptr: Any,
-    hidden_size: Any,
+    rows_ptr: tl.tensor,
+    probabilities_ptr: tl.tensor,
+    sources_ptr: tl.tensor,
+    moved_ptr: tl.tensor,
+    moved_probabilities_ptr: tl.tensor,
+    hidden_size: tl.tensor,
     is_inverse: tl.constexpr,
     has_probabilities: tl.constexpr,
     block_h: tl.constexpr,

@@ -141,14 +141,14 @@ def _gather(rows: Tensor, slots: Tensor) -> Tensor:
 
 @triton.jit
 def _spread_kernel(
-    tokens_ptr: Any,
-    probabilities_ptr: Any,
-    slots_ptr: Any,
-    rows_ptr: Any,
-    row_probabilities_ptr: Any,
-    hidden_size: Any,
-    num_experts: Any,
-    num_slots: Any,
+    tokens_ptr: tl.tensor,
+    probabilities_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    row_probabilities_ptr: tl.tensor,
+    hidden_size: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
     has_probabilities: tl.constexpr,
     block_h: tl.constexpr,
 ) -> None:
@@ -169,7 +169,12 @@ def _spread_kernel(
 
 @triton.jit
 def _gather_kernel(
-    rows_ptr: Any, slots_ptr: Any, tokens_ptr: Any, hidden_size: Any, num_slots: Any, block_h: tl.constexpr
+    rows_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
+    hidden_size: tl.tensor,
+    num_slots: tl.tensor,
+    block_h: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * block_h + tl.arange(0, block_h)
@@ -187,12 +192,12 @@ def _gather_kernel(
 
 @triton.jit
 def _probability_gradient_kernel(
-    grad_ptr: Any,
-    slots_ptr: Any,
-    out_ptr: Any,
-    num_tokens: Any,
-    num_experts: Any,
-    num_slots: Any,
+    grad_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_experts: tl.tensor,
+    num_slots: tl.tensor,
     block_t: tl.constexpr,
 ) -> None:
     tokens = tl.program_id(0).to(tl.int64) * block_t + tl.arange(0, block_t)

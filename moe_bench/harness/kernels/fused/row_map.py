@@ -86,7 +86,11 @@ def row_map_reference(routing_map: Tensor, *, num_slots: int) -> Tensor:
 
 @triton.jit
 def _entries(
-    map_ptr: Any, num_tokens: Any, num_experts: Any, block_t: tl.constexpr, block_e: tl.constexpr
+    map_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_experts: tl.tensor,
+    block_t: tl.constexpr,
+    block_e: tl.constexpr,
 ) -> Any:
     tokens = tl.program_id(0) * block_t + tl.arange(0, block_t)
     experts = tl.arange(0, block_e)
@@ -97,11 +101,11 @@ def _entries(
 
 @triton.jit
 def _count_kernel(
-    map_ptr: Any,
-    counts_ptr: Any,
-    num_tokens: Any,
-    num_experts: Any,
-    num_blocks: Any,
+    map_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_experts: tl.tensor,
+    num_blocks: tl.tensor,
     block_t: tl.constexpr,
     block_e: tl.constexpr,
 ) -> None:
@@ -112,14 +116,14 @@ def _count_kernel(
 
 @triton.jit
 def _number_kernel(
-    map_ptr: Any,
-    counts_ptr: Any,
-    ends_ptr: Any,
-    slots_ptr: Any,
-    num_tokens: Any,
-    num_experts: Any,
-    num_blocks: Any,
-    num_slots: Any,
+    map_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_experts: tl.tensor,
+    num_blocks: tl.tensor,
+    num_slots: tl.tensor,
     block_t: tl.constexpr,
     block_e: tl.constexpr,
     block_s: tl.constexpr,

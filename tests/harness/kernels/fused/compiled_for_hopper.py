@@ -1,0 +1,144 @@
+"""Compile every kernel for sm_90 as it is launched for DeepSeek-V3, and say what ptxas gave it. No GPU needed.
+
+    python -m tests.harness.kernels.fused.compiled_for_hopper
+
+Prints JSON: for each kernel its registers, its bytes of spilled registers and of shared memory.
+"""
+
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_bench.harness.kernels.fused import activation, chunk_order, permutation, row_map, weight_gradient
+
+HOPPER = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A kernel and how it is launched; arguments without a type here are int32."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = field(default=())
+    """Sizes that are multiples of 16."""
+
+
+def launches() -> dict[str, Launch]:
+    blocks = {"block_t": 8, "block_e": 256}
+    wgrad, tile = weight_gradient, weight_gradient.HOPPER
+    gated = {"alpha": 1.0, "offset": 0.0, "clamp": None, "block": 1024}
+    return {
+        "row_map.count": Launch(
+            kernel=row_map._count_kernel, types={"map": "*u8", "counts": "*i32"}, constants=blocks
+        ),
+        "row_map.number": Launch(
+            kernel=row_map._number_kernel,
+            types={"map": "*u8", "counts": "*i32", "ends": "*i32", "slots": "*i32"},
+            constants={**blocks, "block_s": 8},
+        ),
+        "permutation.spread": Launch(
+            kernel=permutation._spread_kernel,
+            types={"tokens": "*bf16", "probabilities": "*fp32", "slots": "*i32", "rows": "*bf16"}
+            | {"row_probabilities": "*fp32"},
+            constants={"has_probabilities": True, "block_h": permutation.BLOCK_H},
+            aligned=("hidden_size",),
+        ),
+        "permutation.gather": Launch(
+            kernel=permutation._gather_kernel,
+            types={"rows": "*bf16", "slots": "*i32", "tokens": "*bf16"},
+            constants={"block_h": permutation.BLOCK_H},
+            aligned=("hidden_size",),
+        ),
+        "permutation.probability_gradient": Launch(
+            kernel=permutation._probability_gradient_kernel,
+            types={"grad": "*fp32", "slots": "*i32", "out": "*fp32"},
+            constants={"block_t": 128},
+        ),
+        "chunk_order.source": Launch(
+            kernel=chunk_order._source_kernel,
+            types={"ends_as_sent": "*i32", "ends_as_sorted": "*i32", "sources": "*i32"},
+            constants={"block_r": chunk_order.BLOCK_R, "block_c": 256},
+        ),
+        "chunk_order.move": Launch(
+            kernel=chunk_order._move_kernel,
+            types={"rows": "*bf16", "probabilities": "*fp32", "sources": "*i32", "moved": "*bf16"}
+            | {"moved_probabilities": "*fp32"},
+            constants={"is_inverse": False, "has_probabilities": True, "block_h": chunk_order.BLOCK_H},
+            aligned=("hidden_size",),
+        ),
+        "activation.forward": Launch(
+            kernel=activation._forward_kernel,
+            types={"x": "*bf16", "probabilities": "*fp32", "y": "*bf16"},
+            constants=gated,
+            aligned=("ffn",),
+        ),
+        "activation.backward": Launch(
+            kernel=activation._backward_kernel,
+            types={"grad": "*bf16", "x": "*bf16", "probabilities": "*fp32", "grad_x": "*bf16"}
+            | {"grad_probabilities": "*fp32"},
+            constants=gated,
+            aligned=("ffn",),
+        ),
+        "weight_gradient": Launch(
+            kernel=wgrad._accumulate_kernel,
+            types={
+                "grad_boxes": f"tensordesc<bf16[{tile.rows}, {tile.outputs}]>",
+                "x_boxes": f"tensordesc<bf16[{tile.rows}, {tile.inputs}]>",
+                "main_grad": "*fp32",
+                "offsets": "*i32",
+            },
+            constants={"block_k": tile.rows, "block_m": tile.outputs, "block_n": tile.inputs}
+            | {"band": tile.band},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            aligned=("out_features", "in_features"),
+        ),
+    }
+
+
+def compiled(launch: Launch) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills, bytes of shared memory of a program."""
+    names = launch.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in launch.constants else launch.types.get(name.removesuffix("_ptr"), "i32")
+        for name in names
+    }
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or name in launch.aligned
+    }
+    kernel = triton.compile(
+        ASTSource(launch.kernel, signature, launch.constants, attributes),
+        target=HOPPER,
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout.split()
+    found = dict(part.split(":") for part in usage if part.startswith(("REG:", "STACK:")))
+    return {
+        "registers": int(found["REG"]),
+        "spilled_bytes": int(found["STACK"]),
+        "shared_bytes": kernel.metadata.shared,
+        "num_tensor_core_calls": kernel.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compiled(launch) for name, launch in launches().items()}))
