@@ -22,8 +22,17 @@ from moe_bench.projection.evidence.rates import (
     gpu_rates,
     group_rate,
 )
+from moe_bench.projection.evidence.sparse_rates import SOURCE, sparse_flops_per_s
 from moe_bench.projection.evidence.table_shapes import TableShapes
-from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
+from moe_bench.projection.work.operations import (
+    AttentionCore,
+    Gemm,
+    MemoryBound,
+    Number,
+    Part,
+    Pass,
+    SparseCore,
+)
 from moe_bench.results.calibration import Calibration
 from moe_bench.spec.system import SystemSpec
 
@@ -130,6 +139,19 @@ class Efficiency:
     def attention(self, operation: AttentionCore) -> Cost:
         """Of one call forward, or of one call backward, whose five products are one kernel."""
         return self._best(operation, self._attention_law)
+
+    def sparse_attention(self, operation: SparseCore) -> Cost:
+        """Of one call forward or backward; a prior, since nobody timed a training step of such kernels."""
+        is_forward = operation.in_pass in (Pass.FORWARD, Pass.RECOMPUTE)
+        rate = sparse_flops_per_s(self._gpu, num_keys=operation.num_keys, is_forward=is_forward)
+        return Cost(
+            compute_s=operation.num_flops / rate,
+            memory_s=0.0,
+            overhead_s=KERNEL_START_S,
+            scale=Scale.ATTENTION,
+            grade=Grade.PRIOR,
+            source=SOURCE,
+        )
 
     def memory(self, operation: MemoryBound) -> Cost:
         """Of an operation of a layer that moves bytes and computes little."""

@@ -9,7 +9,7 @@ from moe_bench.analysis.memory import MemoryFit, memory_fit
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.evidence.calibrated_constants import constants_for
-from moe_bench.projection.interval import Interval, interval, rates_are_prior
+from moe_bench.projection.interval import Interval, has_sparse_attention, interval, rates_are_prior
 from moe_bench.projection.schedule.simulation import ScheduleKind
 from moe_bench.projection.step import Projection, Term, project
 from moe_bench.projection.work.load_choice import LoadChoice, load_choice
@@ -104,6 +104,8 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
     yield "a published run of the same software is the measure; yours may lack its kernels and its tuning"
     if rates_are_prior(recipe):
         yield f"no public measurement of {recipe.system.display_name}: rates scaled by the datasheets' peaks"
+    if has_sparse_attention(recipe):
+        yield "rates of sparse attention are priors: the best that its kernels reached alone"
     if recipe.model.moe is not None:
         yield f"the busiest expert-parallel rank receives {load.busiest_over_mean_ratio:.2f} times the mean"
     if recipe.parallel.num_gpus > recipe.system.nvlink_domain_gpus:

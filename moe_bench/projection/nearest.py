@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from moe_bench.projection.interval import Interval, interval
 from moe_bench.projection.rows.engines import is_scored, traits_of
 from moe_bench.projection.rows.folds import model_family
 from moe_bench.projection.rows.inference import Catalogue, InferredRun, infer
@@ -29,8 +30,16 @@ class NearRow:
     run: InferredRun
     projected_tokens_per_s_per_gpu: float
     """Of the row's configuration, not of the recipe's."""
+    interval: Interval
+    """Where the row's step time is expected, as wide as its inferred fields make it."""
     differences: tuple[str, ...]
     """Columns in which the recipe is not what the row was."""
+
+    @property
+    def p90_ratios(self) -> tuple[float, float]:
+        """Ratios that nine in ten rows which print as much keep."""
+        step_s = math.sqrt(self.interval.p90.low_s * self.interval.p90.high_s)
+        return self.interval.p90.low_s / step_s, self.interval.p90.high_s / step_s
 
     @property
     def ratio(self) -> float:
@@ -115,8 +124,10 @@ def _of_kind(runs: Iterable[InferredRun], recipe: Recipe) -> Iterator[InferredRu
 def _projected(run: InferredRun, recipe: Recipe) -> NearRow:
     run = with_recompute(run)
     projection = project(run.recipe, traits=traits_of(run))
+    inferred = [one.field for one in run.assumptions]
     return NearRow(
         run=run,
         projected_tokens_per_s_per_gpu=projection.tokens_per_s_per_gpu,
+        interval=interval(run.recipe, projection.step_s, inferred_fields=inferred),
         differences=tuple(map(str, disagreements(run.row, recipe))),
     )

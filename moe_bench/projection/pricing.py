@@ -26,6 +26,7 @@ from moe_bench.projection.work.operations import (
     Operation,
     Part,
     Pass,
+    SparseCore,
     StateUpdate,
 )
 from moe_bench.projection.work.traits import MEGATRON, Traits
@@ -131,6 +132,8 @@ class Pricer:
         if isinstance(operation, AttentionCore):
             cost = self.efficiency.attention(operation)
             return replace(cost, compute_s=cost.compute_s / self.traits.attention_fraction)
+        if isinstance(operation, SparseCore):
+            return self.efficiency.sparse_attention(operation)
         if isinstance(operation, StateUpdate):
             rates = _DELTA_RULE_FLOPS_PER_S if operation.is_delta_rule else _SCAN_FLOPS_PER_S
             gpu = self.fabric.system.gpu
@@ -233,7 +236,7 @@ def _grades(operations: Iterable[Operation], costs: Iterable[Cost]) -> dict[Part
 def _part(operation: Operation) -> Part:
     if isinstance(operation, StateUpdate):
         return Part.STATE_MIXER
-    return Part.ATTENTION if isinstance(operation, AttentionCore) else operation.part
+    return Part.ATTENTION if isinstance(operation, AttentionCore | SparseCore) else operation.part
 
 
 def _ints(values: Iterable[int]) -> Ints:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from moe_bench.projection.accuracy.step_time import ErrorSummary, RowResult, summaries_by, summary
-from moe_bench.projection.interval import HalfWidths, half_widths
+from moe_bench.projection.interval import NUM_INFERRED, HalfWidths, half_widths
 from moe_bench.report.accuracy_view import GROUPS, Accuracy, sentences
 
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
@@ -67,8 +67,15 @@ def widths(made: Accuracy) -> dict[str, HalfWidths]:
     """The constants of projection/interval.py by name; `made` leaves out the model family."""
     return {
         "DENSE": half_widths(_log_ratios(made, "dense")),
-        "MOE": half_widths(_log_ratios(made, "MoE")),
+        "MOE": half_widths(_of_moe(made, prints_much=True)),
+        "MOE_INFERRED": half_widths(_of_moe(made, prints_much=False)),
     }
+
+
+def _of_moe(made: Accuracy, *, prints_much: bool) -> Sequence[float]:
+    """Of MoE rows with few deciding fields inferred, or with many (projection/interval.py)."""
+    rows = [one for one in made.counted if GROUPS["kind"](one) == "MoE"]
+    return [_log_ratio(one) for one in rows if (one.num_inferred <= NUM_INFERRED) == prints_much]
 
 
 def _log_ratios(made: Accuracy, kind: str) -> Sequence[float]:

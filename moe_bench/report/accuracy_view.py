@@ -118,6 +118,7 @@ def row_line(one: RowResult) -> dict[str, str | float | bool]:
         "baseline_step_time_error_fraction": one.baseline_error,
         "counts": one.counts,
         "trust": one.run.row.trust,
+        "num_inferred": one.num_inferred,
         "layout": layout_label(recipe),
         **{name: group(one) for name, group in GROUPS.items()},
     }

@@ -77,6 +77,7 @@ def near_json(near: Sequence[NearRow]) -> list[dict[str, object]]:
             "published_basis": one.run.target.basis,
             "projected_tokens_per_s_per_gpu": one.projected_tokens_per_s_per_gpu,
             "projected_over_published_ratio": one.ratio,
+            "p90_ratios": list(one.p90_ratios),
             "trust": one.run.row.trust,
             "differences": list(one.differences),
             "assumptions": {each.field: each.value for each in one.run.assumptions},

@@ -19,13 +19,13 @@ from moe_bench.spec.catalogue import data_root
 
 HALF_A_POINT = 0.005
 LEFT_OUT: dict[FoldBy, tuple[float, float]] = {
-    "model": (0.099, 0.107),
+    "model": (0.096, 0.107),
     "system": (0.096, 0.106),
     "release": (0.094, 0.100),
     "layout": (0.096, 0.103),
 }
 """MAPE of step time, of all rows and of MoE rows; to be lowered when a change lowers them."""
-NUM_ROWS = 386
+NUM_ROWS = 399
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,17 @@ import pytest
 from moe_bench.projection import interval as module
 from moe_bench.projection.evidence.grade import Grade
 from moe_bench.projection.evidence.rates import gpu_rates
-from moe_bench.projection.interval import DENSE, MOE, SCALED_RATES, half_widths, interval
+from moe_bench.projection.interval import (
+    DECIDING_FIELDS,
+    DENSE,
+    MOE,
+    MOE_INFERRED,
+    NUM_INFERRED,
+    SCALED_RATES,
+    half_widths,
+    interval,
+)
+from moe_bench.projection.rows.rules import RULES
 from moe_bench.projection.work.operations import Number
 from moe_bench.report.accuracy_page import widths
 from moe_bench.spec.catalogue import find_recipe, recipes_root
@@ -49,6 +59,27 @@ def test_an_interval_is_symmetric_in_the_logarithm_and_the_wide_one_holds_the_ot
 def test_a_dense_model_has_the_interval_of_dense_rows() -> None:
     dense = recipe().model_copy(update={"model": recipe().model.model_copy(update={"moe": None})})
     assert math.log(interval(dense, 1.0).p90.high_s) == pytest.approx(DENSE.p90_fraction)
+
+
+def test_a_row_that_prints_little_has_the_wider_interval_of_such_rows() -> None:
+    fields = sorted(DECIDING_FIELDS)
+    as_recipe = interval(recipe(), 1.0)
+    assert interval(recipe(), 1.0, inferred_fields=[*fields[:NUM_INFERRED], "seq_len"]) == as_recipe
+    inferred = interval(recipe(), 1.0, inferred_fields=fields[: NUM_INFERRED + 1])
+    assert math.log(inferred.p90.high_s) == pytest.approx(MOE_INFERRED.p90_fraction)
+    assert inferred.p90.high_s > as_recipe.p90.high_s
+    assert inferred.p50.high_s > as_recipe.p50.high_s
+
+
+def test_deciding_fields_are_fields_of_rules() -> None:
+    assert {rule.field for rule in RULES} >= DECIDING_FIELDS
+
+
+def test_sparse_attention_widens_the_interval_and_says_so() -> None:
+    model = recipe().model.model_copy(update={"compressed_attention": object()})
+    sparse, plain = interval(recipe().model_copy(update={"model": model}), 1.0), interval(recipe(), 1.0)
+    assert sparse.p90.high_s > plain.p90.high_s
+    assert "sparse attention" in sparse.basis
 
 
 def test_a_gpu_whose_rates_are_a_prior_has_a_wider_interval_and_says_so() -> None:

@@ -13,6 +13,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.projection.accuracy.fit import Observations, fitted, left_out, projected_tokens_per_s
 from moe_bench.projection.constants import FITTED, PRIOR, Constants
 from moe_bench.projection.efficiency import Efficiency
+from moe_bench.projection.interval import num_deciding
 from moe_bench.projection.pricing import Floats
 from moe_bench.projection.rows.engines import is_fitted, is_scored, traits_of
 from moe_bench.projection.rows.folds import FoldBy
@@ -62,6 +63,11 @@ class RowResult:
         recipe = self.run.recipe
         is_uneven = recipe.routing.mode in ("natural", "biased")
         return recipe.model.moe is not None and (is_uneven or recipe.token_drop is not None)
+
+    @property
+    def num_inferred(self) -> int:
+        """How many deciding fields of its recipe the row does not print."""
+        return num_deciding(one.field for one in self.run.assumptions)
 
     def corrected_by(self, anchor: RowResult) -> RowResult:
         """The same with the projection times published over projected of `anchor`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.flops import core_attention_flops
 from moe_bench.projection.work.operations import AttentionCore, Part, Pass
+from moe_bench.projection.work.sparse_core import add_sparse_latent_core
 from moe_bench.projection.work.tally import Modules, Tally
 from moe_bench.spec.model import GroupedQueryAttention, LayerStructure, MultiLatentAttention
 
@@ -31,7 +32,7 @@ def add_attention(tally: Tally, structure: LayerStructure) -> None:
     hidden_bytes = _BYTES * token_counts(tally.recipe).sharded * model.hidden_size
     add_norm_and_residual(tally, hidden_bytes)
     if model.attention.kind == "mla":
-        _add_latent(tally, model.attention)
+        _add_latent(tally, model.attention, structure)
         tally.launch(_MLA_LAUNCHES, captured_by="attn")
     else:
         _add_grouped_query(tally, model.attention, structure)
@@ -65,8 +66,10 @@ def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, structure
     tally.gemm(Part.ATTENTION_PROJECTIONS, rows, heads * dim / tensor, hidden)
 
 
-def _add_latent(tally: Tally, attention: MultiLatentAttention) -> None:
-    """Multi-head latent attention (arXiv:2405.04434): down-projections whole on every rank."""
+def _add_latent(tally: Tally, attention: MultiLatentAttention, structure: LayerStructure) -> None:
+    """Multi-head latent attention (arXiv:2405.04434): down-projections whole on every rank. With sparse
+    attention queries and output pass the latent space, where all heads share keys and values.
+    """
     recipe = tally.recipe
     counts, tensor, hidden = token_counts(recipe), recipe.parallel.tensor, recipe.model.hidden_size
     heads, rows = attention.num_heads / tensor, counts.gathered
@@ -84,10 +87,15 @@ def _add_latent(tally: Tally, attention: MultiLatentAttention) -> None:
     # queries rotated in place; keys written from their two parts, values beside them
     queries = 2 * (nope + rotary)
     keys_values = (nope + value) + (nope + rotary) + value
+    if attention.sparse is not None:
+        queries, keys_values = 2 * (attention.kv_lora_rank + rotary), 0
     fused = 1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE
     built = _BYTES * rows * heads * (queries * fused + keys_values)
     tally.move(part, forward_bytes=built, backward_bytes=built, repeated_by=_UP)
-    _add_core(tally, None, num_heads=attention.num_heads, qk_dim=nope + rotary, v_dim=value)
+    if attention.sparse is not None:
+        add_sparse_latent_core(tally, attention, attention.sparse, has_indexer=structure.has_indexer)
+    else:
+        _add_core(tally, None, num_heads=attention.num_heads, qk_dim=nope + rotary, v_dim=value)
     tally.gemm(part, rows, heads * value, hidden)
 
 

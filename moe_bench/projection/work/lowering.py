@@ -20,6 +20,7 @@ from moe_bench.analysis.layer_comms import (
 )
 from moe_bench.errors import BadInputError
 from moe_bench.projection.work.attention import add_attention
+from moe_bench.projection.work.compressed_attention import add_compressed_attention, add_stream_mixing
 from moe_bench.projection.work.experts import add_dense_mlp, add_experts
 from moe_bench.projection.work.operations import LayerWork, Message, Number, Part, Pass
 from moe_bench.projection.work.state_space import add_gated_delta_net, add_mamba
@@ -136,20 +137,19 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float, stops_early: bool)
         exchanges += _exchanges(recipe, structure, parallel)
     if kind.is_mtp:
         exchanges += mtp_exchanges(recipe, is_moe=False)[:2]
-    return LayerWork(
-        operations=tuple(tally.operations),
-        messages=tuple(messages_of(tally, exchanges, load)),
-        num_launches=tally.num_launches,
-    )
+    messages = tuple(messages_of(tally, exchanges, load))
+    tally.launch_around(num_collectives=sum(message.group is Group.TENSOR for message in messages))
+    return LayerWork(operations=tuple(tally.operations), messages=messages, num_launches=tally.num_launches)
 
 
 def _add_mixer(tally: Tally, structure: LayerStructure) -> None:
     model = tally.recipe.model
-    if structure.mixer == "compressed_attention" or structure.has_indexer:
-        raise BadInputError(
-            f"{model.key}: no rates of its sparse attention are known; project a model with another one"
-        )
-    if structure.mixer == "attention":
+    if model.num_residual_streams > 1:
+        for _ in range((structure.mixer is not None) + (structure.ffn is not None)):
+            add_stream_mixing(tally, model.num_residual_streams)
+    if structure.mixer == "compressed_attention" and model.compressed_attention is not None:
+        add_compressed_attention(tally, model.compressed_attention, structure)
+    elif structure.mixer == "attention":
         add_attention(tally, structure)
     elif structure.mixer == "mamba" and model.mamba is not None:
         add_mamba(tally, model.mamba)

@@ -136,7 +136,17 @@ class StateUpdate:
     decay."""
 
 
-Operation = Gemm | AttentionCore | MemoryBound | StateUpdate
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseCore:
+    """Scores, and values where they belong to it, of some keys per query on one rank."""
+
+    in_pass: Pass
+    num_flops: float
+    num_keys: float
+    """Keys that a query sees at most."""
+
+
+Operation = Gemm | AttentionCore | MemoryBound | StateUpdate | SparseCore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

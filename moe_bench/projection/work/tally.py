@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe_bench.analysis.activations import multiplies_experts_row_wise
 from moe_bench.projection.work.operations import Gemm, MemoryBound, Number, Operation, Part, Pass
 from moe_bench.spec.recipe import GraphModule, Precision, Recipe, RecomputeModule
 
@@ -16,7 +17,8 @@ NUMBERS: dict[Precision, Number] = {
     "mxfp8": Number.MXFP8,
     "nvfp4": Number.NVFP4,
 }
-"""Format of the matrix products by a recipe's precision; FP32 training is not projected."""
+"""Format of the matrix products by a recipe's precision; FP32 training is not projected. Scales per row are
+applied to the product as one per tensor is, by kernels of the same tensor cores; only experts have them."""
 
 _READS_PER_QUANTIZATION = {"fp8_tensorwise": 2, "nvfp4": 2}
 """Current scaling reads a tensor for its largest value before it quantizes it; NVFP4 for its global scale."""
@@ -26,6 +28,16 @@ _FUSED_QUANTIZATION = 0.25
 product before: the dispatched tokens at its start."""
 
 _BF16_BYTES = 2
+
+_COLLECTIVE_LAUNCHES = 15
+"""Kernels that one tensor-parallel collective costs the host as much time as: its process group, events and
+waits, and the order that CUDA_DEVICE_MAX_CONNECTIONS=1 forces on all streams. Chosen between 0 and 20 by rows
+left out of the fit (docs/projection.md, what was tried)."""
+_REPLAY_LAUNCHES = 12
+"""The same of one recomputed module, whose checkpoint saves and restores the generators' states: 0.35 to
+0.88 ms a module in Megatron-Bridge's matched runs of Moonlight (results/published/moonlight_16b_a3b.yaml)."""
+_FORWARD_SHARE = 1 / 3
+"""Of a layer's launches, those of its forward pass: forward, dgrad and wgrad."""
 
 Modules = frozenset[RecomputeModule]
 NO_MODULES: Modules = frozenset()
@@ -45,6 +57,8 @@ class Tally:
     and messages behind it do not run again."""
     operations: list[Operation] = field(default_factory=list)
     num_launches: float = 0.0
+    replayed: set[RecomputeModule] = field(default_factory=set)
+    """Modules of this layer that the backward pass runs forward again."""
 
     def gemm(
         self,
@@ -62,7 +76,11 @@ class Tally:
 
         Y = X W, dX = dY W^T and dW += X^T dY. `is_last` says that nothing behind it is kept for the gradient.
         """
+        is_row_wise = part is Part.EXPERTS and multiplies_experts_row_wise(self.recipe)
         form = self.number if number is None else number
+        weight_form = form
+        if is_row_wise:
+            form = NUMBERS[self.recipe.precision]
         for in_pass in self.forward_passes(repeated_by, is_last=is_last):
             self.operations.append(
                 Gemm(
@@ -94,11 +112,13 @@ class Tally:
                 num_inner=rows,
                 num_columns=inner,
                 num_groups=num_groups,
-                number=form,
+                number=weight_form,
                 accumulates=True,
             )
         )
-        if form is not Number.BF16:
+        if is_row_wise:
+            self._quantize_row_wise(rows, inner, columns, num_groups, repeated_by)
+        elif form is not Number.BF16:
             self._quantize(part, num_groups * rows, inner, columns, repeated_by)
 
     def move(
@@ -125,13 +145,25 @@ class Tally:
         if graphs.implementation == "none" or not is_captured:
             self.num_launches += count
 
+    def launch_around(self, *, num_collectives: int) -> None:
+        """What the host does beside the kernels of a layer whose parts have all been added: tensor-parallel
+        collectives, and the recomputation of modules or of the whole layer.
+        """
+        self.launch(_COLLECTIVE_LAUNCHES * num_collectives, captured_by="attn")
+        if self.is_whole_recomputed:
+            self.num_launches *= 1 + _FORWARD_SHARE
+        self.launch(_REPLAY_LAUNCHES * len(self.replayed))
+
     def forward_passes(self, repeated_by: Modules, *, is_last: bool = False) -> tuple[Pass, ...]:
         """The passes in which a forward operation of these modules runs."""
         if is_last and self.stops_early:
             return (Pass.FORWARD,)
         recompute = self.recipe.recompute
-        is_selected = recompute.granularity == "selective" and bool(repeated_by & set(recompute.modules))
-        if self.is_whole_recomputed or is_selected:
+        selected = (
+            repeated_by & set(recompute.modules) if recompute.granularity == "selective" else NO_MODULES
+        )
+        self.replayed |= selected
+        if self.is_whole_recomputed or selected:
             return (Pass.FORWARD, Pass.RECOMPUTE)
         return (Pass.FORWARD,)
 
@@ -139,6 +171,22 @@ class Tally:
     def fuses_epilogues(self) -> bool:
         """Whether the experts run in Transformer Engine's fused grouped MLP, which knows no biases."""
         return self.recipe.kernels.op_fuser and not self.recipe.model.linear_bias
+
+    def _quantize_row_wise(
+        self, rows: float, inner: float, columns: float, num_groups: int, repeated_by: Modules
+    ) -> None:
+        """Tokens and weights for the output, the output's gradient and transposed weights for the input's, in
+        every micro batch: read in BF16 and written once, transposed weights read twice
+        (harness/kernels/fp8_quantize.py).
+        """
+        once = _BF16_BYTES + NUMBERS[self.recipe.precision].element_bytes
+        weights = num_groups * inner * columns
+        self.move(
+            Part.QUANTIZATION,
+            forward_bytes=once * (num_groups * rows * inner + weights),
+            backward_bytes=once * (num_groups * rows * columns + weights) + _BF16_BYTES * weights,
+            repeated_by=repeated_by,
+        )
 
     def _quantize(self, part: Part, rows: float, inner: float, columns: float, repeated_by: Modules) -> None:
         """Input and output gradient quantized, each row-wise for one product and column-wise for another:

@@ -10,13 +10,16 @@ from moe_bench.analysis.collectives import Group, Phase
 from moe_bench.analysis.comms import step_transfers
 from moe_bench.analysis.rank_flops import rank_flops
 from moe_bench.errors import BadInputError
+from moe_bench.projection.rows.inference import InferredRun, infer, load_catalogue
 from moe_bench.projection.work.lowering import lower
 from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Part, Pass
-from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
+from moe_bench.results.published import PublishedRow, load_rows
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
 from moe_bench.spec.recipe import Recipe
 
 LOADER = Loader(root=recipes_root(), rules=())
+CATALOGUE = load_catalogue(recipes_root())
 ALL = tuple(f"{path.parent.name}/{path.stem}" for path in recipe_paths(recipes_root()))
 
 
@@ -148,3 +151,32 @@ def test_fp32_is_refused_with_the_precisions_that_have_rates() -> None:
     recipe = recipe_named("qwen3_30b_a3b/h100_sxm_16g_bf16").model_copy(update={"precision": "fp32"})
     with pytest.raises(BadInputError, match="precision fp32 is not projected"):
         lower(recipe)
+
+
+SPARSE = [
+    row
+    for row in load_rows(data_root() / "results" / "published")
+    if row.is_training and row.model in ("DeepSeek-V4-Flash", "GLM-5.2")
+]
+
+
+@pytest.mark.parametrize("row", SPARSE, ids=lambda row: row.id)
+def test_sparse_attention_does_the_work_that_the_accounting_counts(row: PublishedRow) -> None:
+    run = infer(row, CATALOGUE)
+    assert isinstance(run, InferredRun)
+    last = run.recipe.parallel.pipeline - 1
+    lowered, counted = flops_of_rank(run.recipe, last), rank_flops(run.recipe, last)
+    assert lowered[Pass.FORWARD] == pytest.approx(sum(line.forward_flops for line in counted), rel=1e-6)
+    assert lowered[Pass.DGRAD] == pytest.approx(sum(line.dgrad_flops for line in counted), rel=1e-6)
+    assert lowered[Pass.WGRAD] == pytest.approx(sum(line.wgrad_flops for line in counted), rel=1e-6)
+
+
+def test_residual_streams_are_mixed_once_per_half_layer() -> None:
+    run = infer(SPARSE[0], CATALOGUE)
+    assert isinstance(run, InferredRun)
+    streams, rows, hidden = 4, 4096, 4096
+    work = next(iter(lower(run.recipe).kinds.values()))
+    moved = [
+        one.num_bytes for one in work.operations if isinstance(one, MemoryBound) and one.part is Part.NORMS
+    ]
+    assert moved.count((3 * streams + 2) * 2 * rows * hidden) == 2
