@@ -12,9 +12,10 @@ from moe_bench.results.layer_samples import WholeSamples
 from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.layer_case import LayerCase
 
-Outcome = Literal["measured", "unable", "disagrees"]
+Outcome = Literal["measured", "unable", "disagrees", "failed"]
 """`unable`: not installed, or it does not compute this layer here, for the reason it gives. `disagrees`: it
-ran, and its numbers are not those of the reference, so its time would mean nothing."""
+ran, and its numbers are not those of the reference, so its time would mean nothing. `failed`: it raised an
+error, such as being out of memory."""
 Pass = Literal["forward", "forward and backward"]
 
 

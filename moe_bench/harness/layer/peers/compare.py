@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, MoeBenchError
 from moe_bench.harness.layer.engine import BuiltLayer, Engine
 from moe_bench.harness.layer.inputs import LayerInputs, routed_inputs
 from moe_bench.harness.layer.measure import LayerCall, whole_samples
@@ -33,6 +33,8 @@ from moe_bench.results.layer_samples import WholeSamples
 from moe_bench.spec.layer_case import LayerCase
 
 NUM_ROUNDS = 3
+FAILURES = (MoeBenchError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
+"""What other people's code raises where it does not run; it ends the engine's part, not the comparison."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +81,15 @@ class _Task:
     device: str
 
 
+def require_comparable(case: LayerCase) -> None:
+    """Raise BadInputError where the precision is one that other people's layers do not have."""
+    if case.precision not in PLAIN_PRECISIONS:
+        raise BadInputError(
+            f"{case.name}: peers compute in FP32 or BF16, not in {case.precision}; compare with "
+            "--precision bf16"
+        )
+
+
 def compare_engines(
     case: LayerCase,
     engines: Mapping[str, Engine],
@@ -91,17 +102,13 @@ def compare_engines(
 ) -> LayerPeers:
     """Run `case`, folded onto one rank, on each of `engines`, by name; times are over those of `baseline`.
 
-    An engine that is absent, cannot run the case, runs out of memory or disagrees with the reference is
-    recorded as such, and has no time.
+    An engine that is absent, cannot run the case, fails or disagrees with the reference is recorded as such,
+    and has no time.
 
-    Raises BadInputError where the precision is one that other people's layers do not have.
+    Raises BadInputError as `require_comparable` does.
     """
+    require_comparable(case)
     case = case.folded()
-    if case.precision not in PLAIN_PRECISIONS:
-        raise BadInputError(
-            f"{case.name}: peers compute in FP32 or BF16, not in {case.precision}; compare with "
-            "--precision bf16"
-        )
     weights = draw_weights(case, device=device)
     task = _Task(case=case, weights=weights, inputs=routed_inputs(case, weights), device=device)
     entrants = [_Entrant(name=name, engine=engine) for name, engine in engines.items()]
@@ -136,13 +143,16 @@ def _check(task: _Task, entrants: list[_Entrant], on_progress: Callable[[str], N
 
 
 def _attempt(task: _Task, entrant: _Entrant, use: Callable[[BuiltLayer], None]) -> None:
-    """Build the engine's layer and use it; running out of memory is an outcome."""
+    """Build the engine's layer and use it; where that fails, the engine is out."""
     try:
         with entrant.engine.build(task.case, task.weights, device=task.device) as layer:
             entrant.implementation = layer.implementation
             use(layer)
-    except torch.OutOfMemoryError as error:
-        entrant.is_out("unable", f"out of memory: {str(error).splitlines()[0]}")
+    except FAILURES as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        entrant.is_out("failed", f"{type(error).__name__}: {first_line}")
+    if task.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _agree(
