@@ -153,7 +153,7 @@ def core_sizes(recipe: Recipe, sizes: LayerSizes) -> CoreSizes:
     if recipe.kernels.attention == "unfused":
         statistics = per_channel * heads * recipe.seq_len
     gathers = parallel.context > 1 and parallel.context_comm == "allgather"
-    is_torch = recipe.kernels.family == "torch_native"
+    is_torch = recipe.kernels.is_torch_native
     if attention.kind == "mla":
         qk_dim = attention.qk_nope_head_dim + attention.qk_rope_head_dim
         return CoreSizes(

@@ -321,7 +321,7 @@ def _core(recipe: Recipe, attention: Attention, structure: LayerStructure) -> _P
 
 
 def _pads_values(recipe: Recipe) -> bool:
-    return recipe.kernels.family == "torch_native" and recipe.parallel.context == 1
+    return recipe.kernels.is_torch_native and recipe.parallel.context == 1
 
 
 def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:

@@ -23,6 +23,11 @@ def require_runnable(arguments: MegatronArguments) -> None:
             "kernels.family: transformer_engine is not installed; use the container, or "
             "`pip install moe_bench[transformer-engine]`"
         )
+    if training["kernel_family"] == "quack" and importlib.util.find_spec("quack") is None:
+        raise MissingRequirementError(
+            "kernels.family: quack needs the package quack-kernels, not installed; "
+            "`pip install moe_bench[quack]`"
+        )
     if (transformer["fp8"] or transformer["fp4"]) and training["kernel_family"] != "transformer_engine":
         raise MissingRequirementError(
             f"precision: {transformer['fp8'] or transformer['fp4']} needs kernels.family: "

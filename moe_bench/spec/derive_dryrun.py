@@ -98,7 +98,7 @@ def _kernels(kernels: KernelSpec) -> KernelSpec:
     """Fusions stay where the dry run has a stand-in; weight gradients are not accumulated in the GEMM."""
     fusions = kernels.fusions
     return KernelSpec(
-        family="torch_native",
+        family="quack" if kernels.family == "quack" else "torch_native",
         grouped_gemm=kernels.grouped_gemm,
         fusions=Fusions(
             permute=fusions.permute,

@@ -107,6 +107,11 @@ class KernelSpec(Spec):
     """Transformer Engine's operation fuser for the experts."""
     fusions: Fusions = Fusions()
 
+    @property
+    def is_torch_native(self) -> bool:
+        """Whether all but the routed experts is made of torch's own kernels."""
+        return self.family != "transformer_engine"
+
 
 class DispatchSpec(Spec):
     """How tokens travel to their experts and back."""

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from moe_bench.harness.dryrun import stand_in_kernels as kernels
+from moe_bench.harness.dryrun.quack_products import QuackProducts
 from moe_bench.harness.dryrun.stand_in_kernels import OnFlops
 from moe_bench.harness.substitution import Substitution, substituted
 from moe_bench.spec.recipe import Recipe
 
-Family = Literal["torch", "transformer_engine", "megatron"]
+Family = Literal["torch", "transformer_engine", "megatron", "quack"]
 Replacements = Callable[[OnFlops], dict[str, Any]]
 
 
@@ -90,6 +91,10 @@ def _has_fp32_moments(recipe: Recipe) -> bool:
 
 def _recomputes_parts(recipe: Recipe) -> bool:
     return recipe.recompute.granularity == "selective"
+
+
+def _is_quack(recipe: Recipe) -> bool:
+    return recipe.kernels.family == "quack" and recipe.model.moe is not None
 
 
 def _is_fsdp(recipe: Recipe) -> bool:
@@ -262,6 +267,24 @@ def _same_rng(on_flops: OnFlops) -> dict[str, Any]:
     return {"FullyShardedDataParallel.sync_rng_states_across_tp_group": nothing}
 
 
+def _quack_products(on_flops: OnFlops) -> dict[str, Any]:
+    return {"interface": lambda: QuackProducts(on_flops)}
+
+
+def _gather_sum(on_flops: OnFlops) -> dict[str, Any]:
+    def add_up(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
+        return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
+
+    return {"gather_sum": add_up}
+
+
+def _no_package(on_flops: OnFlops) -> dict[str, Any]:
+    def nothing(device_type: str) -> None:
+        del device_type
+
+    return {"require_quack": nothing}
+
+
 _TORCH = (
     StandIn(
         kernel="flash attention",
@@ -401,8 +424,37 @@ _MEGATRON = (
     ),
 )
 
+_QUACK = (
+    StandIn(
+        kernel="products over rows of varying number, with gathered inputs and gated epilogues",
+        keeps="nothing beyond what moe_bench/harness/kernels/quack/functions.py saves",
+        source="quack-kernels 0.6.5 quack/gemm_interface.py; one FP32 partial sum per row and tile of columns"
+        " for the probabilities' gradient is left out",
+        module="moe_bench.harness.kernels.quack.products",
+        replacements=_quack_products,
+        used_by=_is_quack,
+    ),
+    StandIn(
+        kernel="sum of a token's gathered rows (Triton)",
+        keeps="nothing beyond what moe_bench/harness/kernels/quack/functions.py saves",
+        source="moe_bench/harness/kernels/quack/gather_sum_kernel.py",
+        module="moe_bench.harness.kernels.quack.functions",
+        replacements=_gather_sum,
+        used_by=_is_quack,
+    ),
+    StandIn(
+        kernel="presence of quack-kernels and of a GPU for it",
+        keeps="nothing",
+        source="moe_bench/harness/kernels/quack/experts.py, require_quack",
+        module="moe_bench.harness.kernels.quack.experts",
+        replacements=_no_package,
+        used_by=_is_quack,
+    ),
+)
+
 STAND_INS: Mapping[Family, tuple[StandIn, ...]] = {
     "torch": _TORCH,
     "transformer_engine": _TRANSFORMER_ENGINE,
     "megatron": _MEGATRON,
+    "quack": _QUACK,
 }

@@ -107,10 +107,14 @@ def experts_need_sequence_parallel(recipe: Recipe) -> Iterator[Found]:
 @rule("the torch-native attention gathers keys and values", "moe_bench/harness/kernels/attention.py")
 def torch_native_context(recipe: Recipe) -> Iterator[Found]:
     parallel = recipe.parallel
-    if recipe.kernels.family != "torch_native" or parallel.context == 1:
+    if not recipe.kernels.is_torch_native or parallel.context == 1:
         return
     if parallel.context_comm != "allgather":
-        yield "parallel.context_comm", f"{parallel.context_comm} with torch_native", "write allgather"
+        yield (
+            "parallel.context_comm",
+            f"{parallel.context_comm} with {recipe.kernels.family}",
+            "write allgather",
+        )
 
 
 @rule(

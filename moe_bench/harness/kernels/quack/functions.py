@@ -76,7 +76,7 @@ class _Up(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_rows = products.up_input_gradient(grad, weight, rows)
-            grad_x = grad_rows if rows.row_of_slot is None else gather_sum(grad_rows, rows.row_of_slot, None)
+            grad_x = grad_rows if rows.token_of_row is None else gather_sum(grad_rows, rows.row_of_slot, None)
             del grad_rows
         if ctx.needs_input_grad[1]:
             into, grad_weight = _gradient_of(ctx, weight)
@@ -100,8 +100,6 @@ class _Down(torch.autograd.Function):
         _keep(ctx, rows, pre_activation, probabilities, weight)
         ctx.main_grad = main_grad
         y = products.down(activated, weight, rows)
-        if rows.row_of_slot is None:
-            return (y * probabilities.unsqueeze(-1)).to(y.dtype)
         return gather_sum(y, rows.row_of_slot, probabilities)
 
     @staticmethod

@@ -20,14 +20,14 @@ class ExpertRows:
     """int32 [experts + 1]: where each expert's rows start; the last entry is the number of rows."""
     token_of_row: Tensor | None
     """int32 [rows]; None where row r is token r."""
-    row_of_slot: Tensor | None
-    """int32 [tokens, K]: the K rows of each token; None with `token_of_row`."""
+    row_of_slot: Tensor
+    """int32 [tokens, K]: the K rows of each token."""
     num_rows: int
     is_static: bool
     """Whether every micro batch has as many rows, so that kernels may be tuned for their number."""
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """What the backward pass needs of it, to be kept where autograd keeps tensors."""
         return self.starts, self.token_of_row, self.row_of_slot
 
@@ -41,7 +41,7 @@ def rows_in_order(tokens_per_expert: Tensor, *, num_rows: int, device: torch.dev
     return ExpertRows(
         starts=_starts(tokens_per_expert.to(device=device, non_blocking=True)),
         token_of_row=None,
-        row_of_slot=None,
+        row_of_slot=torch.arange(num_rows, dtype=torch.int32, device=device).unsqueeze(1),
         num_rows=num_rows,
         is_static=False,
     )
@@ -61,7 +61,7 @@ def rows_of_routing_map(
     """
     num_tokens = routing_map.shape[0]
     num_rows = num_tokens * top_k
-    experts = torch.nonzero_static(routing_map, size=num_rows)[:, 1]
+    experts = torch.nonzero_static(routing_map, size=num_rows)[:, 1].contiguous()
     slot_of_row = experts.sort(stable=True).indices
     slots = torch.arange(num_rows, dtype=torch.int32, device=routing_map.device)
     row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
