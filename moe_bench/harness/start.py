@@ -52,6 +52,11 @@ def require_package(name: str, *, extra: str) -> None:
         raise MissingRequirementError(f"{name} is not installed: pip install 'moe_bench[{extra}]'")
 
 
+def load_layer() -> ModuleType:
+    """`moe_bench.harness.layer.bench`, imported quietly."""
+    return _loaded("moe_bench.harness.layer.bench")
+
+
 def _loaded(name: str) -> ModuleType:
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level

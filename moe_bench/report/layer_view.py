@@ -130,8 +130,8 @@ def suite_view(records: Sequence[LayerRecord]) -> RenderableType:
         "engine",
         "forward TFLOP/s",
         "backward TFLOP/s",
-        "SonicMoE",
-        "Megatron",
+        "SonicMoE f/b",
+        "Megatron f/b",
         "residual",
         "marks",
     )
@@ -257,6 +257,10 @@ def _facts(record: LayerRecord, lines: Sequence[PartLine]) -> Iterator[str]:
             f"expert GEMMs: {_tera(rate)} TFLOP/s, {rate / record.dense_flops_per_s:.0%} of one large dense "
             f"product in the same run ({_tera(record.dense_flops_per_s)})"
         )
+    yield (
+        f"marks add {record.marking_fraction:+.1%} to a call; of a marked call "
+        f"{record.parts_s / record.marked.median_s:.1%} is in parts"
+    )
     moved = sum(line.share_fraction for line in lines if line.part in MOVED)
     yield f"router, permute and unpermute together: {moved:.1%} of the layer"
     if (shape := sonic_shape(record.case.name)) is not None:

@@ -109,6 +109,11 @@ class LayerRecord(Spec):
         return 1 - self.parts_s / self.whole.median_s
 
     @property
+    def marking_fraction(self) -> float:
+        """What marking every part adds to a call."""
+        return self.marked.median_s / self.whole.median_s - 1
+
+    @property
     def marks(self) -> tuple[str, ...]:
         """What is to be said wherever this record is shown."""
         found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -10,6 +11,10 @@ from moe_bench.errors import BadInputError
 from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.model import Activation, MixtureOfExperts, Router
 from moe_bench.spec.recipe import DispatchSpec, Fusions, KernelSpec, LowPrecision, Precision, Recipe
+from moe_bench.spec.routing_trace import read_trace
+
+SWEEP_EXPONENTS = (0.25, 0.5, 0.75, 1.0, 1.25)
+"""From a mild slope to one on which the busiest of 128 experts gets 25 times the mean."""
 
 RoutingKind = Literal["balanced", "random", "power_law", "trace"]
 
@@ -85,7 +90,12 @@ class LayerCase(Spec):
         return self.model_copy(update={"kernels": kernels})
 
     def with_routing(self, routing: LayerRouting) -> LayerCase:
-        """The same layer with other loads."""
+        """The same layer with other loads. Raises BadInputError for a trace of another number of experts."""
+        if routing.kind == "trace" and len(routing.shares) != self.moe.num_experts:
+            raise BadInputError(
+                f"{routing.source}: counts {len(routing.shares)} experts, {self.name} has "
+                f"{self.moe.num_experts}; name a trace of this model"
+            )
         return self.model_copy(update={"routing": routing})
 
     def folded(self) -> LayerCase:
@@ -160,6 +170,46 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
         ),
         seed=recipe.seed,
     )
+
+
+def traced_routing(path: Path, *, option: str, choices: str) -> LayerRouting:
+    """The loads of the most unequal layer of a recorded trace, a JSON list with a list of counts per layer.
+
+    Raises BadInputError, naming `option` and its `choices`, where the file is something else or counts none.
+    """
+    trace = [layer for layer in read_trace(path, option=option, choices=choices) if sum(layer)]
+    if not trace:
+        raise BadInputError(f"{option} {path}: counts no tokens; write {choices}")
+    worst = max(trace, key=lambda layer: max(layer) * len(layer) / sum(layer))
+    return LayerRouting(kind="trace", shares=tuple(float(count) for count in worst), source=str(path))
+
+
+def sweep_of(case: LayerCase) -> tuple[LayerCase, ...]:
+    """The case with balanced routing, then with ever steeper power laws."""
+    laws = (LayerRouting(kind="power_law", exponent=exponent) for exponent in SWEEP_EXPONENTS)
+    return tuple(case.with_routing(routing) for routing in (LayerRouting(kind="balanced"), *laws))
+
+
+def layer_differences(recipe: Recipe) -> tuple[str, ...]:
+    """What is otherwise in the layer alone than in a step of `recipe`, a sentence each."""
+    said = (
+        (
+            recipe.dispatch.dispatcher not in ("alltoall", "allgather"),
+            f"dispatch.dispatcher: {recipe.dispatch.dispatcher} needs other ranks and is not run",
+        ),
+        (recipe.recompute.granularity != "none", "recompute: nothing is computed twice"),
+        (
+            recipe.overlap.expert_parallel or recipe.overlap.shared_experts,
+            "overlap: parts run one after another",
+        ),
+        (recipe.cuda_graphs.implementation != "none", "cuda_graphs: kernels are started one by one"),
+        (
+            recipe.parallel.tensor > 1
+            and bool(recipe.model.moe and recipe.model.moe.shared_expert_ffn_hidden_size),
+            "parallel.tensor: the shared expert is whole and sees this rank's tokens only",
+        ),
+    )
+    return tuple(sentence for is_true, sentence in said if is_true)
 
 
 def swiglu_case(

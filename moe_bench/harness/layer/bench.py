@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,13 @@ from moe_bench.harness.calibrate.gemm import dense_call
 from moe_bench.harness.calibrate.memory import memory_call
 from moe_bench.harness.layer.inputs import LayerInputs, routed_inputs
 from moe_bench.harness.layer.measure import LayerCall, held_samples, marked_samples, whole_samples
-from moe_bench.harness.layer.megatron import MegatronEngine, expert_layer
+from moe_bench.harness.layer.megatron import (
+    MegatronEngine,
+    engine_for,
+    engine_named,
+    expert_layer,
+    megatron_engines,
+)
 from moe_bench.harness.layer.parts import parts_named
 from moe_bench.harness.layer.weights import draw_weights
 from moe_bench.harness.patches import patch_names, patches
@@ -68,6 +74,19 @@ class Bench:
         return what.num_flops / statistics.median(samples_s(call, self.clock))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a measurement is for, and what it has beyond the whole and its parts."""
+
+    differences: tuple[str, ...] = ()
+    """What is otherwise than in a step of the recipe that the case is of."""
+    suite: str | None = None
+    held_for_s: float | None = None
+    """How long to run the layer without a pause; None not to."""
+    peers: str | None = None
+    """Engines to compare with, by name, or `all`; None for no comparison."""
+
+
 @contextlib.contextmanager
 def bench_here(system: SystemSpec, *, is_tiny: bool) -> Iterator[Bench]:
     """This machine as `system` describes it: its GPU, or for toys its CPU with Megatron-Core patched for it.
@@ -97,10 +116,9 @@ def measure_layer(
     engine: MegatronEngine,
     bench: Bench,
     provenance: CalibrationProvenance,
+    asked: Asked,
     *,
-    suite: str | None = None,
-    held_for_s: float | None = None,
-    peers: Callable[[LayerCase, Bench], LayerPeers] | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> LayerRecord:
     """Whole, parts, and what else is asked for, of `case` on `engine`.
 
@@ -119,21 +137,27 @@ def measure_layer(
         peak_bytes = _peak_bytes(call, before_bytes) if bench.device == "cuda" else None
         marked, parts = marked_samples(call, bench.clock, parts_named(layer))
         held = None
-        if held_for_s is not None:
+        if asked.held_for_s is not None:
             held = held_samples(
-                call, bench.clock, held_for_s=held_for_s, sm_clock_hz=bench.sm_clock_hz, is_tiny=bench.is_tiny
+                call,
+                bench.clock,
+                held_for_s=asked.held_for_s,
+                sm_clock_hz=bench.sm_clock_hz,
+                is_tiny=bench.is_tiny,
             )
         implementation, received = built.implementation, _received(case, inputs)
     del weights, inputs, call
-    beside = None if peers is None else peers(case, bench)
+    beside = None
+    if asked.peers is not None:
+        beside = compared(case, bench, asked.peers, baseline=engine.key, on_progress=on_progress)
     return LayerRecord(
         is_tiny=bench.is_tiny,
-        suite=suite,
+        suite=asked.suite,
         provenance=provenance,
         case=case,
         engine=engine.name,
         implementation=implementation,
-        differences=_differences(case),
+        differences=(*asked.differences, *_stood_in(case)),
         local_tokens_per_expert=received,
         whole=whole,
         marked=marked,
@@ -146,6 +170,41 @@ def measure_layer(
         end_sm_clock_hz=bench.sm_clock_hz(),
         held=held,
         peers=beside,
+    )
+
+
+def engines_of(
+    case: LayerCase, system: SystemSpec, names: Sequence[str], *, all_that_run: bool
+) -> Iterator[tuple[MegatronEngine, str | None]]:
+    """The engines to measure `case` on, each with what is in its way.
+
+    Those named; or with `all_that_run` every family, of which the caller leaves out those with an obstacle;
+    else the one of the case. What was asked for by name has no obstacle: it runs or raises.
+    """
+    if names:
+        yield from ((engine_named(name, system), None) for name in names)
+    elif all_that_run:
+        yield from ((one, one.obstacle(case)) for one in megatron_engines(system) if one.is_grouped)
+    else:
+        yield engine_for(case, system), None
+
+
+def compared(
+    case: LayerCase, bench: Bench, names: str, *, baseline: str, on_progress: Callable[[str], None]
+) -> LayerPeers:
+    """`case`, folded onto one rank, on the engines that `names` lists, or on `all`, and on the baseline."""
+    # other people's packages are looked for only where they are asked for
+    from moe_bench.harness.layer.peers.compare import compare_engines
+    from moe_bench.harness.layer.peers.registry import all_engines, chosen_engines
+
+    engines = chosen_engines(bench.system, None if names == "all" else names)
+    return compare_engines(
+        case,
+        {baseline: all_engines(bench.system)[baseline]} | engines,
+        baseline=baseline,
+        device=bench.device,
+        clock=bench.clock,
+        on_progress=on_progress,
     )
 
 
@@ -180,7 +239,7 @@ def _peak_bytes(call: LayerCall, before_bytes: int) -> int:
     return torch.cuda.max_memory_allocated() - before_bytes
 
 
-def _differences(case: LayerCase) -> tuple[str, ...]:
+def _stood_in(case: LayerCase) -> tuple[str, ...]:
     if case.ep_size == 1:
         return ()
     return (f"dispatch and combine are copies on this device, in place of {case.ep_size} ranks' exchange",)

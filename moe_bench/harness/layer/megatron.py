@@ -29,6 +29,7 @@ from moe_bench.spec.system import SystemSpec
 from moe_bench.spec.yaml_tree import dotted
 
 RANK = 0
+SEQUENTIAL = "sequential"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,11 @@ class MegatronEngine:
     def name(self) -> str:
         """`megatron torch_native`, or `megatron torch_native SequentialMLP`."""
         return f"megatron {self.family}" + ("" if self.is_grouped else " SequentialMLP")
+
+    @property
+    def key(self) -> str:
+        """As options name it: the family, or `sequential`."""
+        return self.family if self.is_grouped else SEQUENTIAL
 
     @property
     def package(self) -> str:
@@ -126,6 +132,11 @@ def megatron_engines(system: SystemSpec) -> tuple[MegatronEngine, ...]:
 def engine_for(case: LayerCase, system: SystemSpec) -> MegatronEngine:
     """The engine that the case's kernels name."""
     return MegatronEngine(family=case.kernels.family, is_grouped=case.kernels.grouped_gemm, system=system)
+
+
+def engine_named(name: str, system: SystemSpec) -> MegatronEngine:
+    """The engine with this key."""
+    return next(one for one in megatron_engines(system) if one.key == name)
 
 
 def expert_layer(built: BuiltLayer) -> MoELayer:

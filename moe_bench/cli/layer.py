@@ -1,0 +1,284 @@
+"""The verb that measures one MoE layer alone, forward and backward, part by part: layer."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_bench.cli.app import RUN, app
+from moe_bench.cli.calibrate import gpu_here, system_of_gpu
+from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, results_root
+from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.spec.catalogue import data_root, find_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from moe_bench.results.layer_record import LayerRecord
+    from moe_bench.spec.layer_case import LayerCase, LayerRouting
+    from moe_bench.spec.load import Loader
+    from moe_bench.spec.system import SystemSpec
+
+TINY_SCALE = 16
+"""What a suite's sizes are divided by for toys."""
+_POWER_LAW = "power_law:"
+_ROUTING = f"balanced, random, {_POWER_LAW}EXPONENT, or a JSON file of tokens per expert for each layer"
+
+
+class ExpertsOption(StrEnum):
+    """Ways to run the experts."""
+
+    TORCH_NATIVE = "torch_native"
+    TRANSFORMER_ENGINE = "transformer_engine"
+    QUACK = "quack"
+    SEQUENTIAL = "sequential"
+
+
+class ExchangeOption(StrEnum):
+    """Dispatchers that one rank can run alone."""
+
+    ALLTOALL = "alltoall"
+    ALLGATHER = "allgather"
+
+
+class SuiteOption(StrEnum):
+    """Layers that others have published rates of."""
+
+    SONICMOE = "sonicmoe"
+
+
+class PrecisionOption(StrEnum):
+    """Arithmetic of the experts' products."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8_DELAYED = "fp8_delayed"
+    FP8_TENSORWISE = "fp8_tensorwise"
+    FP8_BLOCKWISE = "fp8_blockwise"
+    FP8_ROWWISE = "fp8_rowwise"
+    MXFP8 = "mxfp8"
+    NVFP4 = "nvfp4"
+
+
+@app.command(rich_help_panel=RUN)
+def layer(
+    recipe: Annotated[
+        str | None, typer.Argument(help="<model>, <model>/<run> or a YAML file, one of whose layers runs.")
+    ] = None,
+    suite: Annotated[
+        SuiteOption | None, typer.Option("--suite", help="Instead of a recipe: the layers of a publication.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="That the rank routes; default: a micro batch's.")
+    ] = None,
+    routing: Annotated[str | None, typer.Option("--routing", metavar="HOW", help=f"{_ROUTING}.")] = None,
+    precision: Annotated[
+        PrecisionOption | None, typer.Option("--precision", help="Default: the recipe's.")
+    ] = None,
+    experts: Annotated[
+        list[ExpertsOption] | None,
+        typer.Option(
+            "--experts", help="Who runs them; repeatable. Default: the recipe's, of a suite all here."
+        ),
+    ] = None,
+    dispatcher: Annotated[
+        ExchangeOption, typer.Option("--dispatcher", help="One that a rank can run alone.")
+    ] = ExchangeOption.ALLTOALL,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="The rank's experts as a layer without expert parallelism.")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Balanced, then loads by ever steeper power laws.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Of a sweep: a picture, .png, .svg or .pdf.")
+    ] = None,
+    held_seconds: Annotated[
+        float | None, typer.Option("--held-seconds", min=0.1, help="Also without a pause for so long.")
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option("--peers", metavar="all|NAME,...", help="Also other engines, same weights and inputs."),
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes, without a GPU on the CPU.")] = False,
+    changes: SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time one MoE layer alone and its parts: router, permute, dispatch, expert GEMMs, combine, unpermute."""
+    if (recipe is None) == (suite is None):
+        raise BadInputError("layer: name a recipe, or a suite with --suite; one of the two")
+    if plot is not None and not sweep:
+        raise BadInputError("--plot draws a sweep; add --sweep, or drop it")
+    loader = make_loader()
+    gpu = gpu_here()
+    if gpu is None and not tiny:
+        raise MissingRequirementError(
+            "layer needs a GPU and this machine has none; run it at toy size on the CPU with --tiny"
+        )
+    found = _layers(recipe, loader, tokens=tokens, tiny=tiny, changes=changes)
+    chosen = _Chosen(
+        layers=tuple(
+            _Layer(_changed(one.case, routing, precision, dispatcher, folded=folded), one.differences)
+            for one in found
+        ),
+        experts=tuple(one.value for one in experts or ()),
+        suite=None if suite is None else suite.value,
+        is_sweep=sweep,
+        is_tiny=tiny,
+        held_for_s=held_seconds,
+        peers=peers,
+    )
+    system = loader.system("cpu_host") if gpu is None else system_of_gpu(gpu, loader)
+    written = list(_measured(chosen, system, out or results_root()))
+    _show(written, chosen, system, as_json=as_json)
+    if plot is not None:
+        from moe_bench.report.layer_plot import write_sweep_plot
+
+        write_sweep_plot([record for _, record in written], plot)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What is measured, and what is otherwise than in the recipe that it is of."""
+
+    case: LayerCase
+    differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """What was asked for, read."""
+
+    layers: tuple[_Layer, ...]
+    experts: tuple[str, ...]
+    suite: str | None
+    is_sweep: bool
+    is_tiny: bool
+    held_for_s: float | None
+    peers: str | None
+
+
+def _layers(
+    recipe: str | None, loader: Loader, *, tokens: int | None, tiny: bool, changes: list[str] | None
+) -> Iterator[_Layer]:
+    """The layer of a recipe, or those of the suite where there is none."""
+    from moe_bench.results.sonicmoe import SHAPES
+    from moe_bench.spec.layer_case import layer_case_of, layer_differences
+    from moe_bench.spec.scale import smoke_plan
+
+    if recipe is None:
+        for shape in SHAPES:
+            case = shape.case(scale_down=TINY_SCALE if tiny else 1)
+            yield _Layer(case if tokens is None else case.model_copy(update={"num_tokens": tokens}))
+        return
+    asked = loader.recipe(find_recipe(recipe, loader), changes=tuple(changes or ()))
+    toy = smoke_plan(asked, host=loader.system("cpu_host"), modified=()).recipe if tiny else asked
+    case = layer_case_of(toy, num_tokens=tokens).model_copy(update={"name": asked.name})
+    yield _Layer(case, layer_differences(asked))
+
+
+def _changed(
+    case: LayerCase,
+    routing: str | None,
+    precision: PrecisionOption | None,
+    dispatcher: ExchangeOption,
+    *,
+    folded: bool,
+) -> LayerCase:
+    """The case with what was asked for in the place of the recipe's."""
+    update: dict[str, object] = {
+        "dispatch": case.dispatch.model_copy(update={"dispatcher": dispatcher.value})
+    }
+    if precision is not None:
+        update["precision"] = precision.value
+    case = case.model_copy(update=update)
+    if routing is not None:
+        case = case.with_routing(_routing(routing))
+    return case.folded() if folded else case
+
+
+def _routing(text: str) -> LayerRouting:
+    from moe_bench.spec.layer_case import LayerRouting, traced_routing
+
+    if text == "balanced":
+        return LayerRouting(kind="balanced")
+    if text == "random":
+        return LayerRouting(kind="random")
+    if text.endswith(".json"):
+        return traced_routing(Path(text), option="--routing", choices=_ROUTING)
+    exponent = text.removeprefix(_POWER_LAW)
+    if exponent == text or not exponent.replace(".", "", 1).isdigit():
+        raise BadInputError(f"--routing {text}: unknown; write {_ROUTING}")
+    return LayerRouting(kind="power_law", exponent=float(exponent))
+
+
+def _measured(chosen: _Chosen, system: SystemSpec, root: Path) -> Iterator[tuple[Path, LayerRecord]]:
+    """Every layer on every engine that was asked for, each written before the next begins."""
+    from functools import partial
+
+    from moe_bench.harness.start import load_calibrate, load_layer
+    from moe_bench.launch.environment import current_environment
+    from moe_bench.results.layer_record import write_layer_record
+    from moe_bench.spec.layer_case import sweep_of
+
+    harness = load_layer()
+    provenance = load_calibrate().provenance_here(
+        command=tuple(sys.argv), environment=current_environment(), source_root=data_root()
+    )
+    tell = partial(typer.echo, err=True)
+    told: set[tuple[str, str]] = set()
+    with harness.bench_here(system, is_tiny=chosen.is_tiny) as bench:
+        for one in chosen.layers:
+            asked = harness.Asked(
+                differences=one.differences,
+                suite=chosen.suite,
+                held_for_s=chosen.held_for_s,
+                peers=chosen.peers,
+            )
+            engines = harness.engines_of(
+                one.case, system, chosen.experts, all_that_run=chosen.suite is not None
+            )
+            for engine, obstacle in engines:
+                if obstacle is not None:
+                    if (engine.name, obstacle) not in told:
+                        tell(f"not on {engine.name}: {obstacle}")
+                    told.add((engine.name, obstacle))
+                    continue
+                for case in sweep_of(one.case) if chosen.is_sweep else (one.case,):
+                    tell(f"{case.name} on {engine.name}, {case.routing.label}")
+                    record = harness.measure_layer(
+                        case,
+                        engine,
+                        bench,
+                        provenance,
+                        asked,
+                        on_progress=tell,
+                    )
+                    yield write_layer_record(root, record), record
+
+
+def _show(
+    written: Sequence[tuple[Path, LayerRecord]], chosen: _Chosen, system: SystemSpec, *, as_json: bool
+) -> None:
+    from moe_bench.report.layer_view import layer_json, layer_view, predicted_parts, suite_view, sweep_view
+
+    records = [record for _, record in written]
+    if not records:
+        raise MissingRequirementError("no engine runs here; the reasons are above, one for each")
+    predicted = [predicted_parts(record, system) for record in records]
+    if len(records) == 1:
+        view = layer_view(records[0], predicted[0])
+    else:
+        view = sweep_view(records) if chosen.is_sweep else suite_view(records)
+    lines = [
+        layer_json(record, parts, str(path)) for (path, record), parts in zip(written, predicted, strict=True)
+    ]
+    print_view(view, lines, as_json)
+    if not as_json:
+        typer.echo("\n".join(f"written to {path}" for path, _ in written))

@@ -1,0 +1,84 @@
+"""A sweep of loads over one MoE layer as a picture: what unequal experts cost, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from moe_bench.errors import BadInputError
+from moe_bench.report.layer_view import EXCHANGE, experts_s, imbalance_ratio
+from moe_bench.report.scaling_plot import FORMATS
+from moe_bench.results.layer_record import LayerRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MILLI = 1e-3
+_LOOKS = MappingProxyType(
+    {
+        "whole": ("#1d5c99", "o", "-"),
+        "experts": ("#a0460e", "s", "--"),
+        "router, permute and unpermute": ("#4d6b1f", "D", ":"),
+        "dispatch and combine": ("#6d7177", "^", "-."),
+    }
+)
+"""Colour, marker and line, so that no reader depends on one of the three."""
+
+
+def write_sweep_plot(records: Sequence[LayerRecord], path: Path) -> None:
+    """Draw milliseconds over the load of the busiest expert into `path`, one panel per engine; the suffix
+    says how.
+
+    Raises BadInputError for a suffix that is none of FORMATS.
+    """
+    if path.suffix not in FORMATS:
+        raise BadInputError(f"{path}: plots are written as {', '.join(FORMATS)}; change the suffix")
+    # half a second of import that no other verb should pay for
+    from matplotlib.figure import Figure
+
+    engines = list(dict.fromkeys(record.engine for record in records))
+    figure = Figure(figsize=(4.8 * len(engines), 4.0), layout="constrained")
+    for place, engine in zip(figure.subplots(1, len(engines), squeeze=False).flat, engines, strict=True):
+        _draw_panel(place, [record for record in records if record.engine == engine])
+    figure.savefig(path, dpi=160)
+
+
+def curves_ms(records: Sequence[LayerRecord]) -> dict[str, list[float]]:
+    """What is drawn: forward and backward milliseconds of the whole and of its parts, record by record."""
+    moved = ("router", "permute", "unpermute")
+    return {
+        "whole": [record.whole.median_s / _MILLI for record in records],
+        "experts": [experts_s(record) / _MILLI for record in records],
+        "router, permute and unpermute": [_parts_ms(record, moved) for record in records],
+        "dispatch and combine": [_parts_ms(record, EXCHANGE) for record in records],
+    }
+
+
+def _parts_ms(record: LayerRecord, names: Sequence[str]) -> float:
+    return sum(part.median_s for part in record.parts if part.part in names) / _MILLI
+
+
+def _draw_panel(place: Axes, records: Sequence[LayerRecord]) -> None:
+    records = sorted(records, key=imbalance_ratio)
+    loads = [imbalance_ratio(record) for record in records]
+    for name, values in curves_ms(records).items():
+        colour, marker, line = _LOOKS[name]
+        place.plot(loads, values, color=colour, marker=marker, linestyle=line, linewidth=1.1, label=name)
+    for load, record in zip(loads, records, strict=True):
+        place.annotate(
+            record.case.routing.label,
+            (load, record.whole.median_s / _MILLI),
+            xytext=(0, 6),
+            textcoords="offset points",
+            fontsize=6,
+        )
+    place.spines[["top", "right"]].set_visible(False)
+    place.set_title(f"{records[0].case.name}, {records[0].engine}", fontsize=9, loc="left")
+    place.grid(axis="y", color="#e4e1da", linewidth=0.6)
+    place.set_ylim(bottom=0)
+    place.set_xlabel("rows of the busiest expert here over the mean", fontsize=8)
+    place.set_ylabel("forward and backward (ms)", fontsize=8)
+    place.tick_params(labelsize=8)
+    place.legend(fontsize=7, frameon=False)
