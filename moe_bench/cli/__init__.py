@@ -10,6 +10,7 @@ from moe_bench.cli import (
     accuracy,
     calibrate,
     jobs,
+    layer,
     predict,
     project,
     read,
@@ -24,7 +25,7 @@ from moe_bench.errors import BadInputError, MoeBenchError
 
 __all__ = ["app", "main"]
 
-_VERBS = (recipes, project, search, predict, run, calibrate, jobs, read, accuracy, report, results)
+_VERBS = (recipes, project, search, predict, run, calibrate, layer, jobs, read, accuracy, report, results)
 """Modules whose import registers the verbs."""
 
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
