@@ -20,6 +20,8 @@ GIB = 1024**3
 CONTEXT_BYTES = 5 * GIB // 2
 """CUDA context and libraries (0.5 to 1.5 GiB outside the allocator) and NCCL's buffers (0.4 GiB per set of
 communicators on one node, 1 to 3 GiB at scale)."""
+LONE_CONTEXT_BYTES = GIB
+"""The same of one process that sends nothing."""
 FRAGMENTATION_FRACTION = 0.03
 """Reserved beyond allocated memory with expandable segments; without them 9 % and more have been seen."""
 
@@ -29,7 +31,6 @@ _QUANTIZED_COPY_BYTES: Mapping[Precision, float] = {
     "fp8_delayed": 2.0,
     "fp8_tensorwise": 2.0,
     "fp8_blockwise": 2.0,
-    "fp8_rowwise": 2.0,
     "mxfp8": 2 * (1 + 1 / 32),
     "nvfp4": 2 * (1 / 2 + 1 / 16),
 }
@@ -156,6 +157,16 @@ def usable_bytes(recipe: Recipe) -> int:
 def fits(recipe: Recipe) -> bool:
     """Whether `recipe` fits its GPU, margins included. Raises BadInputError for a system without GPU."""
     return memory_fit(recipe).fits
+
+
+def rank_fits(recipe: Recipe, pipeline_rank: int) -> bool:
+    """Whether a rank of pipeline rank `pipeline_rank`, alone on a GPU of the recipe's, fits: 1.03 M + 1 GiB.
+
+    The margins are those of `needed_bytes` without NCCL's buffers. Raises BadInputError for a system without
+    GPU.
+    """
+    held = rank_memory(recipe, pipeline_rank).total_bytes
+    return (1 + FRAGMENTATION_FRACTION) * held + LONE_CONTEXT_BYTES <= usable_bytes(recipe)
 
 
 def pipeline_memory(recipe: Recipe, *, load: float = 1.0) -> tuple[RankMemory, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from moe_bench.spec.problem import Problem
-    from moe_bench.spec.recipe import Recipe
+    from moe_bench.spec.recipe import Recipe, Routing
     from moe_bench.spec.scale import Plan
 
 PIPE_WIDTH = 200
@@ -34,6 +35,14 @@ class ScaleOption(StrEnum):
     SMOKE = "smoke"
     SLICE = "slice"
     TINY_SLICE = "tiny_slice"
+
+
+class KernelsOption(StrEnum):
+    """Families of kernels."""
+
+    TRANSFORMER_ENGINE = "transformer_engine"
+    TORCH_NATIVE = "torch_native"
+    QUACK = "quack"
 
 
 class TableFormat(StrEnum):
@@ -67,6 +76,20 @@ NumGpusOption = Annotated[
         help="With --scale node the GPUs of the node; else that member of the scaling family.",
     ),
 ]
+KernelsOptionType = Annotated[
+    KernelsOption | None,
+    typer.Option("--kernels", help="Of a slice: its kernels, the recipe's where it is left out."),
+]
+RoutingOption = Annotated[
+    str,
+    typer.Option(
+        "--routing", metavar="HOW", help="Of a slice: balanced, random, natural, or a JSON file of counts."
+    ),
+]
+StageOption = Annotated[
+    int | None,
+    typer.Option("--stage", help="Of a slice: its pipeline rank; the first with most experts otherwise."),
+]
 StrongOption = Annotated[
     bool, typer.Option("--strong", help="With --num-gpus: keep the global batch, not that of a replica.")
 ]
@@ -95,11 +118,20 @@ def plan_of(
     num_gpus: int | None,
     changes: list[str] | None,
     strong: bool = False,
+    one_rank: OneRank | None = None,
 ) -> Plan:
-    """What `name` runs at `scale`."""
+    """What `name` runs at `scale`; `one_rank` is what was asked of a slice."""
     loader = make_loader()
     path = find_recipe(name, loader)
-    return derived_plan(path, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
+    return derived_plan(
+        path,
+        loader=loader,
+        scale=scale,
+        num_gpus=num_gpus,
+        changes=changes,
+        strong=strong,
+        one_rank=one_rank,
+    )
 
 
 def derived_plan(
@@ -110,6 +142,7 @@ def derived_plan(
     num_gpus: int | None,
     changes: list[str] | None,
     strong: bool = False,
+    one_rank: OneRank | None = None,
 ) -> Plan:
     """What the recipe in `path` runs at `scale`, with the user's changes; RecipeError if it is illegal.
 
@@ -135,7 +168,10 @@ def derived_plan(
     if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
         if num_gpus is not None:
             raise BadInputError(f"--num-gpus: a {scale.value} is one rank of the recipe; drop it")
-        return require_legal(_slice(recipe, loader, scale=scale, modified=modified), path, loader)
+        plan = _slice(recipe, loader, scale=scale, modified=modified, one_rank=one_rank or OneRank())
+        return require_legal(plan, path, loader)
+    if one_rank is not None and one_rank != OneRank():
+        raise BadInputError("--kernels, --routing and --stage are of a slice; add --scale slice or drop them")
     if scale is ScaleOption.NODE:
         from moe_bench.analysis.memory import fits
 
@@ -146,13 +182,52 @@ def derived_plan(
     return full_plan(recipe, modified=modified)
 
 
-def _slice(recipe: Recipe, loader: Loader, *, scale: ScaleOption, modified: tuple[str, ...]) -> Plan:
-    from moe_bench.analysis.memory import fits
-    from moe_bench.spec.derive_slice import slice_plan, tiny_slice_plan
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneRank:
+    """What was typed about a slice."""
 
+    kernels: KernelsOption | None = None
+    routing: str = "balanced"
+    stage: int | None = None
+
+    def arguments(self) -> tuple[str, ...]:
+        """The options again, for a command that starts the same run."""
+        arguments = [] if self.kernels is None else ["--kernels", self.kernels.value]
+        arguments += [] if self.routing == "balanced" else ["--routing", self.routing]
+        arguments += [] if self.stage is None else ["--stage", str(self.stage)]
+        return tuple(arguments)
+
+
+def _slice(
+    recipe: Recipe, loader: Loader, *, scale: ScaleOption, modified: tuple[str, ...], one_rank: OneRank
+) -> Plan:
+    from moe_bench.analysis.memory import rank_fits
+    from moe_bench.spec.derive_slice import SliceChoice, slice_plan, tiny_slice_plan
+
+    choice = SliceChoice(
+        kernels=None if one_rank.kernels is None else one_rank.kernels.value,
+        routing=_routing(one_rank.routing),
+        stage=one_rank.stage,
+    )
     if scale is ScaleOption.TINY_SLICE:
-        return tiny_slice_plan(recipe, host=loader.system("cpu_host"), modified=modified)
-    return slice_plan(recipe, fits=fits, modified=modified)
+        return tiny_slice_plan(recipe, host=loader.system("cpu_host"), modified=modified, choice=choice)
+    return slice_plan(recipe, fits=rank_fits, modified=modified, choice=choice)
+
+
+def _routing(text: str) -> Routing:
+    from moe_bench.spec.recipe import Routing
+    from moe_bench.spec.routing_trace import read_trace
+
+    if text == "balanced":
+        return Routing(mode="round_robin")
+    if text == "random":
+        return Routing(mode="random_logits")
+    if text == "natural":
+        return Routing(mode="natural")
+    choices = "balanced, random, natural, or a JSON file with a list of tokens per expert for each layer"
+    if not text.endswith(".json"):
+        raise BadInputError(f"--routing {text}: unknown; write {choices}")
+    return Routing(mode="recorded", trace=read_trace(Path(text), option="--routing", choices=choices))
 
 
 def run_arguments(

@@ -26,9 +26,8 @@ from moe_bench.harness.batches import Device
 from moe_bench.harness.kernels.adam import low_precision_adam
 from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
 from moe_bench.harness.mcore_config import MegatronArguments
-from moe_bench.harness.routing import RoundRobinRouter, use_router
+from moe_bench.harness.routing import RouterBuilder, forced_router, use_router
 from moe_bench.harness.settings import Settings
-from moe_bench.spec.recipe import RoutingMode
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 _DTYPE_FIELDS = frozenset(
@@ -94,7 +93,7 @@ def model_chunks(
     )
     num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))
-    chunk = partial(_model_chunk, arguments, config, choice, settings.routing_mode)
+    chunk = partial(_model_chunk, arguments, config, choice, forced_router(settings))
     return tuple(chunk(stage) for stage in stages)
 
 
@@ -102,7 +101,7 @@ def _model_chunk(
     arguments: MegatronArguments,
     config: TransformerConfig,
     choice: KernelChoice,
-    routing_mode: RoutingMode,
+    router: RouterBuilder | None,
     vp_stage: int | None,
 ) -> torch.nn.Module:
     """One stage of the model. The only function that names the model class.
@@ -114,8 +113,8 @@ def _model_chunk(
 
     block = decoder_block_spec(config, choice, vp_stage=vp_stage)
     mtp = mtp_block_spec(config, choice, vp_stage=vp_stage) if config.mtp_num_layers else None
-    if routing_mode == "round_robin":
-        use_router((block, mtp), RoundRobinRouter)
+    if router is not None:
+        use_router((block, mtp), router)
     ends = {"ignore_virtual": False, "vp_stage": vp_stage}
     return GPTModel(
         config=config,

@@ -444,6 +444,7 @@ def _training(recipe: Recipe) -> Arguments:
         "global_batch_size": recipe.global_batch_size,
         "world_size": recipe.parallel.num_gpus,
         "routing_mode": recipe.routing.mode,
+        "routing_trace": recipe.routing.trace,
         "num_warmup_steps": recipe.steps.num_warmup,
         "num_timed_steps": recipe.steps.num_timed,
         "seed": recipe.seed,

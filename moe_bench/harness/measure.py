@@ -30,12 +30,13 @@ def measure(
     environment: Mapping[str, str],
     command: tuple[str, ...],
     source_root: Path,
-    on_step: Callable[[int, int, float], None],
+    on_step: Callable[[int, int, float | None], None],
     repeat: int = 0,
 ) -> Record | None:
     """Run `plan` and return its record; None on every rank but the one that reports.
 
-    `on_step` is called after each step with its number from 1, the number of all steps, and the loss;
+    `on_step` is called after each step with its number from 1, the number of all steps, and the loss if the
+    rank has one;
     `repeat` says which of several equal runs this is.
     Raises MeasurementError where the run gave no valid number, MissingRequirementError where something is
     not here.
@@ -46,7 +47,10 @@ def measure(
         on_step(report.step, report.num_steps, report.loss)
 
     outcome = run(
-        megatron_arguments(plan.recipe), rendezvous=rendezvous, on_report=seen, is_slice=plan.is_slice
+        megatron_arguments(plan.recipe),
+        rendezvous=rendezvous,
+        on_report=seen,
+        slice_rank=plan.rank if plan.is_slice else None,
     )
     if outcome is None:
         return None

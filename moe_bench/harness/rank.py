@@ -24,7 +24,7 @@ from moe_bench.harness.routing import ExpertLoad, LoadCounter
 from moe_bench.harness.settings import Settings, settings_of
 from moe_bench.harness.trainer import Trainer, Watch, speaks_for_job, speaks_for_stage
 from moe_bench.harness.weights import initialise_by_name
-from moe_bench.results.record import GpuFacts, Implementations
+from moe_bench.results.record import AloneSamples, GpuFacts, Implementations
 from moe_bench.spec.rendezvous import Rendezvous
 
 _BYTES_PER_KIB = 1024
@@ -51,6 +51,8 @@ class RankReport:
     patches: tuple[AppliedPatch, ...]
     stood_in_bytes: Mapping[str, int] = field(default_factory=dict)
     """Of one step, by collective and group, that loopback groups stood in for; empty where all ranks ran."""
+    alone: AloneSamples | None = None
+    """Of a slice."""
 
 
 def run_rank(
@@ -156,7 +158,15 @@ def measured(
         raise MissingRequirementError(f"Megatron-Core cannot build the recipe here: {error}") from error
     counter = LoadCounter(built.chunks, num_steps=settings.num_steps, device=device)
     plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
-    trainer = Trainer(built, plan, counter, rank=rendezvous.rank, num_steps=settings.num_steps, watch=watch)
+    trainer = Trainer(
+        built,
+        plan,
+        counter,
+        rank=rendezvous.rank,
+        num_steps=settings.num_steps,
+        watch=watch,
+        is_alone=is_alone,
+    )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     warmup_s = trainer.run(range(settings.num_warmup_steps))
@@ -164,17 +174,17 @@ def measured(
     timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
     after_j = device_facts.energy_counter_j() if device == "cuda" else None
     loads = counter.loads()
-    num_counted = 1 if is_alone else settings.world_size
-    _require_sound_routing(built, settings, plan, loads, num_counted=num_counted)
+    num_sharing = _num_stage_ranks(settings) if is_alone else 1
+    _require_sound_routing(built, settings, plan, loads, num_sharing=num_sharing)
     return RankReport(
         rank=rendezvous.rank,
         host=socket.gethostname(),
         gpu=device_facts.gpu_facts() if device == "cuda" else None,
         warmup_step_times_s=warmup_s,
         step_times_s=timed_s,
-        losses=tuple(trainer.losses) if speaks_for_job() else None,
+        losses=tuple(trainer.losses) if is_alone or speaks_for_job() else None,
         grad_norms=tuple(trainer.grad_norms),
-        loads=loads if speaks_for_stage() else (),
+        loads=loads if is_alone or speaks_for_stage() else (),
         peak_memory_bytes=_peak_memory_bytes(device),
         energy_j=None if before_j is None or after_j is None else after_j - before_j,
         implementations=implementations(built),
@@ -211,20 +221,25 @@ def batch_plan(settings: Settings, *, vocab_size: int, device: Device) -> BatchP
     )
 
 
+def _num_stage_ranks(settings: Settings) -> int:
+    """Ranks of one pipeline stage, which share its work."""
+    return settings.world_size // parallel_state.get_pipeline_model_parallel_world_size()
+
+
 def _require_sound_routing(
     built: Training,
     settings: Settings,
     plan: BatchPlan,
     loads: tuple[ExpertLoad, ...],
     *,
-    num_counted: int,
+    num_sharing: int,
 ) -> None:
-    """Refuse loads that the recipe does not allow; they are of `num_counted` ranks of all."""
+    """Refuse loads that the recipe does not allow; they are of one of `num_sharing` equal shares."""
     if built.config.moe_expert_capacity_factor is not None:
         return
     sanity.require_no_drops(
         loads,
-        tokens_per_step=settings.tokens_per_step * num_counted // settings.world_size,
+        tokens_per_step=settings.tokens_per_step // num_sharing,
         top_k=built.config.moe_router_topk,
     )
     if settings.routing_mode == "round_robin":

@@ -1,9 +1,10 @@
-"""Where tokens go: an exactly balanced router, and a count of the tokens that each expert got."""
+"""Where tokens go: routers that deal them evenly or as recorded, and a count of what each expert got."""
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import distributed
 
+from moe_bench.harness.settings import Settings
+from moe_bench.spec.routing_trace import Trace, dealt_counts
+
+RouterBuilder = Callable[..., TopKRouter]
 CHOSEN_LOGIT = 1.0
 OTHER_LOGIT = -10.0
 
@@ -40,28 +45,80 @@ def round_robin_logits(logits: torch.Tensor, *, top_k: int, num_ranks_before: in
     `logits` as if they had not been replaced.
     """
     num_experts = logits.shape[-1]
-    start = num_ranks_before * (logits.numel() // num_experts) * top_k % num_experts
-    balanced: torch.Tensor = _RoundRobinLogits.apply(logits, top_k, start)
+    num_tokens = logits.numel() // num_experts
+    start = num_ranks_before * num_tokens * top_k % num_experts
+    first = torch.arange(num_tokens, device=logits.device).unsqueeze(1) * top_k
+    chosen = (start + first + torch.arange(top_k, device=logits.device)) % num_experts
+    balanced: torch.Tensor = _ForcedLogits.apply(logits, chosen)
     return balanced
 
 
-class _RoundRobinLogits(torch.autograd.Function):
-    """Replaces logits forward, and passes their gradient on backward as if it had not."""
+class _ForcedLogits(torch.autograd.Function):
+    """Replaces logits forward so that `chosen` is, and passes their gradient on as if it had not."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, top_k: int, start: int) -> torch.Tensor:
-        num_experts = logits.shape[-1]
-        flat = torch.full_like(logits, OTHER_LOGIT).view(-1, num_experts)
-        first = torch.arange(flat.shape[0], device=logits.device).unsqueeze(1) * top_k
-        chosen = (start + first + torch.arange(top_k, device=logits.device)) % num_experts
+    def forward(ctx: Any, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        flat = torch.full_like(logits, OTHER_LOGIT).view(-1, logits.shape[-1])
         return flat.scatter_(1, chosen, CHOSEN_LOGIT).view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
 
 
-def use_router(spec: Any, router: type[TopKRouter]) -> None:
+class RecordedRouter(TopKRouter):  # type: ignore[misc]
+    """Deals the tokens of a micro batch to experts in the proportions of a recorded layer.
+
+    As with `RoundRobinRouter` the gate is computed and trained, and the logits are replaced on the way
+    forward. Limits on the groups that a token may choose are lifted: the recording does not say which
+    experts were chosen together.
+    """
+
+    def __init__(self, *args: Any, trace: Trace, config: Any, **kwargs: Any) -> None:
+        unlimited = copy.copy(config)
+        unlimited.moe_router_num_groups = unlimited.moe_router_group_topk = None
+        super().__init__(*args, config=unlimited, **kwargs)
+        self._trace = trace
+        self._chosen: dict[int, torch.Tensor] = {}
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [sequence, batch, experts] that make top-k choose as the recording says."""
+        logits = super().gating(input)
+        num_tokens = logits.numel() // self.num_experts
+        if num_tokens not in self._chosen:
+            counts = dealt_counts(self._recorded(), num_tokens=num_tokens, top_k=self.topk)
+            self._chosen[num_tokens] = dealt_experts(counts, top_k=self.topk).to(logits.device)
+        chosen: torch.Tensor = _ForcedLogits.apply(logits, self._chosen[num_tokens])
+        return chosen
+
+    def _recorded(self) -> tuple[int, ...]:
+        """The recording of this layer, counted among those with experts, those of MTP last."""
+        has_experts = self.config.moe_layer_freq
+        index = self.layer_number - 1
+        if isinstance(has_experts, list):
+            index = sum(has_experts) + index if self.is_mtp_layer else sum(has_experts[:index])
+        elif self.is_mtp_layer:
+            index += self.config.num_layers
+        return self._trace[index % len(self._trace)]
+
+
+def dealt_experts(counts: Sequence[int], *, top_k: int) -> torch.Tensor:
+    """Experts [token, k] of tokens that take in turn from experts with these counts.
+
+    No token takes an expert twice: its choices stand T apart in the list of all, and no count exceeds T.
+    """
+    experts = torch.repeat_interleave(torch.tensor(counts))
+    return experts.view(top_k, -1).T.contiguous()
+
+
+def forced_router(settings: Settings) -> RouterBuilder | None:
+    """What builds the routers of a recipe that forces their choice; None leaves it to Megatron-Core."""
+    if settings.routing_mode == "recorded":
+        return functools.partial(RecordedRouter, trace=settings.routing_trace)
+    return RoundRobinRouter if settings.routing_mode == "round_robin" else None
+
+
+def use_router(spec: Any, router: RouterBuilder) -> None:
     """Make every expert layer of a block or layer spec build `router`."""
     for moe in _moe_submodules(spec):
         moe.router = router

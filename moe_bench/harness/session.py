@@ -40,9 +40,9 @@ def run(
     *,
     rendezvous: Rendezvous | None,
     on_report: Callable[[StepReport], None],
-    is_slice: bool = False,
+    slice_rank: int | None = None,
 ) -> Outcome | None:
-    """Run as many steps as `arguments` ask for; of a slice, one rank.
+    """Run as many steps as `arguments` ask for; of a slice, its rank `slice_rank` alone.
 
     With a `rendezvous` this process is one rank, and all but rank 0 return None; `on_report` is then called
     on the one rank that knows the loss. Without one, and without a GPU, the ranks are forked from this
@@ -52,28 +52,28 @@ def run(
     """
     require_runnable(arguments)
     settings = settings_of(arguments)
-    num_ranks = 1 if is_slice else settings.world_size
+    num_ranks = settings.world_size if slice_rank is None else 1
     if rendezvous is not None:
-        return _run_as_one_rank(arguments, rendezvous, num_ranks, on_report, is_slice=is_slice)
+        return _run_as_one_rank(arguments, rendezvous, num_ranks, on_report, slice_rank=slice_rank)
     if settings.device is not None:
         raise MissingRequirementError(
             f"{num_ranks} GPU ranks need a launcher: start them with torchrun, srun or slurm/run_recipe.sh"
         )
-    rank_program = partial(_forked_rank, arguments, is_slice=is_slice)
+    rank_program = partial(_forked_rank, arguments, slice_rank=slice_rank)
     gathered, *_ = run_forked(num_ranks, rank_program, on_progress=on_report)
     return None if gathered is None else _outcome(gathered, num_ranks)
 
 
 def _forked_rank(
-    arguments: MegatronArguments, seat: Seat, *, is_slice: bool
+    arguments: MegatronArguments, seat: Seat, *, slice_rank: int | None
 ) -> tuple[RankReport, ...] | None:
     watch = Watch(
         now_s=time.perf_counter,
         on_step=lambda step: seat.send(Message(kind="step", content=step)),
         on_report=lambda report: seat.send(Message(kind="progress", content=report)),
     )
-    if is_slice:
-        return run_slice_rank(arguments, seat.rendezvous, watch)
+    if slice_rank is not None:
+        return run_slice_rank(arguments, seat.rendezvous, watch, rank=slice_rank)
     return run_rank(arguments, seat.rendezvous, watch, listen_fd=seat.listen_fd)
 
 
@@ -83,14 +83,16 @@ def _run_as_one_rank(
     num_ranks: int,
     on_report: Callable[[StepReport], None],
     *,
-    is_slice: bool,
+    slice_rank: int | None,
 ) -> Outcome | None:
     if rendezvous.world_size != num_ranks:
-        what = "a slice is one rank" if is_slice else f"parallel.num_gpus: the recipe needs {num_ranks} ranks"
+        needed = f"parallel.num_gpus: the recipe needs {num_ranks} ranks"
+        what = needed if slice_rank is None else "a slice is one rank"
         raise MissingRequirementError(f"{what}, {rendezvous.world_size} were started")
     watch = Watch(now_s=time.perf_counter, on_step=lambda step: None, on_report=on_report)
-    run_one = run_slice_rank if is_slice else run_rank
-    gathered = run_one(arguments, rendezvous, watch)
+    if slice_rank is not None:
+        return _outcome(run_slice_rank(arguments, rendezvous, watch, rank=slice_rank), num_ranks)
+    gathered = run_rank(arguments, rendezvous, watch)
     return None if gathered is None else _outcome(gathered, num_ranks)
 
 
@@ -112,6 +114,7 @@ def _outcome(reports: tuple[RankReport, ...], num_ranks: int) -> Outcome:
             implementations=_joined_implementations(reports),
             patches=tuple(patch.name for patch in first.patches),
             stood_in_bytes=dict(first.stood_in_bytes),
+            alone=first.alone,
         ),
         hosts=tuple(report.host for report in reports),
         gpus=gpus,

@@ -7,6 +7,7 @@ from typing import Literal
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
 from moe_bench.spec.recipe import KernelFamily, RoutingMode
+from moe_bench.spec.routing_trace import Trace
 
 
 class Settings(Spec):
@@ -22,6 +23,8 @@ class Settings(Spec):
     global_batch_size: PositiveInt
     world_size: PositiveInt
     routing_mode: RoutingMode
+    routing_trace: Trace
+    """Read with `recorded`."""
     num_warmup_steps: PositiveInt
     num_timed_steps: PositiveInt
     seed: NonNegativeInt

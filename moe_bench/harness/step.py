@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,13 +27,24 @@ class StepOutcome:
     """Whether the optimizer took the step; it does not where gradients are not finite."""
 
 
-def train_step(training: Training, micro_batches: list[MicroBatch]) -> StepOutcome:
-    """Run one optimizer step over `micro_batches`. A collective call of all ranks."""
+def _nothing() -> None:
+    """Nobody asked where the schedule begins and ends."""
+
+
+def train_step(
+    training: Training, micro_batches: list[MicroBatch], *, on_schedule: Callable[[], None] = _nothing
+) -> StepOutcome:
+    """Run one optimizer step over `micro_batches`. A collective call of all ranks.
+
+    `on_schedule` is called as the schedule, all forward and backward passes with their reductions, begins and
+    again as it ends.
+    """
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
     micro_batch_size, seq_len = micro_batches[0]["tokens"].shape
     iterators = [iter(micro_batches) for _ in training.chunks]
+    on_schedule()
     losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -43,6 +54,7 @@ def train_step(training: Training, micro_batches: list[MicroBatch]) -> StepOutco
         micro_batch_size=micro_batch_size,
         forward_only=False,
     )
+    on_schedule()
     was_applied, grad_norm, _ = training.optimizer.step()
     return StepOutcome(
         loss=_mean_loss(losses),

@@ -21,12 +21,8 @@ from moe_bench.results.calibration_tasks import (
 Call = Callable[[], object]
 
 
-class DeviceClock(Protocol):
+class DeviceMarks(Protocol):
     """What is needed to time work that a device does while the host goes on."""
-
-    @property
-    def is_cold(self) -> bool:
-        """Whether `flush` empties the L2."""
 
     def mark(self) -> Any:
         """A point in the device's queue."""
@@ -34,21 +30,20 @@ class DeviceClock(Protocol):
     def between_s(self, start: Any, end: Any) -> float:
         """Seconds between two marks; waits until the second one has passed."""
 
+
+class DeviceClock(DeviceMarks, Protocol):
+    """The same, with a cold L2."""
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether `flush` empties the L2."""
+
     def flush(self) -> None:
         """Queue what makes the next call find nothing of its inputs in the L2."""
 
 
-class CudaClock:
-    """CUDA events on the current stream; the flush is a buffer larger than any L2, written over.
-
-    While the device writes it, about 0.1 ms, the host queues the call, so that what is timed waits for no
-    launch.
-    """
-
-    is_cold = True
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+class CudaMarks:
+    """CUDA events on the current stream."""
 
     def mark(self) -> torch.cuda.Event:
         """An event, recorded."""
@@ -60,6 +55,19 @@ class CudaClock:
         """Seconds between two events; events count milliseconds."""
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e-3
+
+
+class CudaClock(CudaMarks):
+    """The same with a flush, a buffer larger than any L2 that is written over.
+
+    While the device writes it, about 0.1 ms, the host queues the call, so that what is timed waits for no
+    launch.
+    """
+
+    is_cold = True
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
     def flush(self) -> None:
         """Write the buffer."""

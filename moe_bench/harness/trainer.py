@@ -24,7 +24,8 @@ class StepReport:
     step: int
     """Counted from 1, warm-up included."""
     num_steps: int
-    loss: float
+    loss: float | None
+    """None from a rank that runs alone and has no loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class Watch:
     """Called on every rank as a step begins, with its number from 1."""
     on_report: Callable[[StepReport], None]
     """Called after each step on the rank that speaks for the job."""
+    on_schedule: Callable[[], None] = lambda: None
+    """Called on every rank as the schedule of a step begins, and as it ends."""
 
 
 class Trainer:
@@ -50,9 +53,11 @@ class Trainer:
         rank: int,
         num_steps: int,
         watch: Watch,
+        is_alone: bool = False,
     ) -> None:
         self._built, self._plan, self._counter = built, plan, counter
         self._rank, self._num_steps, self._watch = rank, num_steps, watch
+        self._is_alone = is_alone
         self.losses: list[float] = []
         """Of the steps so far; empty but on the last pipeline stage."""
         self.grad_norms: list[float] = []
@@ -62,7 +67,7 @@ class Trainer:
         return timed_steps(
             steps,
             prepare=self._prepare,
-            run=partial(train_step, self._built),
+            run=partial(train_step, self._built, on_schedule=self._watch.on_schedule),
             finish=self._finish,
             now_s=self._watch.now_s,
             synchronize=torch.cuda.synchronize,
@@ -89,8 +94,8 @@ class Trainer:
         self.grad_norms.append(grad_norm)
         if loss is not None:
             self.losses.append(loss)
-            if speaks_for_job():
-                self._watch.on_report(StepReport(step=step + 1, num_steps=self._num_steps, loss=loss))
+        if self._is_alone or (loss is not None and speaks_for_job()):
+            self._watch.on_report(StepReport(step=step + 1, num_steps=self._num_steps, loss=loss))
 
 
 def speaks_for_stage() -> bool:

@@ -12,8 +12,8 @@ from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import substitution_table
 from moe_bench.spec.scale import Plan
 
-StepSeen = Callable[[int, int, float], None]
-"""Called after each step with its number from 1, the number of all steps, and the loss."""
+StepSeen = Callable[[int, int, float | None], None]
+"""Called after each step with its number from 1, the number of all steps, and the loss if there is one."""
 
 MAX_PLAIN_LINES = 20
 """Lines that a long run writes into a log, evenly spaced."""
@@ -25,7 +25,7 @@ def announce(plan: Plan, console: Console) -> None:
     unit = "processes" if recipe.system.gpu is None else "GPUs"
     whole = f"{recipe.parallel.num_gpus} {unit}"
     console.print(
-        f"{plan.asked} at {plan.scale} scale: {f'one rank of {whole}' if plan.is_slice else whole} "
+        f"{plan.asked} at {plan.scale} scale: {f'rank {plan.rank} of {whole}' if plan.is_slice else whole} "
         f"({layout_label(recipe) or 'DP1'}), "
         f"{recipe.steps.num_warmup} warm-up and {recipe.steps.num_timed} timed steps",
         highlight=False,
@@ -59,14 +59,14 @@ def step_progress(plan: Plan, console: Console, *, is_alone: bool) -> Iterator[S
         task = progress.add_task("starting", total=None, loss="")
         progress.refresh()
 
-        def seen(step: int, num_steps: int, loss: float) -> None:
+        def seen(step: int, num_steps: int, loss: float | None) -> None:
             phase = "warm-up" if step <= plan.recipe.steps.num_warmup else "timed"
             progress.update(
                 task,
                 completed=step,
                 total=num_steps,
                 description=phase,
-                loss=f"loss {loss:.4f}",
+                loss=_loss_text(loss),
                 refresh=True,
             )
 
@@ -74,9 +74,13 @@ def step_progress(plan: Plan, console: Console, *, is_alone: bool) -> Iterator[S
 
 
 def _plain_lines(console: Console) -> StepSeen:
-    def seen(step: int, num_steps: int, loss: float) -> None:
+    def seen(step: int, num_steps: int, loss: float | None) -> None:
         stride = max(1, num_steps // MAX_PLAIN_LINES)
         if step % stride == 0 or step in (1, num_steps):
-            console.print(f"step {step}/{num_steps} loss {loss:.4f}", highlight=False)
+            console.print(f"step {step}/{num_steps} {_loss_text(loss)}".rstrip(), highlight=False)
 
     return seen
+
+
+def _loss_text(loss: float | None) -> str:
+    return "" if loss is None else f"loss {loss:.4f}"

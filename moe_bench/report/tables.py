@@ -77,7 +77,7 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
         ("tokens/s", f"{metrics.tokens_per_s:,.0f} ({metrics.tokens_per_s_per_gpu:,.0f} per {unit})"),
         (f"TFLOPs/{unit}", f"{metrics.flops_per_s_per_gpu / TFLOPS:.4g} (counted: {COUNTING})"),
         ("MFU", mfu),
-        ("loss", f"{metrics.first_loss:.4f} -> {metrics.last_loss:.4f}"),
+        ("loss", _loss_text(metrics)),
         ("peak memory", f"{metrics.peak_memory_bytes / GIB:.2f} GiB (rank {metrics.peak_memory_rank})"),
         ("energy", "not counted" if energy_j is None else f"{energy_j:.3g} J per token"),
         ("slowest rank", f"{metrics.slowest_rank} on {metrics.slowest_host}"),
@@ -89,6 +89,12 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
         ("optimizer", used.optimizer),
         ("patches", ", ".join(samples.patches) or "none"),
     ]
+
+
+def _loss_text(metrics: RunMetrics) -> str:
+    if metrics.first_loss is None or metrics.last_loss is None:
+        return "none: the last pipeline stage has it"
+    return f"{metrics.first_loss:.4f} -> {metrics.last_loss:.4f}"
 
 
 def _counted(num: int, unit: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_bench.analysis.flops import step_flops
+from moe_bench.analysis.stage_flops import stage_flops
 from moe_bench.analysis.stats import median_interval, outliers, steady_state
 from moe_bench.results.flops_convention import OUR_COUNTING
 from moe_bench.results.record import Record
@@ -38,8 +39,9 @@ class RunMetrics:
     peak_memory_bytes: int
     """Of the rank that used most."""
     peak_memory_rank: int
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
+    """None of a slice without the last pipeline stage."""
     slowest_rank: int
     slowest_host: str
     energy_per_token_j: float | None
@@ -53,8 +55,8 @@ def run_metrics(record: Record) -> RunMetrics:
     counted as COUNTING says. MFU = that over the GPU's dense BF16 peak (arXiv:2204.02311, appendix B), for
     FP8 runs too: one denominator keeps them comparable, though several publishers divide by the FP8 peak.
 
-    Of a slice one rank ran, and its recipe is that of a whole pipeline stage, whose ranks all do the same
-    work: the FLOPs of the step over all GPUs of the recipe are that rank's, and so are the tokens.
+    Of a slice one rank ran: FLOPs are those of its pipeline stage over the ranks of that stage, and tokens
+    the step's over all ranks, as if every stage took as long.
     """
     recipe, samples = record.plan.recipe, record.samples
     times_s = record.slowest_step_times_s()
@@ -78,8 +80,8 @@ def run_metrics(record: Record) -> RunMetrics:
         mfu_fraction=None if gpu is None else flops_per_s_per_gpu / gpu.bf16_flops_per_s,
         peak_memory_bytes=peak_memory_bytes,
         peak_memory_rank=samples.peak_memory_bytes.index(peak_memory_bytes),
-        first_loss=samples.losses[0],
-        last_loss=samples.losses[-1],
+        first_loss=samples.losses[0] if record.has_loss else None,
+        last_loss=samples.losses[-1] if record.has_loss else None,
         slowest_rank=slowest_rank,
         slowest_host=record.provenance.hosts[slowest_rank],
         energy_per_token_j=None
@@ -90,7 +92,11 @@ def run_metrics(record: Record) -> RunMetrics:
 
 def rank_step_flops(record: Record) -> float:
     """FLOPs of one optimizer step on one GPU, counted as COUNTING says."""
-    return step_flops(record.plan.recipe, counting=COUNTING) / record.num_sharing_ranks
+    plan, recipe = record.plan, record.plan.recipe
+    if not plan.is_slice:
+        return step_flops(recipe, counting=COUNTING) / record.num_ranks
+    num_sharing = recipe.parallel.num_gpus // recipe.parallel.pipeline
+    return stage_flops(recipe, plan.pipeline_rank, counting=COUNTING) / num_sharing
 
 
 def gpu_s_per_token(record: Record) -> tuple[float, ...]:

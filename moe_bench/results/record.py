@@ -76,13 +76,23 @@ class Implementations(Spec):
     optimizer: Text
 
 
+class AloneSamples(Spec):
+    """What only a slice tells, whose one rank waits for nobody."""
+
+    schedule_times_s: tuple[float, ...]
+    """Of each timed step on the device: every forward and backward pass, without the optimizer."""
+    stand_in_s: float
+    """Of the first timed step's schedule: copies by which loopback groups filled what others would send."""
+
+
 class Samples(Spec):
     """What was measured, unreduced. The outer index is the rank, the inner one the step."""
 
     warmup_step_times_s: tuple[tuple[float, ...], ...]
     step_times_s: tuple[tuple[float, ...], ...]
     losses: tuple[float, ...]
-    """Language-model loss of every step, warm-up first, mean over the global batch."""
+    """Language-model loss of every step, warm-up first, mean over the global batch; empty of a slice without
+    the last pipeline stage."""
     grad_norms: tuple[float, ...]
     """Before clipping; warm-up first."""
     peak_memory_bytes: tuple[int, ...]
@@ -98,6 +108,8 @@ class Samples(Spec):
     stood_in_bytes: dict[str, int] = Field(default_factory=dict)
     """Of the first timed step, by `<collective> <group>`: bytes that the rank of a slice handed to loopback
     groups, as `Transfer.num_bytes` counts them. Nothing was sent. Empty where all ranks ran."""
+    alone: AloneSamples | None = None
+    """Null where all ranks ran."""
 
 
 class Record(Spec):
@@ -112,6 +124,12 @@ class Record(Spec):
     def num_ranks(self) -> PositiveInt:
         """Processes that took part."""
         return len(self.samples.step_times_s)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a rank of the last pipeline stage took part."""
+        plan = self.plan
+        return not plan.is_slice or plan.pipeline_rank == plan.recipe.parallel.pipeline - 1
 
     @property
     def num_sharing_ranks(self) -> PositiveInt:

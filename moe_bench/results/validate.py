@@ -70,7 +70,7 @@ def _size_problems(record: Record) -> Iterator[str]:
         if {len(times_s) for times_s in series} != {num_steps}:
             yield f"samples.{name}: ranks differ in their number of steps"
     of_steps = {
-        "losses": (len(samples.losses), num_warmup + num_timed),
+        "losses": (len(samples.losses), num_warmup + num_timed if record.has_loss else 0),
         "grad_norms": (len(samples.grad_norms), num_warmup + num_timed),
         "tokens_per_expert": (len(samples.tokens_per_expert), num_timed),
     }

@@ -1,8 +1,7 @@
-"""One rank of a recipe as a job of its own: the layers of one pipeline stage, every other size as it is.
+"""One rank of a recipe, run alone in its own place of the job: its layers, layout, kernels and schedule.
 
-The derived recipe is that of the whole stage: it keeps the tensor, context, expert and data parallel sizes,
-and one of its ranks runs. With balanced routing all its ranks do the same work, so the share of one rank is
-the whole divided by `num_gpus`.
+The derived recipe is the recipe with as many micro batches as show its steady state. One of its ranks runs,
+through the pipeline schedule of that rank, so as many micro batches are in flight as in the full run.
 """
 
 from __future__ import annotations
@@ -11,65 +10,105 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moe_bench.errors import BadInputError
+from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
-from moe_bench.spec.model import ModelSpec
-from moe_bench.spec.parallel import ParallelSpec
-from moe_bench.spec.pipeline import pipeline_chunks
-from moe_bench.spec.recipe import CudaGraphs, KernelSpec, Offload, Overlap, Recipe, Recompute, Routing
-from moe_bench.spec.scale import Plan, Scale, Substitution, adam_with_plain_states, differences, smoke_plan
+from moe_bench.spec.pipeline import Chunk
+from moe_bench.spec.recipe import CudaGraphs, KernelFamily, Overlap, Recipe, Recompute, Routing, Steps
+from moe_bench.spec.routing_trace import busiest_expert_rank
+from moe_bench.spec.scale import Plan, Scale, Substitution, differences, smoke_plan
+from moe_bench.spec.steady_state import num_micro_batches_to_run
 from moe_bench.spec.system import SystemSpec
 
 MIN_MOE_LAYERS = 2
+BALANCED = Routing(mode="round_robin")
+STEPS = Steps(num_warmup=3, num_timed=8)
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_RANK_CAPACITY = "moe_expert_rank_capacity_factor"
 
+_KERNELS = "--kernels, and what they cannot have"
 _REASONS = {
-    "model": "layers of one pipeline stage, or as many as fit; at least two with experts",
-    "num_mtp_layers": "those of the stage",
-    "parallel": "one pipeline stage with whole weights, of which one rank runs",
-    "precision": "the torch-native kernels are BF16",
-    "low_precision": "the torch-native kernels are BF16",
-    "kernels": "torch-native kernels, the smallest form of a slice",
+    "model": "layers of the rank that fit beside its states; at least two with experts",
+    "num_mtp_layers": "layers of the rank that fit",
+    "parallel": "stages of the layers that fit; keys gathered where the kernels know no ring",
+    "global_batch_size": "as many micro batches as show what every further one does",
+    "precision": _KERNELS,
+    "low_precision": _KERNELS,
+    "kernels": _KERNELS,
+    "optimizer": _KERNELS,
+    "offload": _KERNELS,
+    "mcore": _KERNELS,
     "dispatch": "loopback groups stand in for the other ranks",
-    "routing": "what other ranks would send is known only where all experts get equal shares",
+    "routing": "other ranks are taken to send what this one does, which equal shares and recordings allow",
     "overlap": "nothing is sent that could run beside computation",
-    "cuda_graphs": "graphs are Transformer Engine's or Megatron-Core's, not yet captured",
-    "offload": "kept on the device",
-    "optimizer": "Muon, FP16 and FP8 states need Transformer Engine",
+    "cuda_graphs": "no code captures graphs of a step yet",
     "recompute": "the stage has no such module",
+    "steps": "enough for one rank",
     "env": "HybridEP's domain is not read; one connection where Megatron-Core asks for it without overlap",
-    "mcore": "not carried over to other kernels",
 }
 _TINY = "toy size, same structure"
-_TINY_REASONS = dict.fromkeys(("seq_len", "micro_batch_size", "steps"), _TINY) | {
-    "model": f"{_TINY}; layers of one pipeline stage, at least two with experts",
+_TINY_REASONS = dict.fromkeys(("seq_len", "micro_batch_size", "model", "num_mtp_layers"), _TINY) | {
+    "steps": "toy run",
     "system": "this machine has no GPU",
     "global_batch_size": "four micro batches per rank",
-    "parallel": "two where the recipe has more than one; one pipeline stage, of which one rank runs",
+    "parallel": "two where the recipe has more than one",
     "env": "variables for GPU libraries",
     "container": "runs in this environment",
     "patches": "not carried over to a toy",
+    "mcore": "not carried over to a toy",
+    **dict.fromkeys(
+        ("precision", "low_precision", "kernels", "optimizer", "offload"), "kernels that run without a GPU"
+    ),
 }
 
+Fits = Callable[[Recipe, int], bool]
+"""Whether pipeline rank i of a recipe, alone on a GPU, fits its memory."""
 
-def slice_plan(recipe: Recipe, *, fits: Callable[[Recipe], bool], modified: tuple[str, ...]) -> Plan:
-    """One rank of `recipe` with as many layers of its stage as `fits` allows.
 
-    The stage is the one with the most expert layers, the first of those. Raises BadInputError for a model
-    without expert layers, and where two of them do not fit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceChoice:
+    """What a user may choose of a slice."""
+
+    kernels: KernelFamily | None = None
+    """None keeps the recipe's."""
+    routing: Routing = BALANCED
+    stage: int | None = None
+    """Pipeline rank; None takes the first of those with most expert layers."""
+
+
+def slice_plan(
+    recipe: Recipe, *, fits: Fits, modified: tuple[str, ...], choice: SliceChoice | None = None
+) -> Plan:
+    """One rank of `recipe` with as many of its layers as `fits` allows.
+
+    Raises BadInputError for a model without expert layers, a stage that does not exist, and where two expert
+    layers do not fit.
     """
-    return _plan(recipe, scale="slice", asked=recipe, fits=fits, reasons=_REASONS, modified=modified)
+    choice = choice or SliceChoice()
+    own = recipe if choice.kernels is None else with_kernels(recipe, choice.kernels)
+    return _plan(
+        own, scale="slice", asked=recipe, fits=fits, reasons=_REASONS, modified=modified, choice=choice
+    )
 
 
-def tiny_slice_plan(recipe: Recipe, *, host: SystemSpec, modified: tuple[str, ...]) -> Plan:
-    """The same of the recipe's smoke toy, for machines without a GPU."""
+def tiny_slice_plan(
+    recipe: Recipe, *, host: SystemSpec, modified: tuple[str, ...], choice: SliceChoice | None = None
+) -> Plan:
+    """The same of the recipe's smoke toy, for machines without a GPU.
+
+    Raises BadInputError as `slice_plan`, and for kernels that need a GPU.
+    """
+    choice = choice or SliceChoice()
+    if choice.kernels not in (None, "torch_native"):
+        raise BadInputError(f"--kernels {choice.kernels}: a tiny_slice runs on a CPU; use torch_native")
     toy = smoke_plan(recipe, host=host, modified=modified).recipe
     return _plan(
         toy,
         scale="tiny_slice",
         asked=recipe,
-        fits=lambda _: True,
+        fits=lambda _, __: True,
         reasons=_REASONS | _TINY_REASONS,
         modified=modified,
+        choice=choice,
     )
 
 
@@ -78,122 +117,154 @@ def _plan(
     *,
     scale: Scale,
     asked: Recipe,
-    fits: Callable[[Recipe], bool],
+    fits: Fits,
     reasons: Mapping[str, str],
     modified: tuple[str, ...],
+    choice: SliceChoice,
 ) -> Plan:
     """The slice of `recipe`, with its departures from `asked`."""
-    stage = _stage(recipe)
-    for num_moe_layers in range(stage.num_moe_layers, MIN_MOE_LAYERS - 1, -1):
-        cut = _slice_recipe(recipe, stage, num_moe_layers=num_moe_layers)
-        if fits(cut):
-            rows = (*differences(asked, cut, reasons), _one_rank(asked, cut))
-            return Plan(recipe=cut, asked=asked.name, scale=scale, substitutions=rows, modified=modified)
+    stage = _stage(recipe, choice)
+    steps = recipe.steps if any(change.startswith("steps.") for change in modified) else STEPS
+    whole = _alone(recipe, stage, choice.routing, steps=steps if scale == "slice" else recipe.steps)
+    num_moe_layers = _num_moe_layers(recipe, stage)
+    for num_left_out in range(max(1, num_moe_layers - MIN_MOE_LAYERS + 1)):
+        cut = _without(whole, stage, num_left_out) if num_left_out else whole
+        if fits(cut, stage):
+            rank = _rank(cut, stage)
+            rows = (*differences(asked, cut, reasons), _one_rank(cut, rank))
+            return Plan(
+                recipe=cut, asked=asked.name, scale=scale, substitutions=rows, modified=modified, rank=rank
+            )
     raise BadInputError(
         f"{recipe.name}: not even {MIN_MOE_LAYERS} expert layers of one rank fit a GPU of "
         f"{recipe.system.key}; use larger tensor or expert parallel sizes, or more recomputation"
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stage:
-    """What one pipeline rank holds, over all its chunks."""
-
-    num_dense_layers: int
-    num_moe_layers: int
-    num_mtp_layers: int
-
-
-def _stage(recipe: Recipe) -> _Stage:
-    model, parallel = recipe.model, recipe.parallel
-    if model.moe is None:
-        raise BadInputError(f"{recipe.name}: a slice is of expert layers and {model.key} has none; use node")
-    chunks = pipeline_chunks(parallel, num_layers=model.num_layers, num_mtp_layers=recipe.num_mtp_layers)
-    held = []
-    for rank in range(parallel.pipeline):
-        own = [chunk for chunk in chunks if chunk.pipeline_rank == rank]
-        has_experts = [model.is_moe_layer(layer) for chunk in own for layer in chunk.layers]
-        held.append(
-            _Stage(
-                num_dense_layers=has_experts.count(False),
-                num_moe_layers=max(has_experts.count(True), MIN_MOE_LAYERS),
-                num_mtp_layers=sum(chunk.num_mtp_layers for chunk in own),
-            )
+def _stage(recipe: Recipe, choice: SliceChoice) -> int:
+    """The pipeline rank that runs."""
+    if recipe.model.moe is None:
+        raise BadInputError(
+            f"{recipe.name}: a slice is of expert layers and {recipe.model.key} has none; use node"
         )
-    return max(held, key=lambda stage: stage.num_moe_layers)
+    pipeline = recipe.parallel.pipeline
+    if choice.stage is None:
+        return max(range(pipeline), key=lambda rank: _num_moe_layers(recipe, rank))
+    if not 0 <= choice.stage < pipeline:
+        raise BadInputError(f"--stage {choice.stage}: the recipe has stages 0 to {pipeline - 1}; name one")
+    return choice.stage
 
 
-def _slice_recipe(recipe: Recipe, stage: _Stage, *, num_moe_layers: int) -> Recipe:
-    return recipe.model_copy(
+def _num_moe_layers(recipe: Recipe, stage: int) -> int:
+    return sum(map(recipe.model.is_moe_layer, _layers(recipe.chunks(), stage)))
+
+
+def _layers(chunks: tuple[Chunk, ...], stage: int) -> list[int]:
+    return [layer for chunk in chunks if chunk.pipeline_rank == stage for layer in chunk.layers]
+
+
+def _alone(recipe: Recipe, stage: int, routing: Routing, *, steps: Steps) -> Recipe:
+    """The recipe as a rank runs it alone."""
+    changed = recipe.dispatch.dispatcher not in ("allgather", "alltoall")
+    is_capped = _RANK_CAPACITY in recipe.mcore
+    own = recipe.model_copy(
         update={
-            "model": _model(recipe.model, stage, num_moe_layers=num_moe_layers),
-            "num_mtp_layers": stage.num_mtp_layers,
-            "parallel": _parallel(recipe.parallel),
-            "precision": "fp32" if recipe.precision == "fp32" else "bf16",
-            "low_precision": None,
-            "kernels": KernelSpec(family="torch_native", grouped_gemm=recipe.kernels.grouped_gemm),
             "dispatch": recipe.dispatch.model_copy(
                 update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
+            )
+            if changed
+            else recipe.dispatch,
+            "routing": routing,
+            "recompute": _recompute(recipe, stage),
+            "overlap": Overlap(
+                grad_reduce=recipe.overlap.grad_reduce,
+                param_gather=recipe.overlap.param_gather,
+                align_param_gather=recipe.overlap.align_param_gather,
+                p2p=recipe.overlap.p2p,
             ),
-            "routing": Routing(mode="round_robin"),
-            "recompute": _recompute(recipe.recompute, stage),
-            "overlap": Overlap(),
             "cuda_graphs": CudaGraphs(),
-            "offload": Offload(),
-            "optimizer": adam_with_plain_states(recipe.optimizer),
+            "offload": recipe.offload.model_copy(update={"paged_stash": False})
+            if is_capped
+            else recipe.offload,
+            "steps": steps,
             "env": _env(recipe),
-            "mcore": {},
+            "mcore": {key: value for key, value in recipe.mcore.items() if key != _RANK_CAPACITY},
             "reproduces": None,
             "differences": (),
         }
     )
+    num_micro_batches = num_micro_batches_to_run(own)
+    return own.model_copy(
+        update={"global_batch_size": num_micro_batches * own.micro_batch_size * own.parallel.data}
+    )
 
 
-def _model(model: ModelSpec, stage: _Stage, *, num_moe_layers: int) -> ModelSpec:
-    moe = model.moe and model.moe.model_copy(update={"num_leading_dense_layers": stage.num_dense_layers})
-    return model.model_copy(update={"num_layers": stage.num_dense_layers + num_moe_layers, "moe": moe})
-
-
-def _recompute(recompute: Recompute, stage: _Stage) -> Recompute:
-    """Without the dense MLP, where the stage has none."""
-    modules = tuple(name for name in recompute.modules if name != "mlp" or stage.num_dense_layers)
-    granularity = recompute.granularity
-    if granularity == "selective" and not modules:
-        granularity = "none"
+def _recompute(recipe: Recipe, stage: int) -> Recompute:
+    """Without the dense MLP, where the model as it runs has none."""
+    recompute = recipe.recompute
+    modules = tuple(name for name in recompute.modules if name != "mlp" or recipe.model.num_dense_layers)
+    granularity = "none" if recompute.granularity == "selective" and not modules else recompute.granularity
     return recompute.model_copy(update={"modules": modules, "granularity": granularity})
 
 
 def _env(recipe: Recipe) -> dict[str, str]:
     kept = {name: value for name, value in recipe.env.items() if name != HYBRIDEP_DOMAIN}
-    if _CONNECTIONS in kept and recipe.parallel.tensor * recipe.parallel.context > 1:
+    is_split = recipe.parallel.tensor * recipe.parallel.context > 1
+    if _CONNECTIONS in kept and is_split and recipe.parallel.data_sharding != "megatron_fsdp":
         kept[_CONNECTIONS] = "1"
     return kept
 
 
-def _parallel(parallel: ParallelSpec) -> ParallelSpec:
-    """One pipeline stage of the job, with its weights whole on every rank."""
-    is_fsdp = parallel.data_sharding == "megatron_fsdp"
-    return parallel.model_copy(
+def _without(recipe: Recipe, stage: int, num_left_out: int) -> Recipe:
+    """The recipe without so many expert layers of one stage, the last ones first, chunk by chunk in turn."""
+    chunks, model = recipe.chunks(), recipe.model
+    num_layers = {chunk: len(chunk.layers) for chunk in chunks}
+    own = [chunk for chunk in reversed(chunks) if chunk.pipeline_rank == stage]
+    num_moe = {chunk: sum(map(model.is_moe_layer, chunk.layers)) for chunk in own}
+    for _ in range(num_left_out):
+        fullest = max(own, key=lambda chunk: num_moe[chunk])
+        num_moe[fullest] -= 1
+        num_layers[fullest] -= 1
+    update: dict[str, object] = {
+        "embedding_counts_as_layer": False,
+        "loss_counts_as_layer": False,
+        "num_layers_first_stage": 0,
+        "num_layers_last_stage": 0,
+    }
+    if recipe.parallel.pipeline > 1:
+        update["layout"] = "|".join(_letters(chunk, num_layers[chunk]) for chunk in chunks)
+    return recipe.model_copy(
         update={
-            "num_gpus": parallel.num_gpus // parallel.pipeline,
-            "pipeline": 1,
-            "virtual_pipeline": 1,
-            "layout": None,
-            "embedding_counts_as_layer": False,
-            "loss_counts_as_layer": False,
-            "num_layers_first_stage": 0,
-            "num_layers_last_stage": 0,
-            "micro_batch_group_size": 0,
-            "context_comm": "allgather" if parallel.context > 1 else parallel.context_comm,
-            "data_sharding": "distributed_optimizer" if is_fsdp else parallel.data_sharding,
+            "model": model.model_copy(update={"num_layers": sum(num_layers.values())}),
+            "parallel": recipe.parallel.model_copy(update=update),
         }
     )
 
 
-def _one_rank(asked: Recipe, cut: Recipe) -> Substitution:
+def _letters(chunk: Chunk, num_layers: int) -> str:
+    """One stage of Megatron-Core's layout string."""
+    return "E" * chunk.has_embedding + "t" * num_layers + "m" * chunk.num_mtp_layers + "L" * chunk.has_loss
+
+
+def _rank(recipe: Recipe, stage: int) -> int:
+    """The first rank of the stage; with a recording the one whose experts receive most."""
+    parallel = recipe.parallel
+    first = stage * (parallel.num_gpus // parallel.pipeline)
+    if recipe.routing.mode != "recorded":
+        return first
+    busiest = busiest_expert_rank(recipe.routing.trace, num_ranks=parallel.expert)
+    return first + busiest * parallel.expert_tensor
+
+
+def _one_rank(cut: Recipe, rank: int) -> Substitution:
+    parallel, chunks = cut.parallel, cut.chunks()
+    stage = rank // (parallel.num_gpus // parallel.pipeline)
+    layers = _layers(chunks, stage)
+    num_moe = sum(map(cut.model.is_moe_layer, layers))
+    what = f"{len(layers)} layers, {num_moe} with experts"
     return Substitution(
         field="ranks",
-        asked=str(asked.parallel.num_gpus),
-        used=f"rank 0 of {cut.parallel.num_gpus}",
-        why="the others are loopback groups; embedding, loss and optimizer step of the rank are included",
+        asked=str(parallel.num_gpus),
+        used=f"rank {rank}, stage {stage} of {parallel.pipeline}: {what}",
+        why="loopback groups stand in for the others",
     )

@@ -34,7 +34,7 @@ Precision = Literal[
 
 KernelFamily = Literal["transformer_engine", "torch_native", "quack"]
 Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep", "ncclep"]
-RoutingMode = Literal["random_logits", "round_robin", "biased", "natural"]
+RoutingMode = Literal["random_logits", "round_robin", "biased", "natural", "recorded"]
 RecomputeModule = Literal["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 GraphModule = Literal["attn", "mlp", "moe", "moe_router", "moe_preprocess"]
 OffloadModule = Literal[
@@ -211,9 +211,13 @@ class Routing(Spec):
 
     mode: RoutingMode
     """`random_logits` (Megatron-Core's force_load_balancing): balanced on average only. `round_robin`:
-    exactly balanced. `biased`: skewed by a fixed random bias per expert. `natural`: the router's choice."""
+    exactly balanced. `biased`: skewed by a fixed random bias per expert. `natural`: the router's choice.
+    `recorded`: dealt in the proportions of `trace`, the same by every rank."""
     bias_std: NonNegativeFloat = 0.0
     """Standard deviation of the bias on the logits; read with `biased`."""
+    trace: tuple[tuple[NonNegativeInt, ...], ...] = ()
+    """Tokens per expert of each expert layer, those of MTP last; read with `recorded`, begun again where
+    there are more layers."""
 
 
 class Steps(Spec):

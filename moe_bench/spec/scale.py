@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from moe_bench.errors import BadInputError
-from moe_bench.spec.base import Spec, Text
+from moe_bench.spec.base import NonNegativeInt, Spec, Text
 from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
 from moe_bench.spec.model import (
     GroupedQueryAttention,
@@ -51,6 +51,8 @@ class Plan(Spec):
     substitutions: tuple[Substitution, ...] = ()
     modified: tuple[Text, ...] = ()
     """The user's own `key=value` changes; results made with any carry the mark `modified`."""
+    rank: NonNegativeInt = 0
+    """Of a slice, which rank of the recipe runs."""
 
     @property
     def is_slice(self) -> bool:
@@ -61,6 +63,12 @@ class Plan(Spec):
     def num_ranks(self) -> int:
         """Processes that run."""
         return 1 if self.is_slice else self.recipe.parallel.num_gpus
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Pipeline rank of `rank`: Megatron-Core's order tp-cp-ep-dp-pp has it outermost."""
+        parallel = self.recipe.parallel
+        return self.rank // (parallel.num_gpus // parallel.pipeline)
 
 
 def full_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:
@@ -142,13 +150,19 @@ _NODE_REASONS = {
     "env": "as many ranks as the expert group has",
 }
 
-_NOT_COMPARED = ("reproduces", "differences", "variant", "origin")
+_NOT_COMPARED: Mapping[str, bool | set[str]] = {
+    **dict.fromkeys(("reproduces", "differences", "variant", "origin"), True),
+    "routing": {"trace"},
+}
+"""The trace is many numbers; `routing.mode` says that there is one."""
 
 
 def differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Iterator[Substitution]:
     """One row per leaf that differs; the system is one row, for it is one choice."""
-    left = _leaves({**asked.model_dump(mode="json", exclude=set(_NOT_COMPARED)), "system": asked.system.key})
-    right = _leaves({**used.model_dump(mode="json", exclude=set(_NOT_COMPARED)), "system": used.system.key})
+    left, right = (
+        _leaves({**one.model_dump(mode="json", exclude=_NOT_COMPARED), "system": one.system.key})
+        for one in (asked, used)
+    )
     for field in dict.fromkeys((*left, *right)):
         if left.get(field) != right.get(field):
             yield Substitution(

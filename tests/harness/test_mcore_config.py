@@ -86,6 +86,7 @@ OTHER_VALUES: dict[str, Any] = {
     "kernels.attention": "flash",
     "dispatch.dispatcher": "allgather",
     "routing.mode": "natural",
+    "routing.trace": ((1, 2, 3),),
     "recompute.granularity": "none",
     "env": {"NCCL_DEBUG": "INFO"},
     "patches": ("mtp_token_count",),

@@ -25,55 +25,97 @@ from moe_bench.harness.settings import settings_of
 from moe_bench.harness.workers import Seat
 from moe_bench.results.store import read_records
 from moe_bench.spec.catalogue import find_recipe, recipes_root
-from moe_bench.spec.derive_slice import tiny_slice_plan
+from moe_bench.spec.derive_slice import SliceChoice, tiny_slice_plan
 from moe_bench.spec.load import Loader
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import Recipe, Routing
 from moe_bench.spec.rendezvous import Rendezvous
+from moe_bench.spec.scale import Plan
 from tests.harness.zygote import Zygote
 
 MODELS = sorted(path.parent.name for path in Path(recipes_root()).glob("*/model.yaml"))
 BF16, FP32 = 2, 4
 
 
-def tiny_slice(name: str) -> Recipe:
+def tiny_plan(name: str, choice: SliceChoice | None = None) -> Plan:
     loader = Loader(root=recipes_root())
     asked = loader.recipe(find_recipe(name, loader))
-    return tiny_slice_plan(asked, host=loader.system("cpu_host"), modified=()).recipe
+    return tiny_slice_plan(asked, host=loader.system("cpu_host"), modified=(), choice=choice)
 
 
-def trained(recipe: Recipe) -> Outcome | None:
-    return run(megatron_arguments(recipe), rendezvous=None, on_report=lambda report: None, is_slice=True)
+def tiny_slice(name: str) -> Recipe:
+    return tiny_plan(name).recipe
+
+
+def trained(plan: Plan) -> Outcome | None:
+    arguments = megatron_arguments(plan.recipe)
+    return run(arguments, rendezvous=None, on_report=lambda report: None, slice_rank=plan.rank)
+
+
+def num_copies(recipe: Recipe) -> int:
+    """Token copies that one rank routes in a step, in each of its expert layers."""
+    assert recipe.model.moe is not None
+    num_sharing = recipe.parallel.num_gpus // recipe.parallel.pipeline
+    return recipe.tokens_per_step // num_sharing * recipe.model.moe.top_k
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_rank_of_every_model_trains(zygote: Zygote, model: str) -> None:
-    recipe = tiny_slice(model)
-    moe = recipe.model.moe
-    assert moe is not None
-    samples = zygote.call(trained, recipe).samples
+    plan = tiny_plan(model)
+    recipe = plan.recipe
+    samples = zygote.call(trained, plan).samples
     assert len(samples.step_times_s) == 1
     # untrained weights guess evenly over the rank's part of the vocabulary, whose sums stay its own, and go
     # on doing so: nothing strange came back from the groups
     guess = math.log(recipe.model.vocab_size / recipe.parallel.tensor)
-    assert samples.losses == pytest.approx([guess] * 7, rel=0.05)
-    num_expert_layers = recipe.model.num_layers - recipe.model.num_dense_layers + recipe.num_mtp_layers
-    copies = recipe.tokens_per_step // recipe.parallel.num_gpus * moe.top_k
+    is_last = plan.pipeline_rank == recipe.parallel.pipeline - 1
+    assert samples.losses == pytest.approx([guess] * 7 if is_last else [], rel=0.05)
+    own = [chunk for chunk in recipe.chunks() if chunk.pipeline_rank == plan.pipeline_rank]
+    num_expert_layers = sum(
+        sum(map(recipe.model.is_moe_layer, chunk.layers)) + chunk.num_mtp_layers for chunk in own
+    )
     for step in samples.tokens_per_expert:
-        assert len(step) == num_expert_layers >= 2
-        assert {sum(layer) for layer in step} == {copies}
+        assert len(step) == num_expert_layers >= 1
+        assert {sum(layer) for layer in step} == {num_copies(recipe)}
     assert all(num_bytes > 0 for num_bytes in samples.stood_in_bytes.values())
     assert samples.stood_in_bytes or recipe.parallel.num_gpus == 1
+    assert samples.alone is not None
+    for schedule_s, step_s in zip(samples.alone.schedule_times_s, samples.step_times_s[0], strict=True):
+        assert 0 < samples.alone.stand_in_s < schedule_s < step_s
+
+
+def test_the_last_stage_has_the_loss(zygote: Zygote) -> None:
+    plan = tiny_plan("qwen3_235b_a22b", SliceChoice(stage=1))
+    parallel = plan.recipe.parallel
+    assert (parallel.pipeline, parallel.virtual_pipeline, plan.pipeline_rank) == (2, 2, 1)
+    # what comes from the stage before has no meaning, but the guess stays even
+    guess = math.log(plan.recipe.model.vocab_size / parallel.tensor)
+    assert zygote.call(trained, plan).samples.losses == pytest.approx([guess] * 7, rel=0.05)
+
+
+def test_a_recording_is_dealt_out_layer_by_layer(zygote: Zygote) -> None:
+    """Groups of experts are no limit to it: deepseek_v3 chooses from two groups of four."""
+    layers = ((5, 1, 1, 1, 1, 1, 1, 5), (1, 1, 1, 1, 5, 5, 1, 1))
+    routing = Routing(mode="recorded", trace=layers)
+    plan = tiny_plan("deepseek_v3", SliceChoice(routing=routing))
+    recipe = plan.recipe
+    samples = zygote.call(trained, plan).samples
+    first = sum(map(recipe.model.is_moe_layer, range(recipe.chunks()[plan.pipeline_rank].layers[0])))
+    copies = num_copies(recipe)
+    for step in samples.tokens_per_expert:
+        assert step[0] == tuple(copies * count // 16 for count in layers[first % 2])
+        assert step[1] == tuple(copies * count // 16 for count in layers[(first + 1) % 2])
 
 
 def test_the_exchange_of_tokens_has_the_bytes_of_a_hand_count(zygote: Zygote) -> None:
-    recipe = tiny_slice("qwen3_30b_a3b")
+    plan = tiny_plan("qwen3_30b_a3b")
+    recipe = plan.recipe
     moe, parallel = recipe.model.moe, recipe.parallel
     assert moe is not None
     assert (parallel.expert, parallel.tensor, recipe.recompute.granularity) == (2, 1, "none")
     copies = recipe.micro_batch_size * recipe.seq_len * moe.top_k
     # dispatch and combine of BF16 rows, and FP32 probabilities with the dispatch; the same again backward
     per_layer = 2 * (2 * copies * recipe.model.hidden_size * BF16 + copies * FP32)
-    found = zygote.call(trained, recipe).samples.stood_in_bytes
+    found = zygote.call(trained, plan).samples.stood_in_bytes
     assert found["all_to_all EP"] == per_layer * recipe.model.num_layers * recipe.num_micro_batches
 
 
@@ -145,7 +187,7 @@ def test_a_slice_in_several_processes_is_refused() -> None:
     two = Rendezvous(rank=0, world_size=2, local_rank=0, master_addr="localhost", master_port=1)
     arguments = megatron_arguments(tiny_slice("qwen3_30b_a3b"))
     with pytest.raises(MissingRequirementError, match="a slice is one rank, 2 were started"):
-        run(arguments, rendezvous=two, on_report=lambda report: None, is_slice=True)
+        run(arguments, rendezvous=two, on_report=lambda report: None, slice_rank=0)
 
 
 def test_the_command_writes_a_record_that_carries_its_mark(tmp_path: Path) -> None:

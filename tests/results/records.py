@@ -19,7 +19,7 @@ def full(modified: tuple[str, ...] = ()) -> Plan:
 
 
 def one_rank() -> Plan:
-    return slice_plan(RECIPE, fits=lambda _: True, modified=())
+    return slice_plan(RECIPE, fits=lambda _, __: True, modified=())
 
 
 def record(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.analysis.memory import fits
+from moe_bench.analysis.memory import rank_fits
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
-from moe_bench.spec.derive_slice import slice_plan, tiny_slice_plan
+from moe_bench.spec.derive_slice import SliceChoice, slice_plan, tiny_slice_plan
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.load import Loader
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import KernelFamily, Recipe, Routing
 from moe_bench.spec.scale import Plan
 
 LOADER = Loader(root=recipes_root())
@@ -25,31 +25,42 @@ def recipe_of(name: str) -> Recipe:
 
 
 def slice_of(recipe: Recipe) -> Plan:
-    return slice_plan(recipe, fits=lambda _: True, modified=())
+    return slice_plan(recipe, fits=lambda _, __: True, modified=())
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_slice_of_every_recipe_is_legal_and_keeps_the_work_of_a_rank(path: Path) -> None:
     asked = LOADER.recipe(path)
-    plan = slice_plan(asked, fits=fits, modified=())
-    cut, parallel = plan.recipe, asked.parallel
+    plan = slice_plan(asked, fits=rank_fits, modified=())
+    cut = plan.recipe
     assert list(legality_problems(cut)) == []
-    assert asked.model.moe is not None
-    assert cut.model.moe is not None
-    assert cut.model.num_layers - cut.model.num_dense_layers >= 2
-    for name in ("hidden_size", "vocab_size", "attention", "dense_ffn_hidden_size"):
-        assert getattr(cut.model, name) == getattr(asked.model, name)
-    for name in ("num_experts", "top_k", "expert_ffn_hidden_size", "shared_expert_ffn_hidden_size"):
-        assert getattr(cut.model.moe, name) == getattr(asked.model.moe, name)
-    for name in ("tensor", "context", "expert", "expert_tensor", "data", "expert_data"):
-        assert getattr(cut.parallel, name) == getattr(parallel, name)
-    assert cut.parallel.num_gpus * parallel.pipeline == parallel.num_gpus
-    assert cut.num_micro_batches == asked.num_micro_batches
-    assert (cut.system, cut.recompute.granularity != "none") == (
-        asked.system,
-        asked.recompute.granularity == "full" or bool(set(asked.recompute.modules) - {"mlp"}),
-    )
+    # with its own kernels every shipped recipe fits as it is
+    assert (cut.model, cut.parallel) == (asked.model, asked.parallel)
+    for name in ("system", "precision", "low_precision", "kernels", "optimizer", "recompute", "seq_len"):
+        assert getattr(cut, name) == getattr(asked, name)
+    assert cut.micro_batch_size == asked.micro_batch_size
+    assert cut.num_micro_batches >= min(asked.parallel.pipeline, asked.num_micro_batches)
     assert (plan.is_slice, plan.num_ranks) == (True, 1)
+    assert {row.field.partition(".")[0] for row in plan.substitutions} <= {
+        *("global_batch_size", "dispatch", "routing", "overlap", "cuda_graphs", "steps", "env", "ranks"),
+        *("offload", "mcore"),
+    }
+
+
+@pytest.mark.parametrize("family", ["torch_native", "quack"])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_other_kernels_are_legal_and_everything_that_they_replace_is_a_row(
+    path: Path, family: KernelFamily
+) -> None:
+    asked = LOADER.recipe(path)
+    plan = slice_plan(asked, fits=rank_fits, modified=(), choice=SliceChoice(kernels=family))
+    assert list(legality_problems(plan.recipe)) == []
+    assert plan.recipe.kernels.family == family
+    keeps = asked.precision == "bf16" or (asked.precision, family) == ("fp8_rowwise", "torch_native")
+    assert plan.recipe.precision == (asked.precision if keeps else "bf16")
+    rows = {row.field: row.used for row in plan.substitutions}
+    assert rows.get("kernels.family", asked.kernels.family) == family
+    assert ("precision" in rows) == (not keeps)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -60,26 +71,50 @@ def test_the_tiny_slice_of_every_recipe_is_legal(path: Path) -> None:
     assert plan.num_ranks == 1
 
 
-def test_the_layers_are_those_of_the_stage_with_the_most_experts() -> None:
+def test_the_stage_is_the_first_with_the_most_experts_and_its_first_rank_runs() -> None:
     asked = recipe_of("deepseek_v3/h100_sxm_256g_bf16")
-    # Et|(tt|)*30L over 4 ranks: 15 layers with the embedding, of which 3 dense, then 16, 16, and 14
+    # Et|(tt|)*30L over 4 ranks: 15 layers with the embedding, of which 3 dense, then 16 (2 dense), 16, 14
     assert (asked.parallel.layout, asked.parallel.pipeline) == ("Et|(tt|)*30L", 4)
-    cut = slice_of(asked).recipe
-    assert (cut.model.num_layers, cut.model.num_dense_layers, cut.num_mtp_layers) == (16, 0, 0)
+    plan = slice_of(asked)
+    assert (plan.rank, plan.pipeline_rank) == (128, 2)
+    assert plan.substitutions[-1].used == "rank 128, stage 2 of 4: 16 layers, 16 with experts"
 
 
-def test_layers_that_do_not_fit_are_left_out_and_the_count_is_a_row() -> None:
+def test_a_stage_can_be_named() -> None:
     asked = recipe_of("deepseek_v3/h100_sxm_256g_bf16")
-    plan = slice_plan(asked, fits=lambda cut: cut.model.num_layers <= 5, modified=())
+    plan = slice_plan(asked, fits=lambda _, __: True, modified=(), choice=SliceChoice(stage=3))
+    assert (plan.rank, plan.pipeline_rank) == (192, 3)
+    with pytest.raises(BadInputError, match="--stage 4: the recipe has stages 0 to 3"):
+        slice_plan(asked, fits=lambda _, __: True, modified=(), choice=SliceChoice(stage=4))
+
+
+def test_a_recording_runs_the_rank_whose_experts_receive_most() -> None:
+    asked = recipe_of("qwen3_30b_a3b")
+    # 128 experts over EP16, eight each: 80 to 95 are those of ranks 10 and 11
+    layer = tuple(30 if 80 <= expert < 96 else 10 for expert in range(128))
+    choice = SliceChoice(routing=Routing(mode="recorded", trace=(layer,)))
+    plan = slice_plan(asked, fits=lambda _, __: True, modified=(), choice=choice)
+    assert list(legality_problems(plan.recipe)) == []
+    assert plan.rank == 10
+    assert {row.field: row.used for row in plan.substitutions}["routing.mode"] == "recorded"
+
+
+def test_layers_that_do_not_fit_are_left_out_chunk_by_chunk_and_the_count_is_a_row() -> None:
+    asked = recipe_of("deepseek_v3/h100_sxm_256g_bf16")
+    plan = slice_plan(asked, fits=lambda cut, _: cut.model.num_layers <= 52, modified=())
     rows = {row.field: (row.asked, row.used) for row in plan.substitutions}
-    assert rows["model.num_layers"] == ("61", "5")
-    assert rows["ranks"] == ("256", "rank 0 of 64")
+    assert rows["model.num_layers"] == ("61", "52")
+    own = [chunk for chunk in plan.recipe.chunks() if chunk.pipeline_rank == plan.pipeline_rank]
+    # 9 of 16 layers in 8 chunks of two: every chunk lost one, and one its second
+    assert sorted(len(chunk.layers) for chunk in own) == [0, 1, 1, 1, 1, 1, 1, 1]
+    assert rows["ranks"][1].endswith("7 layers, 7 with experts")
+    assert list(legality_problems(plan.recipe)) == []
 
 
 def test_two_expert_layers_are_the_least() -> None:
     asked = recipe_of("deepseek_v3/h100_sxm_256g_bf16")
     with pytest.raises(BadInputError, match="not even 2 expert layers"):
-        slice_plan(asked, fits=lambda _: False, modified=())
+        slice_plan(asked, fits=lambda _, __: False, modified=())
 
 
 def test_a_model_without_experts_has_no_slice() -> None:
@@ -89,13 +124,7 @@ def test_a_model_without_experts_has_no_slice() -> None:
         slice_of(asked.model_copy(update={"model": dense}))
 
 
-def test_every_departure_is_a_row() -> None:
-    asked = recipe_of("deepseek_v3/h100_sxm_256g_bf16")
-    fields = {row.field for row in slice_of(asked).substitutions}
-    assert {
-        "kernels.family",
-        "dispatch.dispatcher",
-        "parallel.pipeline",
-        "parallel.num_gpus",
-        "overlap.grad_reduce",
-    } <= fields
+def test_a_tiny_slice_refuses_kernels_that_need_a_gpu() -> None:
+    asked = recipe_of("qwen3_30b_a3b")
+    with pytest.raises(BadInputError, match="--kernels quack: a tiny_slice runs on a CPU"):
+        tiny_slice_plan(asked, host=HOST, modified=(), choice=SliceChoice(kernels="quack"))

@@ -26,12 +26,14 @@ _SEED = 20_250_101
 def recipe_load(recipe: Recipe) -> float:
     """The load of the busiest rank that the recipe's routing mode leads to; 1 for a dense model.
 
-    `round_robin` is balanced exactly, `random_logits` up to chance, `biased` follows its logits' spread, and
-    `natural` has the inequality of experts that real text shows.
+    `round_robin` is balanced exactly, `random_logits` up to chance, `biased` follows its logits' spread,
+    `recorded` its trace, and `natural` has the inequality of experts that real text shows.
     """
     moe = recipe.model.moe
     if moe is None or recipe.routing.mode == "round_robin" or recipe.parallel.expert == 1:
         return 1.0
+    if recipe.routing.mode == "recorded":
+        return recorded_load(recipe, recipe.routing.trace)
     chance = _chance(recipe, moe)
     if recipe.routing.mode == "random_logits":
         return 1 + chance

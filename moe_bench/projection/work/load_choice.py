@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from moe_bench.errors import BadInputError
 from moe_bench.projection.work.load import popularity_load, power_law, recipe_load, recorded_load
-from moe_bench.spec.base import NonNegativeInt
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.routing_trace import read_trace
 
 CHOICES = "balanced, random, power-law:ALPHA, or a JSON file with a list of tokens per expert for each layer"
 _POWER_LAW = "power-law:"
@@ -49,7 +47,7 @@ def _ratio(recipe: Recipe, choice: str) -> float:
         return popularity_load(recipe, power_law(num_experts, _alpha(choice)))
     if not choice.endswith(".json"):
         raise BadInputError(f"--load {choice}: unknown; write {CHOICES}")
-    return recorded_load(recipe, _read_trace(Path(choice)))
+    return recorded_load(recipe, read_trace(Path(choice), option="--load", choices=CHOICES))
 
 
 def _alpha(choice: str) -> float:
@@ -65,23 +63,6 @@ def _alpha(choice: str) -> float:
 
 _MAX_ALPHA = 10.0
 """Beyond, one expert receives everything."""
-
-
-def _read_trace(path: Path) -> tuple[tuple[int, ...], ...]:
-    """Tokens per expert of every layer; [layer][expert]."""
-    try:
-        return _TRACE.validate_json(path.read_bytes())
-    except OSError as error:
-        raise BadInputError(f"--load {path}: {error.strerror}; write {CHOICES}") from error
-    except ValidationError as error:
-        raise BadInputError(
-            f"--load {path}: not a routing trace; write a JSON list with one list of whole numbers per layer"
-        ) from error
-
-
-_TRACE: TypeAdapter[tuple[tuple[NonNegativeInt, ...], ...]] = TypeAdapter(
-    tuple[tuple[NonNegativeInt, ...], ...]
-)
 
 
 def _mode_text(recipe: Recipe) -> str:

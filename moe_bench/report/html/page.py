@@ -210,7 +210,7 @@ def overview_row(run: RunSummary) -> dict[str, str]:
         "tokens/s per rank": f"{metrics.tokens_per_s_per_gpu:,.0f}",
         "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TFLOPS:.3g}",
         "MFU": "-" if metrics.mfu_fraction is None else f"{metrics.mfu_fraction:.1%}",
-        "last loss": f"{metrics.last_loss:.4f}",
+        "last loss": "-" if metrics.last_loss is None else f"{metrics.last_loss:.4f}",
     }
 
 

@@ -76,7 +76,23 @@ def routing_bias(recipe: Recipe) -> Iterator[Found]:
         yield "routing.bias_std", f"{routing.bias_std} with mode {routing.mode}", fix
 
 
-RULES = (global_batch, interleaved_groups, two_ranks_interleaved, p2p_overlap, routing_bias)
+@rule(
+    "a token chooses an expert once, so no expert of a recording has more than the k-th part of a layer's",
+    "moe_bench/spec/routing_trace.py",
+)
+def routing_trace(recipe: Recipe) -> Iterator[Found]:
+    routing, moe, key = recipe.routing, recipe.model.moe, "routing.trace"
+    if (routing.mode == "recorded") != bool(routing.trace):
+        fix = "name a recording" if routing.mode == "recorded" else "remove it, or set mode recorded"
+        yield key, f"{len(routing.trace)} layers with mode {routing.mode}", fix
+    for index, layer in enumerate(routing.trace if moe is not None else ()):
+        if moe is not None and len(layer) != moe.num_experts:
+            yield key, f"{len(layer)} experts in layer {index}", f"record {moe.num_experts}"
+        elif moe is not None and max(layer) * moe.top_k > sum(layer):
+            yield key, f"an expert with {max(layer)} of {sum(layer)} in layer {index}", "record whole tokens"
+
+
+RULES = (global_batch, interleaved_groups, two_ranks_interleaved, p2p_overlap, routing_bias, routing_trace)
 
 
 def _has_data_ranks(recipe: Recipe) -> bool:

@@ -1,0 +1,50 @@
+"""A recipe on another family of kernels: what the family cannot have is replaced, everything else stays."""
+
+from __future__ import annotations
+
+from moe_bench.spec.recipe import CudaGraphs, Fusions, KernelFamily, KernelSpec, Offload, Precision, Recipe
+from moe_bench.spec.scale import adam_with_plain_states
+
+FAST_PATH = {"router": True, "permute": True, "activation": True}
+"""Fusions that the families without Transformer Engine have as Triton kernels."""
+_OWN_PRECISIONS: dict[KernelFamily, tuple[Precision, ...]] = {
+    "torch_native": ("fp32", "bf16", "fp8_rowwise"),
+    "quack": ("bf16",),
+}
+"""What those families multiply in."""
+
+
+def with_kernels(recipe: Recipe, family: KernelFamily) -> Recipe:
+    """`recipe` with the kernels of `family`, and with whatever that rules out put to what is nearest.
+
+    Another family than Transformer Engine multiplies in BF16 where it has not the recipe's precision, knows
+    the states of `adam_with_plain_states`, gathers keys over context ranks, keeps everything on the device,
+    and runs its fast path.
+    """
+    if family == recipe.kernels.family:
+        return recipe
+    if family == "transformer_engine":
+        return recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update={"family": family})})
+    precision: Precision = recipe.precision if recipe.precision in _OWN_PRECISIONS[family] else "bf16"
+    parallel, fusions = recipe.parallel, recipe.kernels.fusions
+    return recipe.model_copy(
+        update={
+            "precision": precision,
+            "low_precision": recipe.low_precision if precision == recipe.precision else None,
+            "kernels": KernelSpec(
+                family=family,
+                grouped_gemm=recipe.kernels.grouped_gemm,
+                fusions=Fusions(
+                    cross_entropy="none" if fusions.cross_entropy == "none" else "native", **FAST_PATH
+                ),
+            ),
+            "parallel": parallel.model_copy(
+                update={"context_comm": "allgather" if parallel.context > 1 else parallel.context_comm}
+            ),
+            "overlap": recipe.overlap.model_copy(update={"delayed_wgrad": False, "tensor_parallel": False}),
+            "cuda_graphs": CudaGraphs(),
+            "offload": Offload(),
+            "optimizer": adam_with_plain_states(recipe.optimizer),
+            "mcore": {},
+        }
+    )
