@@ -25,6 +25,13 @@ def token_counts(recipe: Recipe) -> TokenCounts:
     return TokenCounts(gathered=gathered, sharded=sharded)
 
 
+def multiplies_experts_row_wise(recipe: Recipe) -> bool:
+    """Whether outputs and input gradients of the routed experts, and nothing else, are products in FP8, whose
+    factors are quantized where they are used (harness/kernels/fp8_grouped.py).
+    """
+    return recipe.precision == "fp8_rowwise"
+
+
 def activation_element_bytes(recipe: Recipe) -> int:
     """Bytes of one activation element: 4 in FP32, 2 otherwise."""
     return 4 if recipe.precision == "fp32" else 2

@@ -8,6 +8,7 @@ part ends.
 
 from __future__ import annotations
 
+from moe_bench.analysis.activations import multiplies_experts_row_wise
 from moe_bench.analysis.layer_sizes import FP32_BYTES, ExpertSizes, LayerSizes, Weight, expert_sizes
 from moe_bench.analysis.live_tensors import LiveTensors, Made
 from moe_bench.analysis.mlp_memory import Mlp, norm_backward
@@ -182,11 +183,28 @@ class ExpertHalf:
         live.free("grad_tokens", "grad_router")
 
 
+class _QuantizedFactors:
+    """FP8 copies of tokens and weights around one product, with an FP32 scale for each row; nothing in BF16.
+
+    Forward R' (in + 4) + E out (in + 4); for the input's gradient R' (out + 4) + E in (out + 4).
+    """
+
+    def __init__(self, recipe: Recipe, rows: ExpertSizes, weight: Weight) -> None:
+        out_features, in_features = weight
+        num_experts = rows.num_local_experts
+        is_quantized = multiplies_experts_row_wise(recipe)
+        of_inputs, of_outputs = (is_quantized * (width + FP32_BYTES) for width in (in_features, out_features))
+        self.forward_bytes = (rows.expert_rows + num_experts * out_features) * of_inputs
+        self.backward_bytes = (rows.expert_rows + num_experts * in_features) * of_outputs
+
+
 class GroupedProducts:
     """The two products of the routed experts and the activation between them, biases and all.
 
     Of R' rows the input stays, a R' H, its projections, a R' F (1 + gate), and their activation, a R' F,
-    unless `moe_act` makes it again; FP8 and FP4 keep both products' inputs at one byte.
+    unless `moe_act` makes it again; FP8 and FP4 keep both products' inputs at one byte. FP8 with a scale per
+    row keeps them as BF16 does, and holds FP8 copies of both factors while it multiplies them
+    (harness/kernels/fp8_grouped.py).
 
     The second bias is weighted and added in FP32, as the probabilities are. Around Transformer Engine's
     products that goes expert by expert and keeps nothing (moe/experts.py, _apply_bias); the torch-native ones
@@ -208,18 +226,24 @@ class GroupedProducts:
         hidden, num_experts = recipe.model.expert_hidden_size, rows.num_local_experts
         up, down = (num_inputs * rows.ffn, hidden), (hidden, rows.ffn)
         self.weights: tuple[Weight, ...] = (up, down)
+        self._up_factors = _QuantizedFactors(recipe, rows, up)
+        self._down_factors = _QuantizedFactors(recipe, rows, down)
         self._up_weight_bytes = sizes.weight_gradient_bytes(up, num_experts)
         self._down_weight_bytes = sizes.weight_gradient_bytes(down, num_experts)
 
     def forward(self, live: LiveTensors, *, is_saved: bool) -> None:
         """From `expert_input` to `expert_output`."""
+        live.make("factors", self._up_factors.forward_bytes)
         live.make("expert_up", self._up_bytes)
+        live.free("factors")
         if self._has_bias:
             live.pass_by(self._up_bytes)
         if self._keeps_bias_rows:
             live.make("members", self._members_bytes)
         live.make("expert_hidden", self._hidden_bytes)
+        live.make("factors", self._down_factors.forward_bytes)
         live.make("expert_output", self._rows_bytes)
+        live.free("factors")
         if self._has_bias:
             self._add_bias(live)
         if self._recomputes_activation or not is_saved:
@@ -247,11 +271,15 @@ class GroupedProducts:
         live.make("grad_down_weight", self._down_weight_bytes)
         if self._recomputes_activation:
             live.free("expert_hidden")
+        live.make("factors", self._down_factors.backward_bytes)
         live.make("grad_hidden", self._hidden_bytes)
+        live.free("factors")
         live.make("grad_up", self._up_bytes)
         live.free("grad_hidden", "grad_expert_output", "expert_up", "grad_down_weight")
         live.free_if_held("expert_hidden")
+        live.make("factors", self._up_factors.backward_bytes)
         live.make("grad_expert_input", self._rows_bytes)
+        live.free("factors")
         live.pass_by(self._up_weight_bytes)
         live.free("grad_up", "expert_input")
         live.free_if_held("members")

@@ -36,7 +36,6 @@ _QUANTIZED_BYTES: Mapping[Precision, float] = {
     "fp8_delayed": 1.0,
     "fp8_tensorwise": 1.0,
     "fp8_blockwise": 1 + 4 / 128,
-    "fp8_rowwise": 1.0,
     "mxfp8": 1 + 1 / 32,
     "nvfp4": 1 / 2 + 1 / 16,
 }

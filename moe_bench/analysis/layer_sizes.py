@@ -112,7 +112,7 @@ class ExpertSizes:
     shared_ffn: int
     """F_s / TP, 0 without shared experts."""
     gemm_input_element_bytes: int
-    """Of what the grouped products keep: 1 in FP8 and FP4."""
+    """Of what the grouped products keep: 1 in FP8 and FP4, but with a scale per row, which keep BF16."""
     sorts_rows: bool
     """Whether rows are put in order of local experts after they arrive."""
     sends_rows: bool
@@ -221,7 +221,7 @@ def expert_sizes(
         expert_rows=num_expert_rows,
         ffn=moe.expert_ffn_hidden_size // parallel.expert_tensor,
         shared_ffn=moe.shared_expert_ffn_hidden_size // parallel.tensor,
-        gemm_input_element_bytes=element if recipe.precision in ("fp32", "bf16") else 1,
+        gemm_input_element_bytes=element if recipe.precision in ("fp32", "bf16", "fp8_rowwise") else 1,
         sorts_rows=is_after or num_local > 1,
         sends_rows=parallel.expert > 1,
         permutes="after" if is_after else permutes,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-from moe_bench.analysis.activations import token_counts
+from moe_bench.analysis.activations import multiplies_experts_row_wise, token_counts
 from moe_bench.analysis.compressed_flops import (
     compressed_core_flops,
     compressed_projection_flops,
@@ -49,6 +49,8 @@ class Kernel(StrEnum):
 
     GEMM = "mm"
     GROUPED = "grouped GEMM"
+    GROUPED_FP8 = "grouped GEMM in FP8"
+    """With a scale per row; other formats are counted with `GROUPED`, whose kernels they take."""
     ATTENTION = "attention"
     STATE = "state update"
     """Of Mamba-2 and gated delta nets."""
@@ -324,6 +326,22 @@ def _pads_values(recipe: Recipe) -> bool:
     return recipe.kernels.is_torch_native and recipe.parallel.context == 1
 
 
+def _expert_products(recipe: Recipe, flops: int) -> Iterator[_Product]:
+    """Output, input's and weight's gradient of the routed experts; with scales per row the last in BF16."""
+    plain = Kernel.GROUPED if recipe.kernels.grouped_gemm else Kernel.GEMM
+    is_row_wise = multiplies_experts_row_wise(recipe)
+    yield _Product(
+        part=Part.ROUTED_EXPERTS,
+        kernel=Kernel.GROUPED_FP8 if is_row_wise else plain,
+        flops=flops,
+        dgrad_flops=flops,
+        wgrad_flops=0 if is_row_wise else flops,
+        repeated_by=MOE,
+    )
+    if is_row_wise:
+        yield _Product(part=Part.ROUTED_EXPERTS, kernel=plain, flops=0, dgrad_flops=0, wgrad_flops=flops)
+
+
 def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
     """Router 2 t H E; routed experts 6 r H F, r = t k rows received; shared experts 6 T H F_s / TP.
 
@@ -337,14 +355,7 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
     sharded, rows = token_counts(recipe).sharded, dispatched_rows(recipe, moe)
     yield _gemm(recipe, Part.ROUTER, sharded, hidden * moe.num_experts, is_split=False, modules=expert)
     flops = 2 * _num_matrices(recipe) * rows * model.expert_hidden_size * moe.expert_ffn_hidden_size
-    yield _Product(
-        part=Part.ROUTED_EXPERTS,
-        kernel=Kernel.GROUPED if recipe.kernels.grouped_gemm else Kernel.GEMM,
-        flops=flops,
-        dgrad_flops=flops,
-        wgrad_flops=flops,
-        repeated_by=expert,
-    )
+    yield from _expert_products(recipe, flops)
     if model.linear_bias and recipe.kernels.family == "torch_native":
         etp = recipe.parallel.expert_tensor
         num_experts = moe.num_experts // recipe.parallel.expert

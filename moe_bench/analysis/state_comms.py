@@ -23,7 +23,6 @@ _STORED_BYTES: dict[Precision, float] = {
     "fp8_delayed": 1,
     "fp8_tensorwise": 1,
     "fp8_blockwise": 1,
-    "fp8_rowwise": 1,
     "mxfp8": 2,
     "nvfp4": 1 / 2,
 }

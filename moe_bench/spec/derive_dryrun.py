@@ -6,9 +6,12 @@ from moe_bench.errors import BadInputError
 from moe_bench.spec.recipe import CudaGraphs, DispatchSpec, Fusions, KernelSpec, Offload, Overlap, Recipe
 from moe_bench.spec.scale import Plan, Substitution, adam_with_plain_states, differences
 
+_BUILT = ("fp32", "bf16", "fp8_rowwise")
+"""Precisions of the torch-native kernels."""
+
 _REASONS = {
     "parallel": "torch-native attention gathers keys and values over the context ranks",
-    "precision": "FP8 and FP4 are Transformer Engine's",
+    "precision": "FP8 and FP4 are Transformer Engine's, but for scales per row",
     "low_precision": "FP8 and FP4 are Transformer Engine's",
     "kernels": "Transformer Engine does not load without a GPU; its fused kernels have stand-ins",
     "dispatch": "DeepEP, HybridEP, NCCL EP need a GPU",
@@ -81,7 +84,7 @@ def _derived(recipe: Recipe) -> Recipe:
             "parallel": parallel.model_copy(
                 update={"context_comm": "allgather" if parallel.context > 1 else parallel.context_comm}
             ),
-            "precision": "fp32" if recipe.precision == "fp32" else "bf16",
+            "precision": recipe.precision if recipe.precision in _BUILT else "bf16",
             "low_precision": None,
             "kernels": _kernels(recipe.kernels),
             "dispatch": _dispatch(recipe.dispatch),

@@ -47,6 +47,24 @@ def test_the_forward_pass_of_a_stage_matches_a_hand_count(stage: Recipe) -> None
     }
 
 
+def test_two_of_three_expert_products_are_fp8_with_a_scale_per_row(stage: Recipe) -> None:
+    recompute = Recompute(granularity="full", num_layers=1)
+    rowwise = stage.model_copy(update={"precision": "fp8_rowwise", "recompute": recompute})
+    lines = [
+        line
+        for line in rank_flops(rowwise, 1)
+        if (line.place, line.part) == ("decoder.20", Part.ROUTED_EXPERTS)
+    ]
+    product = 2 * 4096 * 8 * 3 * 7168 * 2048
+    assert {
+        line.kernel: (line.forward_flops, line.dgrad_flops, line.wgrad_flops, line.recompute_flops)
+        for line in lines
+    } == {
+        Kernel.GROUPED_FP8: (product, product, 0, product),
+        Kernel.GROUPED: (0, 0, product, 0),
+    }
+
+
 def test_fused_attention_computes_the_scores_again_backward(stage: Recipe) -> None:
     (core,) = (
         line

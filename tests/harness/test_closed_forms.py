@@ -133,6 +133,12 @@ CASES: Mapping[str, Recipe] = {
         recompute=selective("moe"),
         dispatch=DispatchSpec(dispatcher="allgather"),
     ),
+    "experts in FP8 with a scale per row, over ETP2": toy(
+        "mixtral_8x7b",
+        {**SPLIT, "num_gpus": 8, "expert": 2, "expert_tensor": 2},
+        precision="fp8_rowwise",
+        recompute=selective("moe"),
+    ),
     "gradients all-reduced": toy("mixtral_8x7b", {"num_gpus": 4, "expert": 2, "data_sharding": "none"}),
     "whole-vector norms over TP2": toy("olmoe_1b_7b", {**SPLIT, "num_gpus": 4, "expert": 2}),
     "several sequences in a micro batch": toy(

@@ -16,6 +16,7 @@ class FlopKind(StrEnum):
     MM = "mm"
     BMM = "bmm"
     GROUPED = "grouped GEMM"
+    GROUPED_FP8 = "grouped GEMM in FP8"
     ATTENTION = "attention"
 
 
@@ -43,6 +44,9 @@ def flop_formulas() -> Mapping[Any, FlopFormula]:
         aten.baddbmm.default: FlopFormula(FlopKind.BMM, lambda args, output: _product(args[1], args[2])),
         aten._grouped_mm.default: FlopFormula(
             FlopKind.GROUPED, lambda args, output: _product(args[0], args[1])
+        ),
+        aten._scaled_grouped_mm_v2.default: FlopFormula(
+            FlopKind.GROUPED_FP8, lambda args, output: _product(args[0], args[1])
         ),
     }
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe_bench.analysis.activations import multiplies_experts_row_wise
 from moe_bench.harness.dryrun import stand_in_kernels as kernels
 from moe_bench.harness.dryrun.quack_products import QuackProducts
 from moe_bench.harness.dryrun.stand_in_kernels import OnFlops
@@ -142,6 +143,22 @@ def _gated(on_flops: OnFlops) -> dict[str, Any]:
         return torch.empty_like(x), torch.empty_like(probabilities)
 
     return {"gated_forward": forward, "gated_backward": backward}
+
+
+def _row_wise(on_flops: OnFlops) -> dict[str, Any]:
+    def quantize(x: Tensor, shape: tuple[int, ...]) -> Any:
+        values = x.new_empty(shape, dtype=torch.float8_e4m3fn)
+        return values, x.new_empty(shape[:-1], dtype=torch.float32)
+
+    from moe_bench.harness.kernels.fp8_quantize import Quantized  # imports Triton
+
+    def rows(x: Tensor) -> Any:
+        return Quantized(*quantize(x, tuple(x.shape)))
+
+    def columns(x: Tensor) -> Any:
+        return Quantized(*quantize(x, (x.shape[0], x.shape[2], x.shape[1])))
+
+    return {"quantize_rows": rows, "quantize_columns": columns}
 
 
 def _adam(on_flops: OnFlops) -> dict[str, Any]:
@@ -318,6 +335,14 @@ _TORCH = (
         module="moe_bench.harness.kernels.activation",
         replacements=_gated,
         used_by=_has_experts,
+    ),
+    StandIn(
+        kernel="quantization to FP8 with a scale per row (Triton)",
+        keeps="nothing; FP8 copies and FP32 scales live through the product that they are made for",
+        source="moe_bench/harness/kernels/fp8_quantize.py",
+        module="moe_bench.harness.kernels.fp8_grouped",
+        replacements=_row_wise,
+        used_by=multiplies_experts_row_wise,
     ),
     StandIn(
         kernel="Adam",

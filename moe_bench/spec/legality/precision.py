@@ -10,6 +10,7 @@ from moe_bench.spec.recipe import Recipe
 _CONFIG = "megatron/core/transformer/transformer_config.py"
 _OPTIMIZER = "megatron/core/optimizer/optimizer_config.py"
 _TE = "Transformer Engine 2.20"
+_TORCH = "torch 2.15, aten/src/ATen/native/cuda"
 
 ALIGNMENT = {
     "fp8_delayed": 16,
@@ -20,7 +21,7 @@ ALIGNMENT = {
     "nvfp4": 16,
 }
 """Elements to which every side of a matrix product is aligned: Transformer Engine's assert_dim_for_fp8_exec,
-and the block in is_quantizable of its MXFP8Quantizer and NVFP4Quantizer."""
+and the block in is_quantizable of its MXFP8Quantizer and NVFP4Quantizer; torch's scaled_grouped_mm."""
 
 
 @rule("its block scaling is in the tensor cores of Blackwell alone", f"{_TE}, pytorch/quantization.py")
@@ -40,9 +41,12 @@ def format_needs_a_gpu(recipe: Recipe) -> Iterator[Found]:
         yield "precision", f"{recipe.precision} on {recipe.system.key}, which has no GPU", "use bf16"
 
 
-@rule("only Transformer Engine quantizes", "megatron/core/transformer/moe/experts.py:305")
+@rule(
+    "but for scales per row, only Transformer Engine quantizes",
+    "megatron/core/transformer/moe/experts.py:305",
+)
 def format_needs_transformer_engine(recipe: Recipe) -> Iterator[Found]:
-    if recipe.precision in ALIGNMENT and recipe.kernels.family != "transformer_engine":
+    if _is_of_transformer_engine(recipe) and recipe.kernels.family != "transformer_engine":
         yield (
             "kernels.family",
             f"{recipe.kernels.family} with {recipe.precision}",
@@ -50,13 +54,46 @@ def format_needs_transformer_engine(recipe: Recipe) -> Iterator[Found]:
         )
 
 
-@rule("they are options of FP8 and FP4", f"{_CONFIG}:1440", f"{_CONFIG}:2318")
+@rule("Transformer Engine has no recipe with scales per row", f"{_TE}, common/recipe/__init__.py")
+def rowwise_kernels(recipe: Recipe) -> Iterator[Found]:
+    if recipe.precision == "fp8_rowwise" and recipe.kernels.family != "torch_native":
+        yield "kernels.family", f"{recipe.kernels.family} with fp8_rowwise", "use torch_native, or bf16"
+
+
+@rule(
+    "torch compiles its grouped product with scales per row for compute capability 9.0 alone",
+    f"{_TORCH}/ScaledGroupMM.cu",
+)
+def rowwise_of_the_gpu(recipe: Recipe) -> Iterator[Found]:
+    gpu = recipe.system.gpu
+    if recipe.precision == "fp8_rowwise" and gpu is not None and gpu.architecture != "hopper":
+        yield "precision", f"fp8_rowwise on {recipe.system.key}, a {gpu.architecture} GPU", "use bf16"
+
+
+@rule(
+    "what is quantized row by row are the grouped products of the experts",
+    "moe_bench/harness/kernels/fp8_grouped.py",
+)
+def rowwise_products(recipe: Recipe) -> Iterator[Found]:
+    if recipe.precision != "fp8_rowwise":
+        return
+    if recipe.model.moe is None:
+        yield "precision", "fp8_rowwise on a model without experts", "use bf16"
+    elif not recipe.kernels.grouped_gemm:
+        yield "kernels.grouped_gemm", "false with fp8_rowwise", "write true"
+
+
+@rule("they are options of Transformer Engine's FP8 and FP4", f"{_CONFIG}:1440", f"{_CONFIG}:2318")
 def low_precision_options(recipe: Recipe) -> Iterator[Found]:
-    if recipe.precision not in ALIGNMENT and recipe.low_precision is not None:
+    if not _is_of_transformer_engine(recipe) and recipe.low_precision is not None:
         yield "low_precision", f"a block with precision {recipe.precision}", "remove it"
 
 
-@rule("every side of a quantized product is aligned", f"{_TE}, pytorch/utils.py:assert_dim_for_fp8_exec")
+@rule(
+    "every side of a quantized product is aligned",
+    f"{_TE}, pytorch/utils.py:assert_dim_for_fp8_exec",
+    f"{_TORCH}/GroupedBlas.cpp",
+)
 def aligned_widths(recipe: Recipe) -> Iterator[Found]:
     unit = ALIGNMENT.get(recipe.precision)
     if unit is None:
@@ -185,17 +222,37 @@ def fp32_gradients(recipe: Recipe) -> Iterator[Found]:
 
 
 RULES = (
-    format_of_the_gpu, format_needs_a_gpu, format_needs_transformer_engine, low_precision_options,
-    aligned_widths, param_gather_shards, reuse_grad_buffer, bf16_layers, bf16_layers_with_delayed_scaling,
-    quantized_attention, low_precision_states, torch_native_states, fp32_gradients,
+    format_of_the_gpu, format_needs_a_gpu, format_needs_transformer_engine, rowwise_kernels,
+    rowwise_of_the_gpu, rowwise_products, low_precision_options, aligned_widths, param_gather_shards,
+    reuse_grad_buffer, bf16_layers, bf16_layers_with_delayed_scaling, quantized_attention,
+    low_precision_states, torch_native_states, fp32_gradients,
 )  # fmt: skip
 
 
+def _is_of_transformer_engine(recipe: Recipe) -> bool:
+    """Whether the format is one of Transformer Engine's; the one with scales per row is torch's."""
+    return recipe.precision in ALIGNMENT and recipe.precision != "fp8_rowwise"
+
+
 def _quantized_widths(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
-    """Key, name and size of every side of the products that Transformer Engine quantizes, on one rank."""
+    """Key, name and size of every side of the products that are quantized, on one rank.
+
+    Scales per row are the experts' alone, whose number of tokens does not matter (GroupMMCommon.cuh).
+    """
+    model, parallel = recipe.model, recipe.parallel
+    yield "model.hidden_size", "hidden_size", model.hidden_size
+    if _is_of_transformer_engine(recipe):
+        yield from _dense_widths(recipe)
+    if model.moe is not None:
+        expert_tensor = parallel.expert_tensor
+        width = model.moe.expert_ffn_hidden_size // expert_tensor
+        yield "parallel.expert_tensor", f"expert FFN width over ETP{expert_tensor}", width
+
+
+def _dense_widths(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
+    """The same outside of the routed experts."""
     model, parallel = recipe.model, recipe.parallel
     tensor, attention = parallel.tensor, model.attention
-    yield "model.hidden_size", "hidden_size", model.hidden_size
     tokens = recipe.micro_batch_size * recipe.seq_len // parallel.context
     yield "seq_len", f"tokens of a micro batch over CP{parallel.context}", tokens
     if attention.kind == "gqa":
@@ -211,10 +268,6 @@ def _quantized_widths(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
     yield "parallel.tensor", f"attention output width over TP{tensor}", out // tensor
     if model.dense_ffn_hidden_size is not None and model.num_dense_layers:
         yield "parallel.tensor", f"dense FFN width over TP{tensor}", model.dense_ffn_hidden_size // tensor
-    if model.moe is not None:
-        expert_tensor = parallel.expert_tensor
-        width = model.moe.expert_ffn_hidden_size // expert_tensor
-        yield "parallel.expert_tensor", f"expert FFN width over ETP{expert_tensor}", width
-        shared = model.moe.shared_expert_ffn_hidden_size
-        if shared:
-            yield "parallel.tensor", f"shared expert FFN width over TP{tensor}", shared // tensor
+    shared = model.moe.shared_expert_ffn_hidden_size if model.moe is not None else 0
+    if shared:
+        yield "parallel.tensor", f"shared expert FFN width over TP{tensor}", shared // tensor
