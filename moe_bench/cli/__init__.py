@@ -9,8 +9,10 @@ import typer
 from moe_bench.cli import (
     accuracy,
     calibrate,
+    data,
     jobs,
     layer,
+    model,
     predict,
     project,
     read,
@@ -25,7 +27,22 @@ from moe_bench.errors import BadInputError, MoeBenchError
 
 __all__ = ["app", "main"]
 
-_VERBS = (recipes, project, search, predict, run, calibrate, layer, jobs, read, accuracy, report, results)
+_VERBS = (
+    recipes,
+    project,
+    search,
+    predict,
+    run,
+    calibrate,
+    layer,
+    jobs,
+    read,
+    accuracy,
+    report,
+    results,
+    data,
+    model,
+)
 """Modules whose import registers the verbs."""
 
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,11 +21,15 @@ from moe_bench.cli.options import (
     make_loader,
     plan_of,
     print_view,
+    results_root,
     terminal_width,
 )
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
+
+if TYPE_CHECKING:
+    from moe_bench.spec.scale import Plan
 
 
 @app.command("list", rich_help_panel=RECIPES)
@@ -106,7 +110,17 @@ def show(
         ranks = pipeline_memory(plan.recipe)
         print_view(memory_view(plan.recipe, ranks), memory_json(plan.recipe, ranks), as_json)
     else:
-        print_view(plan_view(plan), plan.model_dump(mode="json"), as_json)
+        evidence = _evidence(plan) if plan.scale == "full" else None
+        print_view(plan_view(plan, evidence=evidence), plan.model_dump(mode="json"), as_json)
+
+
+def _evidence(plan: Plan) -> str | None:
+    """What `verify` last found of the model as it is; None where no class is named that it could be."""
+    from moe_bench.report.verify_view import evidence_line
+    from moe_bench.results.verification import latest_verification
+
+    model = plan.recipe.model
+    return None if model.hf_model_type is None else evidence_line(latest_verification(results_root(), model))
 
 
 @app.command(rich_help_panel=RECIPES)

@@ -18,8 +18,11 @@ from moe_bench.spec.scale import Plan, Substitution
 GIB = 2**30
 
 
-def plan_view(plan: Plan) -> RenderableType:
-    """A recipe key by key, without the model's and system's own files, and its substitutions."""
+def plan_view(plan: Plan, *, evidence: str | None) -> RenderableType:
+    """A recipe key by key, without the model's and system's own files, and its substitutions.
+
+    `evidence` says what is known of the model beside its published class.
+    """
     recipe = plan.recipe
     parts: list[RenderableType] = [Text(f"{plan.asked} ({plan.scale} scale)", style="bold")]
     if plan.modified:
@@ -31,7 +34,7 @@ def plan_view(plan: Plan) -> RenderableType:
         "micro batches per rank": recipe.num_micro_batches,
         "tokens per step": f"{recipe.tokens_per_step:,}",
     }
-    parts.append(_two_columns(head))
+    parts.append(_two_columns(head if evidence is None else head | {"model proof": evidence}))
     if recipe.system.gpu is not None:
         parts.append(memory_table(memory_fit(recipe)))
     tree = recipe.model_dump(mode="json", exclude={"model", "system", "differences"}, exclude_defaults=True)

@@ -23,6 +23,7 @@ PACKAGES = (
     "deep_ep",
     "apex",
     "nvidia-modelopt",
+    "transformers",
     "quack-kernels",
     "flash-attn",
     "flash-attn-3",

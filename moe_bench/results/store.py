@@ -8,12 +8,15 @@ from pathlib import Path
 
 from moe_bench.results.record import SCHEMA_VERSION, Record
 from moe_bench.results.versioned import parse_versioned, read_versioned
+from moe_bench.spec.base import Spec
 from moe_bench.spec.scale import Plan
 
 CALIBRATION_FOLDER = "calibration"
 """Folder beside the models' that holds measurements of single operations (results/calibration.py)."""
 LAYER_FOLDER = "layer"
 """The same of single MoE layers (results/layer_record.py)."""
+VERIFY_FOLDER = "verify"
+"""The same of proofs that models are Hugging Face's (results/verification.py)."""
 WHAT = "result file"
 
 
@@ -38,12 +41,19 @@ def write_record(root: Path, record: Record) -> Path:
     what was measured is neither overwritten nor dropped. The name is taken first and filled in one step, so
     whoever reads meanwhile sees an empty file or the whole record.
     """
-    path = record_path(root, record)
+    return write_once(record_path(root, record), record)
+
+
+def write_once(path: Path, content: Spec) -> Path:
+    """Write `content` as one line of JSON to `path`, or beside it where the name is taken; the path.
+
+    The name is taken first and filled in one step, as `write_record` says.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path = _taken(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("xb") as file:
-        file.write(record.model_dump_json().encode() + b"\n")
+        file.write(content.model_dump_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -76,15 +86,15 @@ def parse_record(text: bytes, path: Path) -> Record:
 def record_files(place: str) -> Iterator[os.DirEntry[str]]:
     """The JSON files below the folder `place`, in no order.
 
-    Calibrations and layers are passed over, and what begins with a dot: the index, submitted jobs, unfinished
-    records.
+    Calibrations, layers and proofs are passed over, and what begins with a dot: the index, submitted jobs,
+    unfinished records.
     """
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if entry.name not in (CALIBRATION_FOLDER, LAYER_FOLDER):
+                if entry.name not in (CALIBRATION_FOLDER, LAYER_FOLDER, VERIFY_FOLDER):
                     yield from record_files(entry.path)
             elif entry.name.endswith(".json"):
                 yield entry

@@ -32,7 +32,7 @@ LAYOUTS: Mapping[VerifyLayout, Mapping[str, Any]] = {
     "TP2 x EP2": {**_ONE_PROCESS, "num_gpus": 2, "tensor": 2, "expert": 2, "sequence_parallel": True},
 }
 
-_TOY = "toy size, same structure"
+_TOY = "toy size, same structure, and a clamp that is reached"
 _ONE_STEP = "one step of one micro batch, compared number by number"
 _REASONS = {
     "model": _TOY,
@@ -97,6 +97,9 @@ def _verify_model(toy: ModelSpec) -> ModelSpec:
         update={
             "num_layers": min(toy.num_dense_layers, 1) + 2,
             "vocab_size": 256,
+            "activation": toy.activation.model_copy(
+                update={"clamp_limit": None if toy.activation.clamp_limit is None else 1.0}
+            ),
             "moe": None if toy.moe is None else _verify_moe(toy.moe),
         }
     )

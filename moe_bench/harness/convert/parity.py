@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.harness.batches import step_batches
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
 from moe_bench.harness.convert.rearrange import global_tensors
-from moe_bench.harness.convert.reference import Reference, reference
+from moe_bench.harness.convert.reference import Reference, keep_outputs, reference
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.process_groups import process_groups
 from moe_bench.harness.rank import batch_plan, machine
@@ -23,6 +24,7 @@ from moe_bench.harness.settings import settings_of
 from moe_bench.harness.step import train_step
 from moe_bench.harness.weights import local_part, sharded_tensors
 from moe_bench.harness.workers import Seat
+from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.recipe import Recipe
 
 
@@ -31,30 +33,24 @@ class ParityCase:
     """What is compared: a toy under one layout, and the map that its weights go through."""
 
     recipe: Recipe
+    model: ModelSpec
+    """What Hugging Face's side is built from: that of the recipe, or else the two are not the same."""
     rules: tuple[Rule, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorError:
-    """How far the gradient of one tensor is off on this rank."""
-
-    name: str
-    """Key in Megatron-Core's checkpoint."""
-    error_fraction: float
-    """Largest difference over the largest gradient of the tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankParity:
     """What one rank found."""
 
-    max_logit_error: float
-    logit_spread: float
-    """Standard deviation of the reference's logits: what an error is to be seen beside."""
+    logit_error_fraction: float
+    """Largest difference over the standard deviation of the reference's logits."""
+    output_error_fractions: Mapping[str, float]
+    """The same of what leaves the embedding and every layer's attention and MLP, forward through it."""
     loss: float
     reference_loss: float
-    gradients: tuple[TensorError, ...]
-    """Of every parameter that this rank holds."""
+    gradient_error_fractions: Mapping[str, float]
+    """For every parameter that this rank holds part of, by its key in Megatron-Core's checkpoint: the largest
+    difference over the largest gradient of the whole tensor."""
     departures: tuple[str, ...]
 
 
@@ -65,7 +61,6 @@ def parity_rank(case: ParityCase, seat: Seat) -> RankParity:
     """
     arguments = megatron_arguments(case.recipe)
     settings = settings_of(arguments)
-    model = case.recipe.model
     with (
         machine(settings, seat.rendezvous) as (device, _),
         process_groups(
@@ -78,7 +73,7 @@ def parity_rank(case: ParityCase, seat: Seat) -> RankParity:
         plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
         (batch,) = step_batches(plan, 0)
         theirs = reference(
-            model,
+            case.model,
             num_mtp_layers=case.recipe.num_mtp_layers,
             tokens=batch["tokens"],
             labels=batch["labels"],
@@ -88,12 +83,20 @@ def parity_rank(case: ParityCase, seat: Seat) -> RankParity:
         load(chunks[0], case.rules, theirs.weights)
         built = training(arguments, settings, config, chunks, device=device)
         seen: list[Tensor] = []
+        outputs: dict[str, Tensor] = {}
+        keep_outputs(outputs, chunks[0].embedding, chunks[0].decoder.layers, attention="self_attention")
         chunks[0].output_layer.register_forward_hook(
             lambda module, args, output: seen.append(output[0].detach().clone())
         )
-        outcome = train_step(built, [batch])
-        loss = 0.0 if outcome.loss is None else float(outcome.loss)
-        return _compared(case, built, theirs, seen, loss=loss)
+        loss = train_step(built, [batch]).loss
+        return RankParity(
+            logit_error_fraction=max(_logit_errors(theirs, seen)),
+            output_error_fractions=_output_errors(theirs, outputs),
+            loss=math.nan if loss is None else float(loss),
+            reference_loss=theirs.loss,
+            gradient_error_fractions=_gradient_errors(case.rules, built, theirs),
+            departures=theirs.departures,
+        )
 
 
 def load(chunk: torch.nn.Module, rules: Iterable[Rule], weights: Mapping[str, Tensor]) -> None:
@@ -123,35 +126,44 @@ def _require_same_tensors(rules: Iterable[Rule], weights: Mapping[str, Tensor]) 
         raise BadInputError(f"{name}: only {where} has it; mend the rules")
 
 
-def _compared(
-    case: ParityCase, built: Training, theirs: Reference, seen: list[Tensor], *, loss: float
-) -> RankParity:
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+def _logit_errors(theirs: Reference, seen: Sequence[Tensor]) -> list[float]:
+    """Of each call of the output layer; ours are [tokens, sequences, this rank's part of the vocabulary]."""
     errors = []
     for mine, whole in zip(seen, theirs.logits, strict=True):
-        # [tokens, sequences, this rank's part of the vocabulary]
-        width = mine.shape[-1]
-        own = whole.transpose(0, 1)[..., tp_rank * width : (tp_rank + 1) * width]
-        errors.append(float((mine - own).abs().max()))
-    return RankParity(
-        max_logit_error=max(errors),
-        logit_spread=float(theirs.logits[-1].std()),
-        loss=loss,
-        reference_loss=theirs.loss,
-        gradients=tuple(_gradient_errors(case.rules, built, theirs)),
-        departures=theirs.departures,
-    )
+        own = _own_part(whole.transpose(0, 1), axis=-1, size=mine.shape[-1])
+        errors.append(_largest(mine - own) / float(whole.std()))
+    return errors
 
 
-def _gradient_errors(rules: Iterable[Rule], built: Training, theirs: Reference) -> list[TensorError]:
+def _output_errors(theirs: Reference, outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Ours are [this rank's part of the tokens, sequences, hidden]."""
+    errors = {}
+    for place, whole in theirs.outputs.items():
+        mine = outputs[place]
+        own = _own_part(whole.transpose(0, 1), axis=0, size=mine.shape[0])
+        errors[place] = _largest(mine - own) / float(whole.std())
+    return errors
+
+
+def _own_part(whole: Tensor, *, axis: int, size: int) -> Tensor:
+    """What this tensor-parallel rank has of an axis that is divided, or whole, where `size` is all of it."""
+    rank = parallel_state.get_tensor_model_parallel_rank() if size < whole.shape[axis] else 0
+    return whole.narrow(axis, rank * size, size)
+
+
+def _largest(difference: Tensor) -> float:
+    """Largest absolute value; infinite where one is not a number."""
+    return float(torch.nan_to_num(difference.abs(), nan=math.inf).max())
+
+
+def _gradient_errors(rules: Iterable[Rule], built: Training, theirs: Reference) -> dict[str, float]:
     """Every parameter's gradient beside the reference's, found as its weights were.
 
     The weights have done their work: gradients take their place, so that the sharded state dict says of
     them, as it does of weights, which part of which global tensor they are.
     """
     chunk: Any = built.chunks[0].module
-    trained = tuple(chunk.parameters())
-    for parameter in trained:
+    for parameter in tuple(chunk.parameters()):
         parameter.data = parameter.main_grad
     makers = global_tensors(
         (rule for rule in rules if rule.huggingface[0].name in theirs.gradients),
@@ -163,6 +175,6 @@ def _gradient_errors(rules: Iterable[Rule], built: Training, theirs: Reference) 
             continue
         whole = makers[shard.key]()
         scale = max(float(whole.abs().max()), torch.finfo(whole.dtype).tiny)
-        error = float((shard.data.detach() - local_part(shard, whole)).abs().max()) / scale
+        error = _largest(shard.data.detach() - local_part(shard, whole)) / scale
         errors[shard.key] = max(error, errors.get(shard.key, 0.0))
-    return [TensorError(name=name, error_fraction=error) for name, error in errors.items()]
+    return errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Reference:
     """Of the loss, by the same names; buffers have none."""
     logits: tuple[Tensor, ...]
     """[sequences, tokens, vocabulary] of every prediction module, and last of the model itself."""
+    outputs: Mapping[str, Tensor]
+    """[sequences, tokens, hidden], forward through the model, by the names that `keep_outputs` gives."""
     loss: float
     """Mean next-token cross entropy, prediction modules left out."""
     departures: tuple[str, ...]
@@ -54,6 +56,8 @@ def reference(
     mtp = MtpModel(network, num_mtp_layers) if num_mtp_layers else None
     values = _named_values(network, mtp, model)
     _draw(values, seed=seed)
+    outputs: dict[str, Tensor] = {}
+    keep_outputs(outputs, network.model.embed_tokens, network.model.layers, attention="self_attn")
     output = network(tokens, output_hidden_states=True, use_cache=False)
     loss = functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
     predicted = [] if mtp is None else _mtp_logits(mtp, output.hidden_states[-1], tokens)
@@ -70,9 +74,32 @@ def reference(
             network, {name: value.grad for name, value in values.items() if value.grad is not None}
         ),
         logits=tuple(logits.detach() for logits in (*predicted, output.logits)),
+        outputs=outputs,
         loss=float(loss),
         departures=departures,
     )
+
+
+def keep_outputs(
+    into: dict[str, Tensor], embedding: torch.nn.Module, layers: Iterable[Any], *, attention: str
+) -> None:
+    """Have what leaves the embedding, and every layer's attention and MLP, put `into` under common names.
+
+    The MLP's place is that of the layer's end. Modules that give a bias left to add have it added.
+    """
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(module: torch.nn.Module, inputs: object, output: Any) -> None:
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            has_bias = name.endswith("attention") and rest and rest[0] is not None and rest[0].dim() == 1
+            into[name] = (first + rest[0] if has_bias else first).detach().clone()
+
+        return keep
+
+    embedding.register_forward_hook(keeper("embedding"))
+    for index, layer in enumerate(layers):
+        getattr(layer, attention).register_forward_hook(keeper(f"decoder.layers.{index}.self_attention"))
+        layer.register_forward_hook(keeper(f"decoder.layers.{index}.mlp"))
 
 
 def _network(model: ModelSpec) -> Any:
