@@ -132,7 +132,7 @@ def layer(
         is_sweep=sweep,
         is_tiny=tiny,
         held_for_s=held_seconds,
-        peers=peers,
+        peers=None if peers is None else tuple(name for name in peers.split(",") if name != "all"),
     )
     system = loader.system("cpu_host") if gpu is None else system_of_gpu(gpu, loader)
     written = list(_measured(chosen, system, out or results_root()))
@@ -161,7 +161,7 @@ class _Chosen:
     is_sweep: bool
     is_tiny: bool
     held_for_s: float | None
-    peers: str | None
+    peers: tuple[str, ...] | None
 
 
 def _layers(

@@ -73,12 +73,14 @@ def _draw_panel(place: Axes, records: Sequence[LayerRecord]) -> None:
             xytext=(0, 6),
             textcoords="offset points",
             fontsize=6,
+            ha="center",
         )
     place.spines[["top", "right"]].set_visible(False)
-    place.set_title(f"{records[0].case.name}, {records[0].engine}", fontsize=9, loc="left")
+    machine = records[0].provenance.gpu.name + (", toy sizes" if records[0].is_tiny else "")
+    place.set_title(f"{records[0].case.name}\n{records[0].engine}, {machine}", fontsize=9, loc="left")
     place.grid(axis="y", color="#e4e1da", linewidth=0.6)
-    place.set_ylim(bottom=0)
+    place.set_ylim(0, 1.1 * max(record.whole.median_s for record in records) / _MILLI)
     place.set_xlabel("rows of the busiest expert here over the mean", fontsize=8)
     place.set_ylabel("forward and backward (ms)", fontsize=8)
     place.tick_params(labelsize=8)
-    place.legend(fontsize=7, frameon=False)
+    place.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.13), ncols=2)

@@ -12,6 +12,7 @@ from rich.text import Text
 from moe_bench.analysis.layer_bytes import permute_bytes, router_bytes, unpermute_bytes
 from moe_bench.projection.isolated_layer import isolated_parts
 from moe_bench.report.columns import Columns
+from moe_bench.report.layer_peers_view import layer_peers_json, layer_peers_view
 from moe_bench.results.layer_record import PASSES, LayerRecord
 from moe_bench.results.sonicmoe import SonicShape, sonic_shape
 from moe_bench.spec.derive_layer import layer_recipe
@@ -92,6 +93,7 @@ def layer_view(record: LayerRecord, predicted: Predicted) -> RenderableType:
         Text(),
         *(Text(line) for line in _facts(record, lines)),
         *(Text(f"! {mark}", style="yellow") for mark in record.marks),
+        *(() if record.peers is None else (Text(), layer_peers_view(record.peers))),
     )
 
 
@@ -120,6 +122,7 @@ def layer_json(record: LayerRecord, predicted: Predicted, path: str | None) -> d
             {"part": part, "in_pass": in_pass, "seconds": seconds}
             for (part, in_pass), seconds in predicted.items()
         ],
+        "peers": None if record.peers is None else layer_peers_json(record.peers),
     }
 
 
@@ -303,4 +306,5 @@ def _milli(seconds: float) -> str:
 
 
 def _tera(flops_per_s: float) -> str:
-    return f"{flops_per_s / _TERA:.1f}"
+    tera = flops_per_s / _TERA
+    return f"{tera:.1f}" if tera >= 1 else f"{tera:.3g}"

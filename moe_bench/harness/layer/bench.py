@@ -29,7 +29,6 @@ from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.timing import CudaClock, DeviceClock, HostClock, samples_s
 from moe_bench.results.calibration import CalibrationProvenance, DenseGemm, MemoryBound
 from moe_bench.results.calibration_tasks import DEVICE_TO_DEVICE, Implementation
-from moe_bench.results.layer_peers import LayerPeers
 from moe_bench.results.layer_record import LayerRecord, PartSamples
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.system import SystemSpec
@@ -83,8 +82,8 @@ class Asked:
     suite: str | None = None
     held_for_s: float | None = None
     """How long to run the layer without a pause; None not to."""
-    peers: str | None = None
-    """Engines to compare with, by name, or `all`; None for no comparison."""
+    peers: tuple[str, ...] | None = None
+    """Engines to compare with, by name; empty for all, None for no comparison."""
 
 
 @contextlib.contextmanager
@@ -149,7 +148,11 @@ def measure_layer(
     del weights, inputs, call
     beside = None
     if asked.peers is not None:
-        beside = compared(case, bench, asked.peers, baseline=engine.key, on_progress=on_progress)
+        # imports bench in turn, and other people's packages are looked for only where they are asked for
+        from moe_bench.harness.layer.peers.registry import compare_peers
+
+        own = case.with_kernels(engine.kernels_of(case))
+        beside = compare_peers(own, bench, names=asked.peers, on_progress=on_progress)
     return LayerRecord(
         is_tiny=bench.is_tiny,
         suite=asked.suite,
@@ -187,25 +190,6 @@ def engines_of(
         yield from ((one, one.obstacle(case)) for one in megatron_engines(system) if one.is_grouped)
     else:
         yield engine_for(case, system), None
-
-
-def compared(
-    case: LayerCase, bench: Bench, names: str, *, baseline: str, on_progress: Callable[[str], None]
-) -> LayerPeers:
-    """`case`, folded onto one rank, on the engines that `names` lists, or on `all`, and on the baseline."""
-    # other people's packages are looked for only where they are asked for
-    from moe_bench.harness.layer.peers.compare import compare_engines
-    from moe_bench.harness.layer.peers.registry import all_engines, chosen_engines
-
-    engines = chosen_engines(bench.system, None if names == "all" else names)
-    return compare_engines(
-        case,
-        {baseline: all_engines(bench.system)[baseline]} | engines,
-        baseline=baseline,
-        device=bench.device,
-        clock=bench.clock,
-        on_progress=on_progress,
-    )
 
 
 def _require_routing(case: LayerCase, layer: MoELayer, call: LayerCall) -> None:

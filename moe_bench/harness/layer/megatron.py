@@ -24,7 +24,7 @@ from moe_bench.harness.requirements import require_runnable
 from moe_bench.spec.derive_layer import layer_recipe
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.legality import legality_problems
-from moe_bench.spec.recipe import KernelFamily, Recipe
+from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe
 from moe_bench.spec.system import SystemSpec
 from moe_bench.spec.yaml_tree import dotted
 
@@ -99,9 +99,12 @@ class MegatronEngine:
             finally:
                 destroy_moe_metrics_tracker()
 
+    def kernels_of(self, case: LayerCase) -> KernelSpec:
+        """Kernels of the case, of this engine's family."""
+        return case.kernels.model_copy(update={"family": self.family, "grouped_gemm": self.is_grouped})
+
     def _recipe(self, case: LayerCase) -> Recipe:
-        kernels = case.kernels.model_copy(update={"family": self.family, "grouped_gemm": self.is_grouped})
-        return layer_recipe(case.with_kernels(kernels), self.system)
+        return layer_recipe(case.with_kernels(self.kernels_of(case)), self.system)
 
     def _choice(self, device: str) -> KernelChoice:
         return KernelChoice(family=self.family, device_type=device)
