@@ -1,4 +1,4 @@
-"""Compile every kernel for sm_90 as it is launched for DeepSeek-V3, and say what ptxas gave it. No GPU needed.
+"""Compile every kernel for sm_90 as DeepSeek-V3 launches it, and say what ptxas gave it. No GPU needed.
 
     python -m tests.harness.kernels.fused.compiled_for_hopper
 
@@ -7,6 +7,7 @@ Prints JSON: for each kernel its registers, its bytes of spilled registers and o
 
 import json
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_bench.harness.kernels.fused import activation, chunk_order, permutation, row_map, weight_gradient
+from moe_bench.harness.kernels.fused import (
+    activation,
+    chunk_order,
+    permutation,
+    routing,
+    row_map,
+    weight_gradient,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -38,8 +46,24 @@ class Launch:
 def launches() -> dict[str, Launch]:
     blocks = {"block_t": 8, "block_e": 256}
     wgrad, tile = weight_gradient, weight_gradient.HOPPER
+    choice = routing.Choice(top_k=8, score="sigmoid", num_groups=8, groups_per_token=4, scale=2.5)
+    of_choice = routing._launch(4096, 256, choice)[1]
+    of_choice.pop("num_warps")
+    groups = {"num_groups": 8, "groups_per_token": 4, "per_group": 2, "is_before": False, "has_bias": True}
     gated = {"alpha": 1.0, "offset": 0.0, "clamp": None, "block": 1024}
     return {
+        "routing.forward": Launch(
+            kernel=routing._forward_kernel,
+            types={"logits": "*fp32", "bias": "*fp32", "weights": "*fp32", "chosen": "*u8"},
+            constants={**of_choice, **groups},
+            aligned=("num_experts",),
+        ),
+        "routing.backward": Launch(
+            kernel=routing._backward_kernel,
+            types={"grad": "*fp32", "logits": "*fp32", "chosen": "*u8", "grad_logits": "*fp32"},
+            constants=of_choice,
+            aligned=("num_experts",),
+        ),
         "row_map.count": Launch(
             kernel=row_map._count_kernel, types={"map": "*u8", "counts": "*i32"}, constants=blocks
         ),
@@ -141,4 +165,4 @@ def compiled(launch: Launch) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compiled(launch) for name, launch in launches().items()}))
+    json.dump({name: compiled(launch) for name, launch in launches().items()}, sys.stdout)
