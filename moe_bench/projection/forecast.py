@@ -109,7 +109,7 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
     if recipe.model.moe is not None:
         yield f"the busiest expert-parallel rank receives {load.busiest_over_mean_ratio:.2f} times the mean"
     if recipe.parallel.num_gpus > recipe.system.nvlink_domain_gpus:
-        yield "jobs are placed without gaps on a fabric that is not oversubscribed"
+        yield _fabric_assumption(recipe.system)
     if projection.timeline is not None and projection.timeline.shape.kind is not ScheduleKind.NO_PIPELINE:
         yield "every micro batch takes the same time; the pipeline is simulated, not its noise"
     if schedule is not None:
@@ -119,6 +119,19 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
         )
     if recipe.routing.mode == "natural":
         yield "experts are as unequal as a balancing loss leaves them on real text"
+
+
+def _fabric_assumption(system: SystemSpec) -> str:
+    fabric = system.fabric
+    if fabric is None:
+        return "jobs are placed without gaps on a network of unknown tiers, which costs what its cards cost"
+    ratios = fabric.leaf_oversubscription_ratio, fabric.spine_oversubscription_ratio
+    if max(ratios) == 1:
+        return "jobs are placed without gaps on a fabric that is not oversubscribed"
+    leaf, spine = ratios
+    return (
+        f"jobs are placed without gaps; links upwards are oversubscribed {leaf:g} (leaf), {spine:g} (spine)"
+    )
 
 
 def _own_evidence(basis: Basis, recipe: Recipe, efficiency: Efficiency) -> Iterable[str]:

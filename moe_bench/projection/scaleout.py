@@ -20,11 +20,6 @@ from moe_bench.spec.recipe import Recipe
 
 MAX_GPUS = 16_384
 """Of the published runs the largest has 16,384 GPUs (Llama 3, arXiv:2407.21783); beyond is no evidence."""
-_DOMAINS_PER_LEAF = {8: 32, 72: 8}
-"""NVLink domains of a scalable unit, whose rails meet in a leaf switch each: 32 nodes of eight GPUs, 8 racks
-of 72 (NVIDIA DGX SuperPOD reference architectures for H100, B200 and GB200)."""
-_UNITS_PER_SPINE = 8
-"""Scalable units that two tiers of switches join; above there are three (B200, table of components)."""
 
 
 class Level(StrEnum):
@@ -35,6 +30,8 @@ class Level(StrEnum):
     LEAF = "leaf"
     SPINE = "spine"
     CORE = "core"
+    UNKNOWN = "network"
+    """Above NVLink, where the system's file names no tiers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,11 +157,12 @@ def level(recipe: Recipe, group: Group) -> Level:
         return Level.GPU
     if span.num_domains == 1:
         return Level.NVLINK
+    if system.fabric is None:
+        return Level.UNKNOWN
     num_domains = _reach_domains(recipe, group)
-    per_leaf = _DOMAINS_PER_LEAF.get(system.nvlink_domain_gpus, 1)
-    if num_domains <= per_leaf:
+    if num_domains <= system.fabric.leaf_domains:
         return Level.LEAF
-    return Level.SPINE if num_domains <= per_leaf * _UNITS_PER_SPINE else Level.CORE
+    return Level.SPINE if num_domains <= system.fabric.spine_domains else Level.CORE
 
 
 def _reach_domains(recipe: Recipe, group: Group) -> int:

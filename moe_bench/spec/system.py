@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from moe_bench.spec.base import Key, PositiveFloat, PositiveInt, Spec, Text
+
+AtLeastOne = Annotated[float, Field(ge=1)]
 
 
 class GpuSpec(Spec):
@@ -29,6 +33,19 @@ class GpuSpec(Spec):
     max_power_w: PositiveFloat
 
 
+class FabricSpec(Spec):
+    """The switches that join NVLink domains, in tiers: leaf, spine, and core above both."""
+
+    leaf_domains: PositiveInt
+    """NVLink domains whose network cards meet in the same leaf switches, rail by rail."""
+    spine_domains: PositiveInt
+    """NVLink domains that reach each other without a core switch."""
+    leaf_oversubscription_ratio: AtLeastOne = 1.0
+    """Bandwidth below the leaf switches over that of their links upwards."""
+    spine_oversubscription_ratio: AtLeastOne = 1.0
+    """The same of the spine switches, relative to what reaches them."""
+
+
 class SystemSpec(Spec):
     """A kind of cluster node and what joins it to the others."""
 
@@ -43,4 +60,6 @@ class SystemSpec(Spec):
     """GPUs that reach each other over NVLink; 72 in a GB200 NVL72 rack, 1 without NVLink."""
     nic_bytes_per_s: PositiveFloat | None
     """Per GPU and direction to other NVLink domains; null on one machine."""
+    fabric: FabricSpec | None = None
+    """Null where the tiers are not known, or where there is one machine."""
     sources: tuple[Text, ...]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.analysis.collectives import Collective, Group
-from moe_bench.projection.fabric import Fabric
+from moe_bench.projection.fabric import SWITCH_S, Fabric
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.system import SystemSpec
 
 LOADER = Loader(root=recipes_root(), rules=())
 H100 = LOADER.system("h100_sxm")
@@ -72,3 +73,61 @@ def test_dispatch_kernels_use_the_link_that_their_bytes_name() -> None:
     nvlink = fabric.time(Collective.NVLINK, Group.EXPERT_TENSOR_EXPERT, 4.5e9)
     assert (rdma.nic_s, rdma.nvlink_s, rdma.is_flex) == (pytest.approx(0.1), 0, True)
     assert (nvlink.nic_s, nvlink.nvlink_s, nvlink.is_flex) == (0, pytest.approx(0.01), True)
+
+
+WIDE = ParallelSpec(num_gpus=4096, expert=1024)
+"""DP4096, and EP1024 x EDP4: expert groups of four leaf switches, replicas four leaf switches apart."""
+
+
+def oversubscribed(*, leaf: float = 1.0, spine: float = 1.0) -> SystemSpec:
+    assert H100.fabric is not None
+    ratios = {"leaf_oversubscription_ratio": leaf, "spine_oversubscription_ratio": spine}
+    return H100.model_copy(update={"fabric": H100.fabric.model_copy(update=ratios)})
+
+
+@pytest.mark.parametrize(
+    ("op", "group", "spine_fraction", "core_fraction"),
+    [
+        (
+            Collective.ALL_TO_ALL,
+            Group.EXPERT,
+            768 / 1016,
+            0.0,
+        ),  # three leaves of four, this node's peers aside
+        (Collective.ALL_GATHER, Group.DATA_CONTEXT, 1 / 32, 1 / 256),  # an edge per leaf of 32 nodes
+        (Collective.ALL_GATHER, Group.EXPERT_DATA, 1.0, 1 / 2),  # every neighbour; two replicas per spine
+        (Collective.ALL_GATHER, Group.TENSOR, 0.0, 0.0),
+    ],
+)
+def test_what_passes_a_tier_is_what_has_its_peers_beyond(
+    op: Collective, group: Group, spine_fraction: float, core_fraction: float
+) -> None:
+    tiers = Fabric(H100, WIDE).tiers(op, group)
+    assert tiers.spine_fraction == pytest.approx(spine_fraction)
+    assert tiers.core_fraction == pytest.approx(core_fraction)
+
+
+def test_an_oversubscribed_leaf_slows_an_all_to_all_by_the_share_that_passes_it() -> None:
+    plain = Fabric(H100, WIDE).time(Collective.ALL_TO_ALL, Group.EXPERT, 1e9)
+    tapered = Fabric(oversubscribed(leaf=4), WIDE).time(Collective.ALL_TO_ALL, Group.EXPERT, 1e9)
+    assert tapered.nic_s == pytest.approx(plain.nic_s * 4 * 768 / 1016)
+    assert tapered.nvlink_s == plain.nvlink_s
+
+
+def test_rings_placed_without_gaps_bear_a_taper_and_scattered_ones_do_not() -> None:
+    plain, tapered = Fabric(H100, WIDE), Fabric(oversubscribed(spine=7), WIDE)
+    for group, factor in ((Group.DATA_CONTEXT, 1.0), (Group.EXPERT_DATA, 3.5)):
+        expected = factor * plain.time(Collective.ALL_GATHER, group, 1e9).nic_s
+        assert tapered.time(Collective.ALL_GATHER, group, 1e9).nic_s == pytest.approx(expected)
+
+
+def test_switches_of_higher_tiers_cost_latency() -> None:
+    inside = Fabric(H100, ParallelSpec(num_gpus=256, expert=256))
+    outside = Fabric(H100, ParallelSpec(num_gpus=512, expert=512))
+    times = [one.time(Collective.RDMA, Group.EXPERT_TENSOR_EXPERT, 1e6) for one in (inside, outside)]
+    assert times[1].latency_s - times[0].latency_s == pytest.approx(2 * SWITCH_S)
+
+
+def test_a_system_without_tiers_costs_what_its_cards_cost() -> None:
+    bare = Fabric(H100.model_copy(update={"fabric": None}), WIDE)
+    assert bare.tiers(Collective.ALL_TO_ALL, Group.EXPERT).num_switches == 0
