@@ -26,10 +26,8 @@ _FP8_FORMATS = {
     "fp8_blockwise": ("e4m3", "blockwise"),
     "mxfp8": ("e4m3", "mxfp8"),
 }
-"""Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them.
-
-`fp8_rowwise` is not among them: Megatron-Core knows no such recipe (core/enums.py, Fp8Recipe) and builds a
-BF16 model, whose torch-native experts multiply in FP8 (harness/kernels/fp8_grouped.py).
+"""Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them. Scales
+per row are not among its own (core/enums.py, Fp8Recipe): its model is BF16, and our experts quantize.
 """
 
 _FLEX_BACKENDS = ("deepep", "hybridep", "ncclep")
@@ -294,10 +292,8 @@ def _precision(recipe: Recipe) -> Arguments:
     dtype = "fp32" if recipe.precision == "fp32" else "bf16"
     arguments: Arguments = {
         "bf16": dtype == "bf16",
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "fp8": None,
-        "fp4": None,
+        **dict.fromkeys(("params_dtype", "pipeline_dtype"), dtype),
+        **dict.fromkeys(("fp8", "fp4")),
     }
     if recipe.precision in _FP8_FORMATS:
         arguments["fp8"], arguments["fp8_recipe"] = _FP8_FORMATS[recipe.precision]
@@ -404,7 +400,7 @@ def _ddp(recipe: Recipe) -> Arguments:
 
 
 def _optimizer(recipe: Recipe) -> Arguments:
-    optimizer, overlap = recipe.optimizer, recipe.overlap
+    optimizer, overlap, low = recipe.optimizer, recipe.overlap, recipe.low_precision
     # offloading runs through the code of low-precision state, and refuses without it (arguments.py:1804)
     is_precision_aware = optimizer.is_precision_aware or recipe.offload.optimizer_fraction > 0
     return {
@@ -428,8 +424,7 @@ def _optimizer(recipe: Recipe) -> Arguments:
         "overlap_param_gather_with_optimizer_step": overlap.param_gather_with_optimizer_step,
         "optimizer_cpu_offload": recipe.offload.optimizer_fraction > 0,
         "optimizer_offload_fraction": recipe.offload.optimizer_fraction,
-        "reuse_grad_buf_for_mxfp8_param_ag": recipe.low_precision is not None
-        and recipe.low_precision.reuse_grad_buffer,
+        "reuse_grad_buf_for_mxfp8_param_ag": low is not None and low.reuse_grad_buffer,
     }
 
 
