@@ -235,5 +235,9 @@ def _unreachable(engine: MegatronEngine, parts: tuple[PartSamples, ...]) -> dict
     if ("fc1", "dgrad") not in found:
         reasons["fc1 and fc2: dgrad, wgrad"] = f"{engine.name} computes both in one backward pass"
     if not any(part == "activation" for part, _ in found):
-        reasons["activation"] = f"{engine.name} has no bound around it; it is in experts"
+        is_in_products = engine.family == "quack"
+        where = (
+            "the epilogues of fc1 forward and fc2 dgrad" if is_in_products else "experts, with what is beside"
+        )
+        reasons["activation"] = f"in {where}"
     return reasons

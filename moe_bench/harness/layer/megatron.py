@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError, MoeBenchError
@@ -114,7 +115,7 @@ class MegatronEngine:
         set_seeds(case.seed)
         block = decoder_block_spec(config, self._choice(device))
         spec: Any = block.layer_specs[0].submodules.mlp
-        layer = spec(config=config, pg_collection=None, is_mtp_layer=False)
+        layer = spec(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False)
         layer.set_layer_number(1)
         layer.to(device)
         if config.gradient_accumulation_fusion:

@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_bench.harness.kernels.quack import products
 from moe_bench.harness.kernels.quack.gather_sum import gather_sum
 from moe_bench.harness.kernels.quack.rows import ExpertRows
+from moe_bench.harness.ranges import range_named
 
 
 def gathered_experts(
@@ -64,7 +65,8 @@ class _Up(torch.autograd.Function):
         x = x.contiguous()
         _keep(ctx, rows, x, weight)
         ctx.main_grad = main_grad
-        pre_activation, activated = products.up(x, weight, rows)
+        with range_named("fc1 fwd"):
+            pre_activation, activated = products.up(x, weight, rows)
         # Its gradient comes through the pre-activation.
         ctx.mark_non_differentiable(activated)
         ctx.set_materialize_grads(False)
@@ -75,12 +77,16 @@ class _Up(torch.autograd.Function):
         rows, (x, weight) = _kept(ctx)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_rows = products.up_input_gradient(grad, weight, rows)
-            grad_x = grad_rows if rows.token_of_row is None else gather_sum(grad_rows, rows.row_of_slot, None)
+            with range_named("fc1 dgrad"):
+                grad_rows = products.up_input_gradient(grad, weight, rows)
+            with range_named("permute bwd"):
+                is_as_it_came = rows.token_of_row is None
+                grad_x = grad_rows if is_as_it_came else gather_sum(grad_rows, rows.row_of_slot, None)
             del grad_rows
         if ctx.needs_input_grad[1]:
             into, grad_weight = _gradient_of(ctx, weight)
-            products.up_weight_gradient(x, grad, rows, into)
+            with range_named("fc1 wgrad"):
+                products.up_weight_gradient(x, grad, rows, into)
         return grad_x, grad_weight, None, None
 
 
@@ -99,18 +105,22 @@ class _Down(torch.autograd.Function):
     ) -> Tensor:
         _keep(ctx, rows, pre_activation, probabilities, weight)
         ctx.main_grad = main_grad
-        y = products.down(activated, weight, rows)
-        return gather_sum(y, rows.row_of_slot, probabilities)
+        with range_named("fc2 fwd"):
+            y = products.down(activated, weight, rows)
+        with range_named("unpermute fwd"):
+            return gather_sum(y, rows.row_of_slot, probabilities)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, (pre_activation, probabilities, weight) = _kept(ctx)
         grad = grad.contiguous()
-        grad_pre, weighted, grad_probabilities = products.down_gradient(
-            grad, weight, pre_activation, probabilities.float(), rows
-        )
+        with range_named("fc2 dgrad"):
+            grad_pre, weighted, grad_probabilities = products.down_gradient(
+                grad, weight, pre_activation, probabilities.float(), rows
+            )
         into, grad_weight = _gradient_of(ctx, weight)
-        products.down_weight_gradient(grad, weighted, rows, into)
+        with range_named("fc2 wgrad"):
+            products.down_weight_gradient(grad, weighted, rows, into)
         return grad_pre, None, grad_probabilities.to(probabilities.dtype), grad_weight, None, None
 
 
