@@ -9,6 +9,7 @@ part ends.
 from __future__ import annotations
 
 from moe_bench.analysis.activations import multiplies_experts_row_wise
+from moe_bench.analysis.gathered_memory import GatheredProducts
 from moe_bench.analysis.layer_sizes import FP32_BYTES, ExpertSizes, LayerSizes, Weight, expert_sizes
 from moe_bench.analysis.live_tensors import LiveTensors, Made
 from moe_bench.analysis.mlp_memory import Mlp, norm_backward
@@ -36,7 +37,8 @@ class ExpertHalf:
         self.dispatched_bytes = rows.received_bytes
         self._recomputes = "moe" in sizes.recomputes
         self._recomputes_norm = sizes.recomputes_norm(is_fused=False)
-        self._products = GroupedProducts(recipe, sizes, rows)
+        is_quack = recipe.kernels.family == "quack"
+        self._products = (GatheredProducts if is_quack else GroupedProducts)(recipe, sizes, rows)
         self._is_called_apart = recipe.overlap.expert_parallel
         self._shared = None
         if rows.shared_ffn:
@@ -102,7 +104,6 @@ class ExpertHalf:
         self._dispatch(live)
         self._products.forward(live, is_saved=is_saved)
         self._combine(live)
-        live.make("experts_output", sizes.vector_bytes)
         if self._shared is not None:
             live.pass_by(sizes.vector_bytes)
         live.free_if_held("returned_rows", "permuted_rows", "received_rows")
@@ -131,9 +132,12 @@ class ExpertHalf:
     def _dispatch(self, live: LiveTensors) -> None:
         """Permuted, sent, gathered over ETP, put in order of local experts: `expert_input`.
 
-        Rows that are in order as they arrive are what the first product reads and keeps.
+        Rows that are in order as they arrive, or that the first product gathers, are what it reads and keeps.
+        Where nothing is permuted it reads the norm's output.
         """
         rows, last = self._rows, ""
+        if rows.permutes == "never":
+            return
         if rows.permutes != "after":
             live.make("permuted_rows", rows.sent_bytes)
             last = "permuted_rows"
@@ -152,22 +156,45 @@ class ExpertHalf:
             live.rename(last, "expert_input")
 
     def _combine(self, live: LiveTensors) -> None:
-        """Back in order, sent back; `returned_rows` are added up to tokens afterwards."""
+        """Back in order, sent back, `returned_rows`, and added up to tokens, `experts_output`.
+
+        Products that gather have put their output in the order of arrival, and where nothing was sent have
+        added it up.
+        """
         rows = self._rows
-        live.replace("expert_output", "sorted_output", rows.received_bytes)
+        if rows.permutes == "never":
+            live.rename("expert_output", "experts_output")
+            return
+        if rows.products_gather:
+            live.rename("expert_output", "sorted_output")
+        else:
+            live.replace("expert_output", "sorted_output", rows.received_bytes)
         if self._is_called_apart:
             live.free_if_held("received_rows")
         live.replace("sorted_output", "returned_rows", 0 if rows.permutes == "after" else rows.sent_bytes)
+        live.make("experts_output", self._sizes.vector_bytes)
 
     def _combine_backward(self, live: LiveTensors) -> None:
         rows = self._rows
+        if rows.permutes == "never":
+            return
         live.make("grad_returned", rows.sent_bytes)
         live.replace("grad_returned", "grad_sent", rows.received_bytes)
-        live.replace("grad_sent", "grad_expert_output", rows.gathered_bytes)
+        if rows.products_gather:
+            live.rename("grad_sent", "grad_expert_output")
+        else:
+            live.replace("grad_sent", "grad_expert_output", rows.gathered_bytes)
 
     def _dispatch_backward(self, live: LiveTensors) -> None:
         rows = self._rows
-        live.replace("grad_expert_input", "grad_received", rows.received_bytes)
+        if rows.permutes == "never":
+            live.rename("grad_expert_input", "grad_tokens")
+            live.free("row_map")
+            return
+        if rows.products_gather:
+            live.rename("grad_expert_input", "grad_received")
+        else:
+            live.replace("grad_expert_input", "grad_received", rows.received_bytes)
         live.replace("grad_received", "grad_permuted", rows.sent_bytes)
         live.make("grad_tokens", self._sizes.vector_bytes)
         live.free("grad_permuted", "row_map")

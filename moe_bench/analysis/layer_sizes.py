@@ -96,7 +96,8 @@ class ExpertSizes:
     scores_bytes: int
     """4 t E."""
     row_map_bytes: int
-    """Which row goes where: 4 t (2 E + 1), and 4 R each for rows and probabilities on both ways."""
+    """Which row goes where: 4 t (2 E + 1), and 4 R each for rows and probabilities on both ways; where tokens
+    are gathered and nothing else, 16 R for the choices by token and by expert in the place of the first."""
     sent_bytes: int
     """Rows as they are sent: a R H; DeepEP and HybridEP send a token once per rank."""
     received_bytes: int
@@ -115,10 +116,12 @@ class ExpertSizes:
     """Of what the grouped products keep: 1 in FP8 and FP4, but with a scale per row, which keep BF16."""
     sorts_rows: bool
     """Whether rows are put in order of local experts after they arrive."""
+    products_gather: bool
+    """Whether the experts' products read rows where they arrived, in the order of local experts."""
     sends_rows: bool
     """Whether there is anybody to send to: EP above 1."""
-    permutes: Literal["fused", "torch", "after"]
-    """How rows are copied per expert before they leave, or that they are after they arrive."""
+    permutes: Literal["fused", "torch", "after", "never"]
+    """How rows are copied per expert before they leave, that they are after they arrive, or not at all."""
     has_aux_loss: bool
     has_z_loss: bool
 
@@ -191,7 +194,8 @@ def expert_sizes(
     """Sizes of the routed and shared experts of a rank that receives `load` times the mean.
 
     The all-to-all dispatcher permutes before it sends; DeepEP, HybridEP and the all-gather afterwards, which
-    deliver a token to D ranks (`expected_groups`) or to all of them.
+    deliver a token to D ranks (`expected_groups`) or to all of them. quack's experts gather what arrives by
+    all-to-all, and where nobody sends anything what the layer was given.
     """
     parallel = recipe.parallel
     element = sizes.element_bytes
@@ -202,11 +206,17 @@ def expert_sizes(
         num_sent = sizes.sharded_tokens * parallel.expert * parallel.expert_tensor
     elif dispatcher != "alltoall":
         num_sent = round(sizes.sharded_tokens * expected_groups(recipe, moe, num_groups=parallel.expert))
-    permutes: Literal["fused", "torch", "after"] = "fused" if recipe.kernels.fusions.permute else "torch"
+    is_after = dispatcher != "alltoall"
+    products_gather = recipe.kernels.family == "quack" and not is_after
+    permutes: Literal["fused", "torch", "after", "never"]
+    permutes = "fused" if recipe.kernels.fusions.permute else "torch"
+    if products_gather and parallel.expert == 1:
+        permutes = "never"
     row_map = INDEX_BYTES * sizes.sharded_tokens * (2 * moe.num_experts + 1)
     if permutes == "torch":
         row_map = SORT_INDEX_BYTES * (sizes.sharded_tokens * moe.num_experts + num_rows)
-    is_after = dispatcher != "alltoall"
+    elif permutes == "never":
+        row_map = 2 * SORT_INDEX_BYTES * num_rows
     num_received = num_sent if dispatcher == "allgather" else round(num_sent * load)
     num_expert_rows = round(num_rows * load) * parallel.expert_tensor
     num_local = moe.num_experts // parallel.expert
@@ -222,7 +232,8 @@ def expert_sizes(
         ffn=moe.expert_ffn_hidden_size // parallel.expert_tensor,
         shared_ffn=moe.shared_expert_ffn_hidden_size // parallel.tensor,
         gemm_input_element_bytes=element if recipe.precision in ("fp32", "bf16", "fp8_rowwise") else 1,
-        sorts_rows=is_after or num_local > 1,
+        sorts_rows=is_after or (num_local > 1 and not products_gather),
+        products_gather=products_gather,
         sends_rows=parallel.expert > 1,
         permutes="after" if is_after else permutes,
         has_aux_loss=moe.router.aux_loss != "none",
