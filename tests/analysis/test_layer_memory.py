@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_bench.analysis.expert_memory import GroupedProducts
 from moe_bench.analysis.layer_memory import LayerMemory, LayerWalk
-from moe_bench.analysis.layer_sizes import layer_sizes
+from moe_bench.analysis.layer_sizes import expert_sizes, layer_sizes
+from moe_bench.analysis.live_tensors import LiveTensors
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import (
@@ -119,6 +121,27 @@ def test_each_recompute_module_frees_its_tensors(
     selective = Recompute(granularity="selective", modules=modules)
     layer = walked(recipe.model_copy(update={"recompute": selective}), is_moe=True)
     assert set(whole.kept) - set(layer.kept) == freed
+
+
+def test_fp8_with_a_scale_per_row_holds_copies_of_the_factors_while_it_multiplies_them(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    parallel = ParallelSpec(num_gpus=8, expert=8)
+    kernels = KernelSpec(family="torch_native")
+    plain = make_recipe(models["mixtral_8x7b"], parallel, kernels=kernels)
+    rowwise = plain.model_copy(update={"precision": "fp8_rowwise"})
+    kept = [walked(recipe, is_moe=True).kept for recipe in (plain, rowwise)]
+    assert kept[0] == kept[1]
+    moe = plain.model.moe
+    assert moe is not None
+    peaks = []
+    for recipe in (plain, rowwise):
+        sizes, live = layer_sizes(recipe), LiveTensors()
+        live.make("expert_input", 2 * 8192 * 4096)
+        GroupedProducts(recipe, sizes, expert_sizes(recipe, moe, sizes)).forward(live, is_saved=True)
+        peaks.append(live.peak.total_bytes)
+    # the second product is the fullest: 8,192 rows of 14,336 and as many of 4,096 weights, FP32 scales
+    assert peaks[1] - peaks[0] == (8192 + 4096) * (14_336 + 4)
 
 
 def test_recomputing_the_experts_keeps_their_input_alone(

@@ -12,6 +12,7 @@ import yaml
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, reference_model_keys
+from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
@@ -174,7 +175,9 @@ def _moved(recipe: Recipe, asked: Asked, system: SystemSpec, precision: Precisio
     }
     if precision is not None and precision != recipe.precision:
         changes |= {"precision": precision, "low_precision": None}
-    return recipe.model_copy(update=changes)
+    moved = recipe.model_copy(update=changes)
+    # scales per row are torch's alone
+    return with_kernels(moved, "torch_native") if moved.precision == "fp8_rowwise" else moved
 
 
 def _default_recipe(model: ModelSpec, system: SystemSpec, asked: Asked) -> Recipe:

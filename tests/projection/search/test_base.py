@@ -42,6 +42,11 @@ def test_a_system_without_recipes_gets_the_models_own() -> None:
     assert made.reproduces is None
 
 
+def test_scales_per_row_come_with_the_kernels_that_have_them() -> None:
+    made = base("deepseek_v3", 256, precision="fp8_rowwise").recipe
+    assert (made.precision, made.kernels.family) == ("fp8_rowwise", "torch_native")
+
+
 def test_options_of_another_precision_are_left_behind() -> None:
     made = base("deepseek_v3", 256, "precision=fp8_blockwise", precision="bf16").recipe
     assert (made.precision, made.low_precision) == ("bf16", None)

@@ -12,7 +12,7 @@ from moe_bench.analysis.rank_flops import rank_flops
 from moe_bench.errors import BadInputError
 from moe_bench.projection.rows.inference import InferredRun, infer, load_catalogue
 from moe_bench.projection.work.lowering import lower
-from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Part, Pass
+from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
@@ -108,6 +108,29 @@ def test_full_recompute_runs_every_forward_operation_of_a_layer_again() -> None:
     forward = [operation for operation in work.operations if operation.in_pass is Pass.FORWARD]
     again = [operation for operation in work.operations if operation.in_pass is Pass.RECOMPUTE]
     assert len(forward) == len(again) > 0
+
+
+def test_scales_per_row_cost_two_products_in_fp8_and_each_of_their_factors_quantized() -> None:
+    lowered = lower(recipe_named("mixtral_8x7b/h100_sxm_64g_fp8_rowwise"))
+    (work,) = lowered.kinds.values()
+    products = {
+        (operation.in_pass, operation.number)
+        for operation in work.operations
+        if isinstance(operation, Gemm) and operation.part is Part.EXPERTS
+    }
+    assert products == {
+        (Pass.FORWARD, Number.FP8_TENSORWISE), (Pass.DGRAD, Number.FP8_TENSORWISE), (Pass.WGRAD, Number.BF16)
+    }  # fmt: skip
+    # one expert per rank; 8,192 rows of 4,096 channels, 2 x 14,336 of gate and linear part, 14,336 activated
+    up, down, rows = 4096 * 28_672, 14_336 * 4096, 8192
+    moved = {Pass.FORWARD: 0.0, Pass.DGRAD: 0.0}
+    for operation in work.operations:
+        if isinstance(operation, MemoryBound) and operation.part is Part.QUANTIZATION:
+            moved[operation.in_pass] += operation.num_bytes
+    assert moved == {
+        Pass.FORWARD: 3 * (rows * (4096 + 14_336) + up + down),
+        Pass.DGRAD: 3 * rows * (28_672 + 4096) + 5 * (up + down),
+    }
 
 
 def test_selective_recompute_of_the_activation_moves_its_bytes_again_and_multiplies_nothing() -> None:
