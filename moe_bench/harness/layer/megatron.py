@@ -70,7 +70,7 @@ class MegatronEngine:
             return "; ".join(f"{dotted(problem.path)}: {problem.problem}" for problem in problems)
         try:
             require_runnable(megatron_arguments(recipe))
-            self._choice("cpu" if self.system.gpu is None else "cuda").provider()
+            self._choice(case, "cpu" if self.system.gpu is None else "cuda").provider()
         except MoeBenchError as error:
             return str(error)
         return None
@@ -107,13 +107,14 @@ class MegatronEngine:
     def _recipe(self, case: LayerCase) -> Recipe:
         return layer_recipe(case.with_kernels(self.kernels_of(case)), self.system)
 
-    def _choice(self, device: str) -> KernelChoice:
-        return KernelChoice(family=self.family, device_type=device)
+    def _choice(self, case: LayerCase, device: str) -> KernelChoice:
+        experts_are_fp8 = case.precision == "fp8_rowwise"
+        return KernelChoice(family=self.family, device_type=device, experts_are_fp8=experts_are_fp8)
 
     def _layer(self, arguments: MegatronArguments, case: LayerCase, *, device: str) -> MoELayer:
         config = transformer_config(arguments)
         set_seeds(case.seed)
-        block = decoder_block_spec(config, self._choice(device))
+        block = decoder_block_spec(config, self._choice(case, device))
         spec: Any = block.layer_specs[0].submodules.mlp
         layer = spec(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False)
         layer.set_layer_number(1)
