@@ -10,6 +10,7 @@ from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.evidence.calibrated_constants import constants_for
 from moe_bench.projection.interval import Interval, has_sparse_attention, interval, rates_are_prior
+from moe_bench.projection.schedule.memory import schedule_memory
 from moe_bench.projection.schedule.simulation import ScheduleKind
 from moe_bench.projection.step import Projection, Term, project
 from moe_bench.projection.work.load_choice import LoadChoice, load_choice
@@ -80,7 +81,10 @@ def forecast(
     """
     basis = Basis() if basis is None else basis
     chosen = load_choice(recipe, load)
-    memory = memory_fit(recipe, load=chosen.busiest_over_mean_ratio)
+    if schedule is None:
+        memory = memory_fit(recipe, load=chosen.busiest_over_mean_ratio)
+    else:
+        memory = schedule_memory(recipe, schedule, load=chosen.busiest_over_mean_ratio)
     efficiency = basis.efficiency(recipe.system)
     projection = project(
         recipe,
@@ -114,8 +118,8 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
         yield "every micro batch takes the same time; the pipeline is simulated, not its noise"
     if schedule is not None:
         yield (
-            f"{schedule.label} in the place of Megatron-Core's schedule: memory, data-parallel traffic and "
-            "optimizer stay those of the recipe's own"
+            f"{schedule.label} in the place of Megatron-Core's schedule, activations kept until their weight "
+            "gradient"
         )
     if recipe.routing.mode == "natural":
         yield "experts are as unequal as a balancing loss leaves them on real text"

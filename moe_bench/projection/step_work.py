@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
 from moe_bench.analysis.collectives import Collective, Group, Phase
@@ -13,8 +13,9 @@ from moe_bench.analysis.state_comms import gradient_bytes, state_calls
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fabric import Fabric, LinkTime
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
-from moe_bench.projection.schedule.choice import overlaps_experts, schedule_kind, schedule_shape
-from moe_bench.projection.schedule.shape import ScheduleKind, ScheduleShape
+from moe_bench.projection.schedule.choice import overlaps_experts, schedule_kind
+from moe_bench.projection.schedule.placement import placed
+from moe_bench.projection.schedule.shape import ScheduleKind
 from moe_bench.projection.work.load import recipe_load
 from moe_bench.projection.work.lowering import Lowered, lower
 from moe_bench.projection.work.traits import MEGATRON, Traits
@@ -76,11 +77,11 @@ def step_work(
     """
     kind = schedule_kind(recipe) if schedule is None else schedule
     efficiency = Efficiency(recipe.system) if efficiency is None else efficiency
+    if schedule is not None:
+        recipe = placed(recipe, schedule)
     lowered = lower(
         recipe, load=recipe_load(recipe) if load is None else load, stops_early=traits.stops_recompute_early
     )
-    if schedule is not None:
-        lowered = _placed(lowered, schedule_shape(recipe, schedule))
     fabric = Fabric(recipe.system, recipe.parallel)
     pricer = Pricer(efficiency, fabric, traits)
     setting = layer_setting(recipe, kind)
@@ -112,14 +113,6 @@ def layer_setting(recipe: Recipe, schedule: ScheduleKind) -> LayerSetting:
         is_grace=recipe.system.key.startswith("gb"),
         overlaps_experts=overlaps_experts(recipe, schedule),
         is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
-    )
-
-
-def _placed(lowered: Lowered, shape: ScheduleShape) -> Lowered:
-    """The chunks on the ranks where `shape` has them."""
-    chunks = zip(lowered.chunks, range(shape.num_chunks), strict=True)
-    return replace(
-        lowered, chunks=tuple(replace(chunk, pipeline_rank=shape.rank_of(index)) for chunk, index in chunks)
     )
 
 

@@ -166,6 +166,8 @@ def what_if_view(base: Forecast, other: Forecast, changes: Sequence[str]) -> Ren
     rows = [
         (name, shown(one), shown(two), _change(one, two)) for name, one, two, shown in _pairs(base, other)
     ]
+    held = [one.memory.worst.total_bytes for one in (base, other)]
+    rows.append(("fullest rank", *(f"{one / GIB:.1f} GiB" for one in held), _change(held[0], held[1])))
     rows.append(("memory", verdict(base.memory), verdict(other.memory), ""))
     own = [text for text in other.assumptions if text not in base.assumptions]
     return Group(
