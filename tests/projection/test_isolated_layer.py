@@ -8,9 +8,11 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
-from moe_bench.projection.isolated_layer import isolated_layer
+from moe_bench.projection.isolated_layer import isolated_layer, isolated_parts
 from moe_bench.results.published import PublishedRow, load_rows
+from moe_bench.results.sonicmoe import SHAPES
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
+from moe_bench.spec.derive_layer import layer_recipe
 from moe_bench.spec.load import Loader
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Overlap, Recipe, Recompute
@@ -73,3 +75,19 @@ def test_a_dense_model_has_no_such_layer() -> None:
     recipe = timed(ROWS[0])
     with pytest.raises(BadInputError, match="dense model"):
         isolated_layer(recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": None})}))
+
+
+def test_the_parts_of_a_layer_on_one_rank_add_up_to_the_layer() -> None:
+    case = SHAPES[0].case()
+    recipe = layer_recipe(case, LOADER.system("h100_sxm"))
+    parts, whole = isolated_parts(recipe, load=1.0), isolated_layer(recipe)
+    assert sum(parts.values()) == pytest.approx(whole.forward_s + whole.backward_s)
+    assert {part for part, _ in parts} == {"router", "permute and unpermute", "fc1", "activation", "fc2"}
+    assert {in_pass for part, in_pass in parts if part == "fc2"} == {"forward", "dgrad", "wgrad"}
+
+
+def test_a_rank_with_twice_the_load_has_twice_the_rows_in_its_products() -> None:
+    recipe = layer_recipe(SHAPES[-1].case(), LOADER.system("h100_sxm"))
+    even, twice = (isolated_parts(recipe, load=load) for load in (1.0, 2.0))
+    assert twice["fc1", "forward"] / even["fc1", "forward"] == pytest.approx(2, rel=0.1)
+    assert twice["router", "forward"] == even["router", "forward"]

@@ -1,0 +1,100 @@
+"""`moe-bench layer` as a user meets it: a toy layer on the CPU, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_bench.cli import main
+from moe_bench.results.calibration import CPU
+from moe_bench.results.layer_record import LayerRecord, read_layer_record
+from moe_bench.results.sonicmoe import SHAPES
+
+pytestmark = [
+    pytest.mark.usefixtures("no_gpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron"),
+]
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is the CPU path, also on a machine with a GPU; torch sees none either."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("moe_bench.cli.layer.gpu_here", lambda: None)
+
+
+def records(root: Path) -> list[LayerRecord]:
+    return [read_layer_record(path) for path in sorted((root / "layer" / CPU).iterdir())]
+
+
+def test_a_toy_layer_is_taken_apart_and_written_with_everything_that_was_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["layer", "deepseek_v3", "--tiny", "--json", "--out", str(tmp_path)]
+    options = ["--tokens", "96", "--routing", "power_law:0.5", "--precision", "fp32", "--held-seconds", "0.2"]
+    assert main([*asked, *options, "--experts", "torch_native", "--experts", "sequential"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    by_path = [read_layer_record(Path(one["path"])) for one in printed]
+    assert [one.engine for one in by_path] == ["megatron torch_native", "megatron torch_native SequentialMLP"]
+    for one in by_path:
+        assert one.is_tiny
+        assert (one.case.num_tokens, one.case.precision, one.case.routing.exponent) == (96, "fp32", 0.5)
+        assert one.held is not None
+        assert one.case.name == "deepseek_v3/h100_sxm_256g_bf16"
+        assert any("deepep" in difference for difference in one.differences)
+    assert len(records(tmp_path)) == 2
+
+
+def test_a_folded_layer_is_compared_and_a_sweep_is_drawn(tmp_path: Path) -> None:
+    out = ["--tiny", "--out", str(tmp_path)]
+    assert main(["layer", "qwen3_30b_a3b", *out, "--folded", "--peers", "textbook"]) == 0
+    (folded,) = records(tmp_path)
+    assert folded.case.ep_size == 1
+    assert folded.peers is not None
+    assert {one.engine for one in folded.peers.engines} == {"torch_native", "textbook"}
+    picture = tmp_path / "sweep.svg"
+    assert main(["layer", "qwen3_30b_a3b", *out, "--sweep", "--plot", str(picture)]) == 0
+    loads = [one.case.routing.label for one in records(tmp_path) if one.peers is None]
+    assert len(loads) == len(set(loads)) == 6
+    assert picture.stat().st_size > 0
+
+
+def test_real_sizes_without_a_gpu_stop_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layer", "deepseek_v3"]) == 3
+    assert "--tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "a recipe, or a suite"),
+        (["deepseek_v3", "--suite", "sonicmoe"], "one of the two"),
+        (["deepseek_v3", "--plot", "x.svg"], "add --sweep"),
+        (["deepseek_v3", "--tiny", "--routing", "power_law:steep"], "unknown; write balanced"),
+        (["deepseek_v3", "--tiny", "--routing", "missing.json"], "No such file"),
+    ],
+)
+def test_what_cannot_be_used_as_written_is_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layer", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_experts_that_are_not_installed_stop_with_the_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--tiny", "--out", str(tmp_path)]
+    assert main(["layer", "deepseek_v3", *out, "--experts", "quack"]) == 3
+    assert "quack" in capsys.readouterr().err
+    assert not (tmp_path / "layer").exists()
+
+
+@pytest.mark.slow
+def test_the_suite_measures_its_twelve_layers(tmp_path: Path) -> None:
+    assert main(["layer", "--suite", "sonicmoe", "--tiny", "--out", str(tmp_path)]) == 0
+    found = records(tmp_path)
+    assert {one.case.name for one in found} == {shape.name for shape in SHAPES}
+    assert {one.suite for one in found} == {"sonicmoe"}
