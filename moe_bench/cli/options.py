@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from moe_bench.spec.problem import Problem
-    from moe_bench.spec.recipe import Recipe, Routing
+    from moe_bench.spec.recipe import KernelFamily, Recipe, Routing
     from moe_bench.spec.scale import Plan
 
 PIPE_WIDTH = 200
@@ -204,8 +204,13 @@ def _slice(
     from moe_bench.analysis.memory import rank_fits
     from moe_bench.spec.derive_slice import SliceChoice, slice_plan, tiny_slice_plan
 
+    families: dict[KernelsOption, KernelFamily] = {
+        KernelsOption.TRANSFORMER_ENGINE: "transformer_engine",
+        KernelsOption.TORCH_NATIVE: "torch_native",
+        KernelsOption.QUACK: "quack",
+    }
     choice = SliceChoice(
-        kernels=None if one_rank.kernels is None else one_rank.kernels.value,
+        kernels=None if one_rank.kernels is None else families[one_rank.kernels],
         routing=_routing(one_rank.routing),
         stage=one_rank.stage,
     )

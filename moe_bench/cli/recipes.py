@@ -11,11 +11,15 @@ import typer
 from moe_bench.cli.app import RECIPES, app
 from moe_bench.cli.options import (
     JsonOption,
+    KernelsOptionType,
     NumGpusOption,
+    OneRank,
     RecipeArgument,
+    RoutingOption,
     ScaleOption,
     ScaleOptionType,
     SetOption,
+    StageOption,
     StrongOption,
     derived_plan,
     make_loader,
@@ -69,6 +73,9 @@ def show(
     num_gpus: NumGpusOption = None,
     strong: StrongOption = False,
     changes: SetOption = None,
+    kernels: KernelsOptionType = None,
+    routing: RoutingOption = "balanced",
+    stage: StageOption = None,
     params: Annotated[
         bool, typer.Option("--params", help="Parameters by part, beside the published ones.")
     ] = False,
@@ -86,7 +93,8 @@ def show(
     from moe_bench.harness.mcore_config import megatron_arguments
     from moe_bench.report.show import arguments_view, plan_view, size_json, size_view
 
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
+    one_rank = OneRank(kernels=kernels, routing=routing, stage=stage)
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong, one_rank=one_rank)
     if params:
         size = counted_size(plan.recipe.model)
         print_view(size_view(size), size_json(size), as_json)

@@ -14,11 +14,15 @@ import typer
 from moe_bench.cli.app import RUN, app
 from moe_bench.cli.options import (
     JsonOption,
+    KernelsOptionType,
     NumGpusOption,
+    OneRank,
     RecipeArgument,
+    RoutingOption,
     ScaleOption,
     ScaleOptionType,
     SetOption,
+    StageOption,
     StrongOption,
     make_console,
     plan_of,
@@ -47,6 +51,12 @@ def run(
     num_gpus: NumGpusOption = None,
     strong: StrongOption = False,
     changes: SetOption = None,
+    kernels: KernelsOptionType = None,
+    routing: RoutingOption = "balanced",
+    stage: StageOption = None,
+    dryrun: Annotated[
+        bool, typer.Option("--dryrun", help="Of a slice: its peak memory by a dry run, too.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the record.")] = None,
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Run so often, each with its own record.")
@@ -68,7 +78,10 @@ def run(
 
     trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
     trackers.require()
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
+    one_rank = OneRank(kernels=kernels, routing=routing, stage=stage)
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong, one_rank=one_rank)
+    if dryrun and not plan.is_slice:
+        raise BadInputError("--dryrun is of a slice; use the verb dryrun")
     root = out or results_root()
     place = rendezvous_from(current_environment(), run_captured)
     if place is not None and repeats > 1:
@@ -84,6 +97,7 @@ def run(
         if repeats == 1:
             start_ranks_here(plan, run_args=tuple(sys.argv[2:]))
         args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
+        args += (*one_rank.arguments(), *(["--dryrun"] if dryrun else []))
         args += ("--out", str(root), *(["--json"] if as_json else []), *trackers.arguments())
         code = repeat_ranks_here(plan, run_args=args, num_repeats=repeats, run_live=run_live)
         if code:
@@ -93,7 +107,8 @@ def run(
             is_first = index == repeat
             record = _measure(plan, place=place, repeat=index, is_first=is_first, root=root)
             if record is not None:  # rank 0 reports for all
-                _report(record, root, trackers, is_first=is_first, as_json=as_json)
+                peak_bytes = _dry_run_peak_bytes(plan) if dryrun and is_first else None
+                _report(record, root, trackers, is_first, as_json, dry_run_peak_bytes=peak_bytes)
     if repeats > 1 and not as_json:
         from moe_bench.report.repeats import repeats_line
         from moe_bench.results.store import read_record
@@ -130,13 +145,28 @@ def _measure(
             )
 
 
-def _report(record: Record, root: Path, trackers: Trackers, *, is_first: bool, as_json: bool) -> None:
+def _dry_run_peak_bytes(plan: Plan) -> int:
+    from moe_bench.harness.dryrun.slice_peak import slice_peak_bytes
+
+    return slice_peak_bytes(plan)
+
+
+def _report(
+    record: Record,
+    root: Path,
+    trackers: Trackers,
+    is_first: bool,
+    as_json: bool,
+    *,
+    dry_run_peak_bytes: int | None,
+) -> None:
     from moe_bench.report.tables import run_json, run_line, run_view
     from moe_bench.results.store import write_record
 
     path = write_record(root, record)
-    view = run_view(record, path) if is_first else run_line(record, path)
-    print_view(view, run_json(record, path), as_json)
+    table = run_view(record, path, dry_run_peak_bytes=dry_run_peak_bytes)
+    view = table if is_first else run_line(record, path)
+    print_view(view, run_json(record, path, dry_run_peak_bytes=dry_run_peak_bytes), as_json)
     for line in trackers.write(record, path):
         typer.echo(line, err=True)
 

@@ -175,6 +175,16 @@ class LayerTable:
     is_graphed: npt.NDArray[np.bool_]
     """Whether one CUDA graph holds the whole step."""
 
+    def slowed(self, factor: float) -> LayerTable:
+        """The same with kernels and launches that take `factor` times as long; messages stay."""
+        return replace(
+            self,
+            compute_s=self.compute_s * factor,
+            memory_s=self.memory_s * factor,
+            overhead_s=self.overhead_s * factor,
+            num_launches=self.num_launches * factor,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSetting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,13 +77,14 @@ def project(
     load: float | None = None,
     traits: Traits = MEGATRON,
     schedule: ScheduleKind | None = None,
+    compute_factor: float = 1.0,
 ) -> Projection:
     """`recipe` projected: priced, its pipeline simulated, its terms added up; `load`, `traits` and `schedule`
-    as in `step_work`, which raises.
+    as in `step_work`, which raises. Every kernel and launch takes `compute_factor` times what the laws say.
     """
     constants = constants or Constants()
     work = step_work(recipe, efficiency, load=load, traits=traits, schedule=schedule)
-    table, (timeline,) = _simulated_all([work], constants)
+    table, (timeline,) = _simulated_all([work], constants, compute_factor=compute_factor)
     return _projection(work, table, step_times(table, constants), timeline)
 
 
@@ -94,9 +95,11 @@ def with_schedules(works: Sequence[StepWork], constants: Constants) -> StepTable
 
 
 def _simulated_all(
-    works: Sequence[StepWork], constants: Constants
+    works: Sequence[StepWork], constants: Constants, *, compute_factor: float = 1.0
 ) -> tuple[StepTable, list[Timeline | None]]:
     table = step_table(works)
+    if compute_factor != 1:
+        table = replace(table, layers=table.layers.slowed(compute_factor))
     times = step_times(table, constants)
     gradients_s = sync_seconds(table.gradients_s, constants)
     parameters_s = sync_seconds(table.parameters_s, constants)

@@ -11,17 +11,20 @@ from rich.text import Text
 
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB, substitution_table
+from moe_bench.report.slice_view import slice_json, slice_rows
 from moe_bench.results.metrics import COUNTING, RunMetrics, max_over_mean_load_ratio, run_metrics
 from moe_bench.results.record import Record
 from moe_bench.spec.scale import Plan
 
 TFLOPS = 1e12
 MAX_OUTLIERS_SHOWN = 5
-MAX_TRANSFERS_SHOWN = 3
 
 
-def run_view(record: Record, path: Path) -> RenderableType:
-    """The numbers of one run, what was substituted, which kernels ran, and where the record lies."""
+def run_view(record: Record, path: Path, *, dry_run_peak_bytes: int | None = None) -> RenderableType:
+    """The numbers of one run, what was substituted, which kernels ran, and where the record lies.
+
+    `dry_run_peak_bytes` is that of a slice's rank, where it was asked for.
+    """
     plan = record.plan
     parts: list[RenderableType] = []
     if plan.substitutions:
@@ -29,7 +32,7 @@ def run_view(record: Record, path: Path) -> RenderableType:
     table = Table(box=None, pad_edge=False, show_header=False, title=run_title(plan), title_justify="left")
     table.add_column(style="dim")
     table.add_column()
-    for label, value in run_rows(record):
+    for label, value in run_rows(record, dry_run_peak_bytes=dry_run_peak_bytes):
         table.add_row(label, value)
     parts += [table, Text(f"record: {path}", style="dim")]
     return Group(*parts)
@@ -54,8 +57,8 @@ def run_title(plan: Plan) -> str:
     return plan.asked + (f" ({'; '.join(marks)})" if marks else "")
 
 
-def run_rows(record: Record) -> list[tuple[str, str]]:
-    """Label and text of each number, in the order of the table."""
+def run_rows(record: Record, *, dry_run_peak_bytes: int | None = None) -> list[tuple[str, str]]:
+    """Label and text of each number, in the order of the table; `dry_run_peak_bytes` as in `run_view`."""
     metrics, recipe, samples = run_metrics(record), record.plan.recipe, record.samples
     unit = "process" if recipe.system.gpu is None else "GPU"
     mfu = (
@@ -71,7 +74,7 @@ def run_rows(record: Record) -> list[tuple[str, str]]:
             "ran on",
             f"{_counted(record.num_ranks, unit)}, {layout_label(recipe) or 'DP1'}",
         ),
-        *slice_rows(record),
+        *slice_rows(record, dry_run_peak_bytes=dry_run_peak_bytes),
         ("step time", f"{step_time_text(metrics)}, {steps_text(metrics, len(samples.step_times_s[0]))}"),
         *outlier_rows(record, metrics),
         ("tokens/s", f"{metrics.tokens_per_s:,.0f} ({metrics.tokens_per_s_per_gpu:,.0f} per {unit})"),
@@ -102,19 +105,6 @@ def _counted(num: int, unit: str) -> str:
     return f"{num} {unit}{'' if num == 1 else plural}"
 
 
-def slice_rows(record: Record) -> list[tuple[str, str]]:
-    """What the numbers of a slice are, and what its rank would have exchanged; none for other runs."""
-    if not record.plan.is_slice:
-        return []
-    carried = sorted(record.samples.stood_in_bytes.items(), key=lambda item: -item[1])
-    shown = [f"{name} {num_bytes / GIB:.3g} GiB" for name, num_bytes in carried[:MAX_TRANSFERS_SHOWN]]
-    shown += [f"{len(carried) - len(shown)} smaller"] if len(carried) > len(shown) else []
-    return [
-        ("read as", "compute of one rank, upper bound: no communication, no pipeline bubble"),
-        ("not sent", f"{', '.join(shown) or 'nothing'} per step"),
-    ]
-
-
 def step_time_text(metrics: RunMetrics) -> str:
     """Median and 95 % interval in the unit that reads best."""
     scale, unit = (1.0, "s") if metrics.step_time_s >= 1 else (1e3, "ms")
@@ -143,14 +133,15 @@ def outlier_rows(record: Record, metrics: RunMetrics) -> list[tuple[str, str]]:
     return [("outlier steps", f"{', '.join(shown)} (counted)")] if shown else []
 
 
-def run_json(record: Record, path: Path) -> dict[str, object]:
-    """The same for scripts, with the units in the names."""
+def run_json(record: Record, path: Path, *, dry_run_peak_bytes: int | None = None) -> dict[str, object]:
+    """The same for scripts, with the units in the names; `dry_run_peak_bytes` as in `run_view`."""
     return {
         "recipe": record.plan.asked,
         "scale": record.plan.scale,
         "modified": list(record.plan.modified),
         "num_ranks": record.num_ranks,
         "is_compute_of_one_rank": record.plan.is_slice,
+        "slice": slice_json(record, dry_run_peak_bytes=dry_run_peak_bytes),
         **dataclasses.asdict(run_metrics(record)),
         "max_over_mean_load_ratio": max_over_mean_load_ratio(record),
         "flops_counting": str(COUNTING),

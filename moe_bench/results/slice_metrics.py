@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from moe_bench.analysis.flops import step_flops
 from moe_bench.analysis.memory import rank_memory
 from moe_bench.analysis.rank_flops import rank_flops
 from moe_bench.analysis.stats import steady_state
-from moe_bench.results.metrics import rank_step_flops
+from moe_bench.results.metrics import COUNTING, rank_step_flops
 from moe_bench.results.record import Record
 from moe_bench.spec.recipe import Recipe
 
@@ -62,9 +63,26 @@ def slice_metrics(record: Record) -> SliceMetrics | None:
     )
 
 
-def bound_step_s(metrics: SliceMetrics, full: Recipe) -> float:
-    """The least that a step of `full` can take if its other ranks are no slower: M c + optimizer."""
-    return full.num_micro_batches * metrics.micro_batch_s + metrics.optimizer_s
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """The most that a run can reach whose ranks all compute as long as the one that was measured."""
+
+    step_s: float
+    """M c + optimizer, M micro batches of a step."""
+    tokens_per_s_per_gpu: float
+    flops_per_s_per_gpu: float
+    """Model FLOPs of the whole step over all GPUs and `step_s`, counted as `metrics.COUNTING` says."""
+
+
+def bound_of(metrics: SliceMetrics, whole: Recipe) -> Bound:
+    """The bound that a slice sets on the run that it is a part of."""
+    step_s = whole.num_micro_batches * metrics.micro_batch_s + metrics.optimizer_s
+    gpu_s = step_s * whole.parallel.num_gpus
+    return Bound(
+        step_s=step_s,
+        tokens_per_s_per_gpu=whole.tokens_per_step / gpu_s,
+        flops_per_s_per_gpu=step_flops(whole, counting=COUNTING) / gpu_s,
+    )
 
 
 def _hardware_flops(recipe: Recipe, pipeline_rank: int) -> int:

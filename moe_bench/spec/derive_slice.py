@@ -133,7 +133,13 @@ def _plan(
             rank = _rank(cut, stage)
             rows = (*differences(asked, cut, reasons), _one_rank(cut, rank))
             return Plan(
-                recipe=cut, asked=asked.name, scale=scale, substitutions=rows, modified=modified, rank=rank
+                recipe=cut,
+                asked=asked.name,
+                scale=scale,
+                substitutions=rows,
+                modified=modified,
+                rank=rank,
+                whole=recipe,
             )
     raise BadInputError(
         f"{recipe.name}: not even {MIN_MOE_LAYERS} expert layers of one rank fit a GPU of "

@@ -53,6 +53,8 @@ class Plan(Spec):
     """The user's own `key=value` changes; results made with any carry the mark `modified`."""
     rank: NonNegativeInt = 0
     """Of a slice, which rank of the recipe runs."""
+    whole: Recipe | None = None
+    """Of a slice, the run that it is a part of: as asked, with the slice's kernels."""
 
     @property
     def is_slice(self) -> bool:

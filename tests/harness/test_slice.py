@@ -191,7 +191,7 @@ def test_a_slice_in_several_processes_is_refused() -> None:
 
 
 def test_the_command_writes_a_record_that_carries_its_mark(tmp_path: Path) -> None:
-    command = ["run", "qwen3_30b_a3b", "--scale", "tiny_slice", "--out", str(tmp_path), "--json"]
+    command = ["run", "qwen3_30b_a3b", "--scale", "tiny_slice", "--dryrun", "--out", str(tmp_path), "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "moe_bench", *command], capture_output=True, text=True, check=True
     )
@@ -199,4 +199,7 @@ def test_the_command_writes_a_record_that_carries_its_mark(tmp_path: Path) -> No
     (record,) = read_records((tmp_path,))
     assert (record.plan.scale, record.plan.is_slice, record.num_ranks) == ("tiny_slice", True, 1)
     assert (shown["scale"], shown["is_compute_of_one_rank"]) == ("tiny_slice", True)
+    # the closed form knows the torch-native kernels of the dry run (tests/harness/test_closed_forms.py)
+    peaks = [shown["slice"][name] for name in ("closed_form_peak_bytes", "dry_run_peak_bytes")]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
     assert Path(shown["record"]).parent.name.endswith("_tiny_slice")

@@ -16,7 +16,7 @@ def test_the_line_gives_the_mean_and_its_interval_between_runs() -> None:
     half = 12.7062 * math.log(1.1) / 2
     low, high = mean * math.exp(-half), mean * math.exp(half)
     assert repeats_line(made) == (
-        f"2 runs: {mean:,.4g} tokens/s/GPU, {low:,.4g} to {high:,.4g} between runs (95 %)"
+        f"2 runs: {mean:,.4g} tokens/s/GPU, {low:,.4g} to {high:,.4g} between runs (95 %), spread 10.00%"
     )
 
 
