@@ -68,9 +68,9 @@ def expert_gradients(experts: Iterable[Expert]) -> dict[str, Tensor]:
     stacked = {}
     for name in ("fc1", "fc2"):
         linears = [getattr(expert, name) for expert in experts]
-        stacked[name] = torch.stack([gradient_of(linear.weight) for linear in linears])
+        stacked[name] = torch.stack([_made(linear.weight) for linear in linears])
         if linears[0].bias is not None:
-            stacked[f"{name}_bias"] = torch.stack([gradient_of(linear.bias) for linear in linears])
+            stacked[f"{name}_bias"] = torch.stack([_made(linear.bias) for linear in linears])
     return stacked
 
 
@@ -79,12 +79,16 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
     Raises MissingRequirementError where it left none.
     """
+    return _made(parameter).clone()
+
+
+def _made(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         raise MissingRequirementError(
             f"a weight of shape {tuple(parameter.shape)} has no gradient; the backward pass does not reach "
             "it, so nothing of it can be compared"
         )
-    return parameter.grad.detach().clone()
+    return parameter.grad.detach()
 
 
 def drop_gradients(module: nn.Module) -> None:
