@@ -33,6 +33,7 @@ def layer_peers_view(peers: LayerPeers) -> RenderableType:
     rows = tuple(_row(peers, one) for one in peers.engines if one.times is not None)
     return Group(
         Text(_what_was_compared(peers)),
+        *(Text(line) for line in peers.differences),
         Text(),
         Columns(headings=headings, rows=rows, right=frozenset(headings[1:-1])),
         Text(),

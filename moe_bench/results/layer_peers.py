@@ -90,6 +90,8 @@ class LayerPeers(Spec):
 
     case: LayerCase
     """As all engines ran it: one rank's experts as a layer of their own."""
+    differences: tuple[Text, ...] = ()
+    """What is otherwise in it than in the layer that was asked for, a sentence each."""
     baseline: Text
     """Engine that the others' times are divided by."""
     num_checked_tokens: PositiveInt

@@ -9,6 +9,7 @@ from moe_bench.spec.layer_case import swiglu_case
 
 EXPECTED = """\
 peers: 8 tokens x 64, 4 experts, top-2, width 32; bf16; outputs and gradients of 4 tokens within 0.031 of float64
+precision: bf16, for other engines do not have fp8_blockwise
 
 engine        time / torch_native  lowest to highest  forward  forward ms  backward ms  peak GiB   off by  package
 torch_native                 1.00       1.00 to 1.00     1.00       1.000        2.000      0.50  4.0e-03  torch 2.15.0
@@ -44,6 +45,7 @@ def left_out(engine: str, reason: str, *, version: str | None = "1", outcome: st
 
 PEERS = LayerPeers(
     case=swiglu_case("a", num_tokens=8, hidden_size=64, expert_ffn_hidden_size=32, num_experts=4, top_k=2),
+    differences=("precision: bf16, for other engines do not have fp8_blockwise",),
     baseline="torch_native",
     num_checked_tokens=4,
     allowed_fraction=2.0**-5,

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_bench.errors import BadInputError, MoeBenchError
+from moe_bench.errors import MoeBenchError
 from moe_bench.harness.layer.engine import BuiltLayer, Engine
 from moe_bench.harness.layer.inputs import LayerInputs, routed_inputs
 from moe_bench.harness.layer.measure import LayerCall, whole_samples
@@ -81,17 +81,8 @@ class _Task:
     device: str
 
 
-def require_comparable(case: LayerCase) -> None:
-    """Raise BadInputError where the precision is one that other people's layers do not have."""
-    if case.precision not in PLAIN_PRECISIONS:
-        raise BadInputError(
-            f"{case.name}: peers compute in FP32 or BF16, not in {case.precision}; compare with "
-            "--precision bf16"
-        )
-
-
 def compare_engines(
-    case: LayerCase,
+    asked: LayerCase,
     engines: Mapping[str, Engine],
     *,
     baseline: str,
@@ -100,15 +91,12 @@ def compare_engines(
     num_rounds: int = NUM_ROUNDS,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> LayerPeers:
-    """Run `case`, folded onto one rank, on each of `engines`, by name; times are over those of `baseline`.
+    """Run the layer on each of `engines`, by name, on one rank and in what all of them compute in.
 
-    An engine that is absent, cannot run the case, fails or disagrees with the reference is recorded as such,
-    and has no time.
-
-    Raises BadInputError as `require_comparable` does.
+    Times are over those of `baseline`. An engine that is absent, cannot run the case, fails or disagrees with
+    the reference is recorded as such, and has no time.
     """
-    require_comparable(case)
-    case = case.folded()
+    case, changes = comparable(asked)
     weights = draw_weights(case, device=device)
     task = _Task(case=case, weights=weights, inputs=routed_inputs(case, weights), device=device)
     entrants = [_Entrant(name=name, engine=engine) for name, engine in engines.items()]
@@ -120,11 +108,27 @@ def compare_engines(
             _attempt(task, entrant, partial(_time, task, entrant, clock))
     return LayerPeers(
         case=case,
+        differences=changes,
         baseline=baseline,
         num_checked_tokens=num_checked,
         allowed_fraction=ALLOWED_FRACTION[dtype_of(case)],
         engines=tuple(entrant.result() for entrant in entrants),
     )
+
+
+def comparable(asked: LayerCase) -> tuple[LayerCase, tuple[str, ...]]:
+    """The layer that other people's engines can compute as well, and what is otherwise in it."""
+    case, changes = asked.folded(), []
+    if asked.ep_size > 1:
+        changes.append(
+            f"the {case.moe.num_experts} experts of one of {asked.ep_size} ranks as a layer of their own: "
+            f"{case.num_tokens} tokens with {case.moe.top_k} experts each, in the place of "
+            f"{asked.num_tokens} with {asked.moe.top_k}"
+        )
+    if case.precision not in PLAIN_PRECISIONS:
+        changes.append(f"precision: bf16, for other engines do not have {case.precision}")
+        case = case.model_copy(update={"precision": "bf16", "low_precision": None})
+    return case, tuple(changes)
 
 
 def _check(task: _Task, entrants: list[_Entrant], on_progress: Callable[[str], None]) -> int:

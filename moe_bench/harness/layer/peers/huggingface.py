@@ -1,8 +1,9 @@
 """Hugging Face transformers' MoE blocks as engines: five routers, each with the experts run in several ways.
 
-Of transformers 5 an experts module runs as its configuration says (integrations/moe.py): `eager`, a loop over
+In transformers 5 an experts module runs as its configuration says (integrations/moe.py): `eager`, a loop over
 the experts that were chosen; `grouped_mm`, torch's grouped product over sorted rows; `batched_mm`, a batched
-product over a copy of the expert's weights for every row.
+product over a copy of the expert's weights for every row; `sonicmoe`, the kernels of arXiv:2512.14080 for
+Hopper and later, which the package kernels fetches from its hub.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from moe_bench.harness.layer.weights import LayerWeights
 from moe_bench.spec.layer_case import LayerCase
 
 PIP_LINE = 'pip install "transformers>=5"'
-Implementation = Literal["eager", "grouped_mm", "batched_mm"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("eager", "grouped_mm", "batched_mm")
+SONICMOE_PIP_LINE = "pip install kernels nvidia-cutlass-dsl apache-tvm-ffi"
+"""What integrations/sonicmoe.py asks for."""
+Implementation = Literal["eager", "grouped_mm", "batched_mm", "sonicmoe"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +56,14 @@ class HuggingFace:
         return (
             obstacles.not_plain(case)
             or self.block.cannot(case)
-            or self._copies_too_much(case)
+            or self._cannot_run_experts(case)
             or obstacles.not_installed("transformers", PIP_LINE)
         )
 
-    def _copies_too_much(self, case: LayerCase) -> str | None:
-        if self.implementation != "batched_mm" or not torch.cuda.is_available():
-            return None
-        weight = 3 * case.hidden_size * case.moe.expert_ffn_hidden_size
-        num_bytes = case.num_rows * weight * (4 if case.precision == "fp32" else 2)
-        if num_bytes <= torch.cuda.get_device_properties(0).total_memory:
-            return None
-        return (
-            f"copies its expert's weights for every row, {num_bytes / 2**30:,.0f} GiB: more than the GPU has"
-        )
+    def _cannot_run_experts(self, case: LayerCase) -> str | None:
+        if self.implementation == "sonicmoe":
+            return _no_sonicmoe(case)
+        return _copies_too_much(case) if self.implementation == "batched_mm" else None
 
     @contextmanager
     def build(self, case: LayerCase, weights: LayerWeights, *, device: str) -> Iterator[BuiltLayer]:
@@ -101,3 +98,24 @@ class HuggingFace:
 def hugging_face_engines() -> tuple[HuggingFace, ...]:
     """Every block with every way to run its experts."""
     return tuple(HuggingFace(block, way) for block in BLOCKS for way in IMPLEMENTATIONS)
+
+
+def _no_sonicmoe(case: LayerCase) -> str | None:
+    return obstacles.first_problem(
+        (
+            (case.activation.kind != "swiglu", f"its experts are SwiGLU, not {case.activation.kind}"),
+            (case.precision != "bf16", f"its products are BF16, not {case.precision}"),
+            (not torch.cuda.is_available(), "its kernels run on a GPU"),
+        )
+    ) or obstacles.not_installed("kernels", SONICMOE_PIP_LINE)
+
+
+def _copies_too_much(case: LayerCase) -> str | None:
+    """That a copy of three matrices for every row is more than the GPU has."""
+    if not torch.cuda.is_available():
+        return None
+    weight = 3 * case.hidden_size * case.moe.expert_ffn_hidden_size
+    num_bytes = case.num_rows * weight * (4 if case.precision == "fp32" else 2)
+    if num_bytes <= torch.cuda.get_device_properties(0).total_memory:
+        return None
+    return f"copies its expert's weights for every row, {num_bytes / 2**30:,.0f} GiB: more than the GPU has"

@@ -8,7 +8,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.harness.layer.bench import Bench
 from moe_bench.harness.layer.engine import Engine
 from moe_bench.harness.layer.megatron import engine_for, megatron_engines
-from moe_bench.harness.layer.peers.compare import NUM_ROUNDS, compare_engines
+from moe_bench.harness.layer.peers.compare import NUM_ROUNDS, comparable, compare_engines
 from moe_bench.harness.layer.peers.deepspeed import DeepSpeed
 from moe_bench.harness.layer.peers.huggingface import hugging_face_engines
 from moe_bench.harness.layer.peers.megablocks import MegaBlocks
@@ -62,9 +62,8 @@ def compare_peers(
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> LayerPeers:
     """`compare_engines` of the named engines, or of all, over the engine that the case's kernels name."""
-    engines = all_engines(bench.system)
-    own = engine_for(case, bench.system)
-    baseline = next(name for name, engine in engines.items() if engine == own)
+    own = engine_for(comparable(case)[0], bench.system)
+    baseline = next(name for name, engine in all_engines(bench.system).items() if engine == own)
     chosen = chosen_engines(bench.system, (baseline, *names) if names else ())
     return compare_engines(
         case,

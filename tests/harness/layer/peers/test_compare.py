@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from moe_bench.errors import BadInputError
 from moe_bench.harness.layer.engine import BuiltLayer, Engine
 from moe_bench.harness.layer.peers import obstacles
-from moe_bench.harness.layer.peers.compare import compare_engines
+from moe_bench.harness.layer.peers.compare import comparable, compare_engines
 from moe_bench.harness.layer.peers.deepspeed import DeepSpeed
 from moe_bench.harness.layer.peers.huggingface import hugging_face_engines
 from moe_bench.harness.layer.peers.textbook import Textbook
 from moe_bench.harness.layer.weights import LayerWeights
 from moe_bench.results.layer_peers import LayerPeers
 from moe_bench.spec.layer_case import LayerCase
-from tests.harness.layer.peers.cases import small_case
+from tests.harness.layer.peers.cases import published_case, small_case
 
 
 @dataclass
@@ -128,9 +127,18 @@ def test_engines_that_are_not_installed_are_named_with_the_line_that_installs_th
     assert absent["hf_gpt_oss_eager"] == "its experts are clamped SwiGLU, not swiglu"
 
 
-def test_eight_bit_layers_are_not_compared() -> None:
-    case = small_case("deepseek_v3", precision="fp8_blockwise")
-    with pytest.raises(BadInputError, match="--precision bf16"):
-        compare_engines(
-            case, {"textbook": Textbook()}, baseline="textbook", device="cpu", clock=CountingClock()
-        )
+def test_what_peers_do_not_have_is_replaced_and_said() -> None:
+    asked = published_case("deepseek_v3").model_copy(update={"precision": "fp8_blockwise"})
+    case, changes = comparable(asked)
+    assert (asked.ep_size, case.ep_size, case.precision) == (64, 1, "bf16")
+    assert case.num_rows == asked.num_rows
+    assert changes == (
+        "the 4 experts of one of 64 ranks as a layer of their own: 16384 tokens with 2 experts each, in the "
+        "place of 4096 with 8",
+        "precision: bf16, for other engines do not have fp8_blockwise",
+    )
+
+
+def test_a_plain_layer_of_one_rank_is_compared_as_it_is() -> None:
+    case = small_case("mixtral_8x7b")
+    assert comparable(case) == (case, ())

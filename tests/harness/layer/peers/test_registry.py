@@ -20,7 +20,7 @@ def test_without_names_all_engines_stand_ours_first_and_the_textbook_last() -> N
     ("names", "expected"),
     [
         (("textbook", "sequential"), ["sequential", "textbook"]),
-        (("hf_mixtral",), [f"hf_mixtral_{way}" for way in ("eager", "grouped_mm", "batched_mm")]),
+        (("hf_mixtral",), [f"hf_mixtral_{way}" for way in ("eager", "grouped_mm", "batched_mm", "sonicmoe")]),
         (
             ("hf_eager",),
             [
@@ -35,7 +35,7 @@ def test_a_name_stands_for_one_engine_or_a_group(names: tuple[str, ...], expecte
 
 
 def test_hf_stands_for_every_block_in_every_way() -> None:
-    assert len(chosen_engines(host(), ("hf",))) == 15
+    assert len(chosen_engines(host(), ("hf",))) == 20
 
 
 def test_a_name_that_nothing_has_is_refused_with_those_that_are_known() -> None:
