@@ -15,12 +15,19 @@ from moe_bench.cli.calibrate import gpu_here, system_of_gpu
 from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.spec.catalogue import data_root, find_recipe
+from moe_bench.spec.layer_case import (
+    LayerCase,
+    LayerRouting,
+    layer_case_of,
+    layer_differences,
+    sweep_of,
+    traced_routing,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from moe_bench.results.layer_record import LayerRecord
-    from moe_bench.spec.layer_case import LayerCase, LayerRouting
     from moe_bench.spec.load import Loader
     from moe_bench.spec.system import SystemSpec
 
@@ -65,46 +72,57 @@ class PrecisionOption(StrEnum):
     NVFP4 = "nvfp4"
 
 
+SuiteArgument = Annotated[
+    SuiteOption | None, typer.Option("--suite", help="Instead of a recipe: the layers of a publication.")
+]
+TokensArgument = Annotated[
+    int | None, typer.Option("--tokens", min=1, help="That the rank routes; default: a micro batch's.")
+]
+RoutingArgument = Annotated[str | None, typer.Option("--routing", metavar="HOW", help=f"{_ROUTING}.")]
+PrecisionArgument = Annotated[
+    PrecisionOption | None, typer.Option("--precision", help="Default: the recipe's.")
+]
+ExpertsArgument = Annotated[
+    list[ExpertsOption] | None,
+    typer.Option("--experts", help="Who runs them; repeatable. Default: the recipe's, of a suite all here."),
+]
+ExchangeArgument = Annotated[
+    ExchangeOption, typer.Option("--dispatcher", help="One that a rank can run alone.")
+]
+FoldedArgument = Annotated[
+    bool, typer.Option("--folded", help="The rank's experts as a layer without expert parallelism.")
+]
+SweepArgument = Annotated[
+    bool, typer.Option("--sweep", help="Balanced, then loads by ever steeper power laws.")
+]
+PlotArgument = Annotated[
+    Path | None, typer.Option("--plot", help="Of a sweep: a picture, .png, .svg or .pdf.")
+]
+HeldArgument = Annotated[
+    float | None, typer.Option("--held-seconds", min=0.1, help="Also without a pause for so long.")
+]
+PeersArgument = Annotated[
+    str | None,
+    typer.Option("--peers", metavar="all|NAME,...", help="Also other engines, same weights and inputs."),
+]
+
+
 @app.command(rich_help_panel=RUN)
 def layer(
     recipe: Annotated[
         str | None, typer.Argument(help="<model>, <model>/<run> or a YAML file, one of whose layers runs.")
     ] = None,
-    suite: Annotated[
-        SuiteOption | None, typer.Option("--suite", help="Instead of a recipe: the layers of a publication.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="That the rank routes; default: a micro batch's.")
-    ] = None,
-    routing: Annotated[str | None, typer.Option("--routing", metavar="HOW", help=f"{_ROUTING}.")] = None,
-    precision: Annotated[
-        PrecisionOption | None, typer.Option("--precision", help="Default: the recipe's.")
-    ] = None,
-    experts: Annotated[
-        list[ExpertsOption] | None,
-        typer.Option(
-            "--experts", help="Who runs them; repeatable. Default: the recipe's, of a suite all here."
-        ),
-    ] = None,
-    dispatcher: Annotated[
-        ExchangeOption, typer.Option("--dispatcher", help="One that a rank can run alone.")
-    ] = ExchangeOption.ALLTOALL,
-    folded: Annotated[
-        bool, typer.Option("--folded", help="The rank's experts as a layer without expert parallelism.")
-    ] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Balanced, then loads by ever steeper power laws.")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Of a sweep: a picture, .png, .svg or .pdf.")
-    ] = None,
-    held_seconds: Annotated[
-        float | None, typer.Option("--held-seconds", min=0.1, help="Also without a pause for so long.")
-    ] = None,
-    peers: Annotated[
-        str | None,
-        typer.Option("--peers", metavar="all|NAME,...", help="Also other engines, same weights and inputs."),
-    ] = None,
+    suite: SuiteArgument = None,
+    tokens: TokensArgument = None,
+    routing: RoutingArgument = None,
+    precision: PrecisionArgument = None,
+    experts: ExpertsArgument = None,
+    dispatcher: ExchangeArgument = ExchangeOption.ALLTOALL,
+    folded: FoldedArgument = False,
+    sweep: SweepArgument = False,
+    plot: PlotArgument = None,
+    held_seconds: HeldArgument = None,
+    peers: PeersArgument = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes, without a GPU on the CPU.")] = False,
     changes: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
@@ -116,11 +134,7 @@ def layer(
     if plot is not None and not sweep:
         raise BadInputError("--plot draws a sweep; add --sweep, or drop it")
     loader = make_loader()
-    gpu = gpu_here()
-    if gpu is None and not tiny:
-        raise MissingRequirementError(
-            "layer needs a GPU and this machine has none; run it at toy size on the CPU with --tiny"
-        )
+    system = _system(loader, is_tiny=tiny)
     found = _layers(recipe, loader, tokens=tokens, tiny=tiny, changes=changes)
     chosen = _Chosen(
         layers=tuple(
@@ -134,13 +148,24 @@ def layer(
         held_for_s=held_seconds,
         peers=None if peers is None else tuple(name for name in peers.split(",") if name != "all"),
     )
-    system = loader.system("cpu_host") if gpu is None else system_of_gpu(gpu, loader)
     written = list(_measured(chosen, system, out or results_root()))
     _show(written, chosen, system, as_json=as_json)
     if plot is not None:
         from moe_bench.report.layer_plot import write_sweep_plot
 
         write_sweep_plot([record for _, record in written], plot)
+
+
+def _system(loader: Loader, *, is_tiny: bool) -> SystemSpec:
+    """This machine's, or for toys without a GPU the host; MissingRequirementError for real sizes without."""
+    gpu = gpu_here()
+    if gpu is not None:
+        return system_of_gpu(gpu, loader)
+    if is_tiny:
+        return loader.system("cpu_host")
+    raise MissingRequirementError(
+        "layer needs a GPU and this machine has none; run it at toy size on the CPU with --tiny"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +194,6 @@ def _layers(
 ) -> Iterator[_Layer]:
     """The layer of a recipe, or those of the suite where there is none."""
     from moe_bench.results.sonicmoe import SHAPES
-    from moe_bench.spec.layer_case import layer_case_of, layer_differences
     from moe_bench.spec.scale import smoke_plan
 
     if recipe is None:
@@ -204,8 +228,6 @@ def _changed(
 
 
 def _routing(text: str) -> LayerRouting:
-    from moe_bench.spec.layer_case import LayerRouting, traced_routing
-
     if text == "balanced":
         return LayerRouting(kind="balanced")
     if text == "random":
@@ -225,7 +247,6 @@ def _measured(chosen: _Chosen, system: SystemSpec, root: Path) -> Iterator[tuple
     from moe_bench.harness.start import load_calibrate, load_layer
     from moe_bench.launch.environment import current_environment
     from moe_bench.results.layer_record import write_layer_record
-    from moe_bench.spec.layer_case import sweep_of
 
     harness = load_layer()
     provenance = load_calibrate().provenance_here(

@@ -27,8 +27,8 @@ class LayerRouting(Spec):
     `power_law`: the n-th most popular expert as likely as n^-exponent. `trace`: as likely as was recorded."""
     exponent: NonNegativeFloat = 0.0
     """Read with `power_law`; 0 is `random`."""
-    shares: tuple[NonNegativeFloat, ...] = ()
-    """Tokens of each expert, in any unit; read with `trace`."""
+    shares: tuple[NonNegativeInt, ...] = ()
+    """Tokens of each expert, as recorded; read with `trace`."""
     source: Text | None = None
     """File that the trace was read from."""
 
@@ -181,7 +181,7 @@ def traced_routing(path: Path, *, option: str, choices: str) -> LayerRouting:
     if not trace:
         raise BadInputError(f"{option} {path}: counts no tokens; write {choices}")
     worst = max(trace, key=lambda layer: max(layer) * len(layer) / sum(layer))
-    return LayerRouting(kind="trace", shares=tuple(float(count) for count in worst), source=str(path))
+    return LayerRouting(kind="trace", shares=worst, source=str(path))
 
 
 def sweep_of(case: LayerCase) -> tuple[LayerCase, ...]:

@@ -90,7 +90,7 @@ def test_a_trace_gives_the_loads_of_its_most_unequal_layer(tmp_path: Path) -> No
     path = tmp_path / "trace.json"
     path.write_text(json.dumps([[4, 4, 4, 4], [10, 2, 2, 2], [0, 0, 0, 0]]))
     routing = traced_routing(path, option="--routing", choices="a file")
-    assert routing.shares == (10.0, 2.0, 2.0, 2.0)
+    assert routing.shares == (10, 2, 2, 2)
     with pytest.raises(BadInputError, match="counts 4 experts"):
         swiglu_case("s", **SIZES).with_routing(routing)
     path.write_text("[[0, 0]]")

@@ -29,7 +29,8 @@ from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.timing import CudaClock, DeviceClock, HostClock, samples_s
 from moe_bench.results.calibration import CalibrationProvenance, DenseGemm, MemoryBound
 from moe_bench.results.calibration_tasks import DEVICE_TO_DEVICE, Implementation
-from moe_bench.results.layer_record import LayerRecord, PartSamples
+from moe_bench.results.layer_record import HeldSamples, LayerRecord, PartSamples
+from moe_bench.results.layer_samples import WholeSamples
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.system import SystemSpec
 
@@ -125,6 +126,52 @@ def measure_layer(
     routes otherwise than the case says.
     """
     start_hz = bench.sm_clock_hz()
+    found = _built_and_timed(case, engine, bench, asked)
+    beside = None
+    if asked.peers is not None:
+        # imports bench in turn, and other people's packages are looked for only where they are asked for
+        from moe_bench.harness.layer.peers.registry import compare_peers
+
+        own = case.with_kernels(engine.kernels_of(case))
+        beside = compare_peers(own, bench, names=asked.peers, on_progress=on_progress)
+    return LayerRecord(
+        is_tiny=bench.is_tiny,
+        suite=asked.suite,
+        provenance=provenance,
+        case=case,
+        engine=engine.name,
+        implementation=found.implementation,
+        differences=(*asked.differences, *_stood_in(case)),
+        local_tokens_per_expert=found.received,
+        whole=found.whole,
+        marked=found.marked,
+        parts=found.parts,
+        unreachable=_unreachable(engine, found.parts),
+        peak_memory_bytes=found.peak_bytes,
+        copy_bytes_per_s=bench.copy_bytes_per_s(),
+        dense_flops_per_s=bench.dense_flops_per_s(),
+        start_sm_clock_hz=start_hz,
+        end_sm_clock_hz=bench.sm_clock_hz(),
+        held=found.held,
+        peers=beside,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What one built layer gave, whose memory is free again."""
+
+    implementation: str
+    received: tuple[int, ...]
+    """Rows of each of this rank's experts."""
+    whole: WholeSamples
+    marked: WholeSamples
+    parts: tuple[PartSamples, ...]
+    peak_bytes: int | None
+    held: HeldSamples | None
+
+
+def _built_and_timed(case: LayerCase, engine: MegatronEngine, bench: Bench, asked: Asked) -> _Found:
     weights = draw_weights(case, device=bench.device)
     inputs = routed_inputs(case, weights)
     before_bytes = torch.cuda.memory_allocated() if bench.device == "cuda" else 0
@@ -144,36 +191,15 @@ def measure_layer(
                 sm_clock_hz=bench.sm_clock_hz,
                 is_tiny=bench.is_tiny,
             )
-        implementation, received = built.implementation, _received(case, inputs)
-    del weights, inputs, call
-    beside = None
-    if asked.peers is not None:
-        # imports bench in turn, and other people's packages are looked for only where they are asked for
-        from moe_bench.harness.layer.peers.registry import compare_peers
-
-        own = case.with_kernels(engine.kernels_of(case))
-        beside = compare_peers(own, bench, names=asked.peers, on_progress=on_progress)
-    return LayerRecord(
-        is_tiny=bench.is_tiny,
-        suite=asked.suite,
-        provenance=provenance,
-        case=case,
-        engine=engine.name,
-        implementation=implementation,
-        differences=(*asked.differences, *_stood_in(case)),
-        local_tokens_per_expert=received,
-        whole=whole,
-        marked=marked,
-        parts=parts,
-        unreachable=_unreachable(engine, parts),
-        peak_memory_bytes=peak_bytes,
-        copy_bytes_per_s=bench.copy_bytes_per_s(),
-        dense_flops_per_s=bench.dense_flops_per_s(),
-        start_sm_clock_hz=start_hz,
-        end_sm_clock_hz=bench.sm_clock_hz(),
-        held=held,
-        peers=beside,
-    )
+        return _Found(
+            implementation=built.implementation,
+            received=_received(case, inputs),
+            whole=whole,
+            marked=marked,
+            parts=parts,
+            peak_bytes=peak_bytes,
+            held=held,
+        )
 
 
 def engines_of(

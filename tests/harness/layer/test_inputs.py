@@ -44,7 +44,7 @@ def test_balanced_experts_get_as_many_tokens_each() -> None:
 def test_loads_follow_the_shares_of_a_trace() -> None:
     case = case_with(LayerRouting(kind="random"))
     moe = case.moe.model_copy(update={"top_k": 1})
-    shares = tuple(float(expert % 4) for expert in range(16))
+    shares = tuple(expert % 4 for expert in range(16))
     routing = LayerRouting(kind="trace", shares=shares, source="hand")
     many = case.model_copy(update={"moe": moe, "num_tokens": 24_000}).with_routing(routing)
     choices = expert_choices(many, generator=torch.Generator().manual_seed(1), device=CPU)
