@@ -1,4 +1,4 @@
-"""What experts hold whose products gather their rows and make the activation again (harness/kernels/quack)."""
+"""What experts hold whose products gather rows and make the activation again (harness/kernels/quack)."""
 
 from __future__ import annotations
 

@@ -108,6 +108,8 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
     yield "a published run of the same software is the measure; yours may lack its kernels and its tuning"
     if rates_are_prior(recipe):
         yield f"no public measurement of {recipe.system.display_name}: rates scaled by the datasheets' peaks"
+    if recipe.kernels.family == "quack" and recipe.model.moe is not None:
+        yield "no public step with quack's experts: priced at the rates of other grouped products"
     if has_sparse_attention(recipe):
         yield "rates of sparse attention are priors: the best that its kernels reached alone"
     if recipe.model.moe is not None:

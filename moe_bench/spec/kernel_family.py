@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from moe_bench.spec.recipe import CudaGraphs, Fusions, KernelFamily, KernelSpec, Offload, Precision, Recipe
+from moe_bench.spec.recipe import (
+    CudaGraphs,
+    Fusions,
+    KernelFamily,
+    KernelSpec,
+    Offload,
+    Precision,
+    Recipe,
+    Recompute,
+)
 from moe_bench.spec.scale import adam_with_plain_states
 
 FAST_PATH = {"router": True, "permute": True, "activation": True}
@@ -25,6 +34,8 @@ def with_kernels(recipe: Recipe, family: KernelFamily) -> Recipe:
         return recipe
     if family == "transformer_engine":
         return recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update={"family": family})})
+    if family == "quack":
+        recipe = _without_what_quack_lacks(recipe)
     precision: Precision = recipe.precision if recipe.precision in _OWN_PRECISIONS[family] else "bf16"
     parallel, fusions = recipe.parallel, recipe.kernels.fusions
     return recipe.model_copy(
@@ -46,5 +57,27 @@ def with_kernels(recipe: Recipe, family: KernelFamily) -> Recipe:
             "offload": Offload(),
             "optimizer": adam_with_plain_states(recipe.optimizer),
             "mcore": {},
+        }
+    )
+
+
+def _without_what_quack_lacks(recipe: Recipe) -> Recipe:
+    """What its experts never keep is not recomputed, they share one weight, and their layer runs as one.
+
+    Another activation, biases, expert tensor ranks and capacities stay, for `check` to refuse: a run without
+    them would do other work.
+    """
+    recompute, parallel = recipe.recompute, recipe.parallel
+    modules = tuple(module for module in recompute.modules if module != "moe_act")
+    if recompute.granularity == "selective":
+        recompute = recompute.model_copy(update={"modules": modules}) if modules else Recompute()
+    is_fsdp = parallel.data_sharding == "megatron_fsdp"
+    return recipe.model_copy(
+        update={
+            "recompute": recompute,
+            "parallel": parallel.model_copy(
+                update={"data_sharding": "distributed_optimizer" if is_fsdp else parallel.data_sharding}
+            ),
+            "overlap": recipe.overlap.model_copy(update={"expert_parallel": False}),
         }
     )

@@ -70,4 +70,12 @@ BEYOND = {
     "fsdp_overlap": SILENT,
     "op_fuser": "refused when Transformer Engine's grouped MLP is built",
     "accumulation_fusion": SILENT,
+    "quack_needs_a_gpu": IN_A_KERNEL,
+    "quack_precision": OURS,
+    "quack_activation": OURS,
+    "quack_widths": IN_A_KERNEL,
+    "quack_experts": OURS,
+    "quack_rows": OURS,
+    "quack_recompute": OURS,
+    "quack_overlap": OURS,
 }

@@ -9,10 +9,12 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 from moe_bench.harness.build import model_chunks, set_seeds, transformer_config
 from moe_bench.harness.dryrun.meta_device import meta_device
+from moe_bench.harness.kernels.quack import experts as quack_experts
 from moe_bench.harness.loopback import Transfer, loopback_groups
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.settings import settings_of
+from moe_bench.harness.substitution import Substitution, substituted
 from moe_bench.spec.recipe import Fusions, Recipe
 
 
@@ -43,6 +45,7 @@ def built_chunks(recipe: Recipe, pipeline_rank: int) -> list[list[BuiltTensor]]:
         warnings.catch_warnings(),
         meta_device(),
         patches(patch_names("no_transformer_engine")),
+        substituted(Substitution(quack_experts, "require_quack", _is_not_needed)),
         loopback_groups(
             world_size=recipe.parallel.num_gpus,
             rank=first_rank_of(recipe, pipeline_rank),
@@ -81,6 +84,10 @@ def _is_matrix(name: str, num_axes: int) -> bool:
 def _is_summed_by_name(name: str) -> bool:
     """distributed/finalize_model_grads.py, _allreduce_non_tensor_model_parallel_grads."""
     return "q_layernorm" in name or "k_layernorm" in name
+
+
+def _is_not_needed(device_type: str) -> None:
+    del device_type
 
 
 def _ignore(transfer: Transfer) -> None:

@@ -12,7 +12,7 @@ from moe_bench.harness.dryrun.stand_in_kernels import OnFlops
 
 
 class QuackProducts:
-    """What `moe_bench.harness.kernels.quack.products` calls of `quack.gemm_interface`, with its signatures."""
+    """What `moe_bench.harness.kernels.quack.products` calls of `quack.gemm_interface`."""
 
     def __init__(self, on_flops: OnFlops) -> None:
         self._on_flops = on_flops
@@ -46,7 +46,7 @@ class QuackProducts:
         return torch.empty_like(pre_activation), a.new_empty(num_rows, b.shape[-1]), sums
 
     def _rows(self, a: Tensor, options: dict[str, Any]) -> int:
-        index = options["A_idx"] if "A_idx" in options else None
+        index = options.get("A_idx")
         return int(a.shape[0] if index is None else index.shape[0])
 
     def _count(self, rows: int, k: int, n: int) -> None:

@@ -82,6 +82,8 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
     if model.linear_bias and not recipe.kernels.op_fuser:
         _add_expert_biases(tally, rows, width)
         per_expert += _BIAS_LAUNCHES_PER_EXPERT
+    if recipe.kernels.family == "quack":
+        per_expert = 0  # one kernel for all of them
     tally.launch(_EXPERT_BASE_LAUNCHES + per_expert * num_local, captured_by="moe")
     if moe.latent_size is not None:
         for inner, columns in ((model.hidden_size, hidden), (hidden, model.hidden_size)):
@@ -114,7 +116,7 @@ def _add_mlp(
     each = rows / num_groups
     tally.gemm(part, each, hidden, halves * width, num_groups=num_groups, repeated_by=projections)
     unfused = 1.0 if recipe.kernels.fusions.activation else _UNFUSED_ACTIVATION
-    if part is Part.EXPERTS and tally.fuses_epilogues:
+    if part is Part.EXPERTS and (tally.fuses_epilogues or recipe.kernels.family == "quack"):
         unfused = _EPILOGUE_ACTIVATION
     moved = _BYTES * rows * width * unfused
     # forward the halves are read and their product written; backward both and the gradient, and both written
@@ -169,20 +171,26 @@ def _add_permutation(tally: Tally, num_local: int, rows: float) -> None:
 
     With `alltoall` a rank orders its tokens by expert before they leave and, where it has several experts, by
     local expert when they arrive; DeepEP and HybridEP send unordered tokens and order them on arrival.
+    quack's experts read rows where they arrived, and add each token's up: r H and as many outputs, each way.
     """
     recipe = tally.recipe
     hidden = recipe.model.expert_hidden_size
     tokens, copies = (_BYTES * count * hidden for count in (token_counts(recipe).sharded, rows))
     moved = 2 * (tokens + copies)
     is_flex = recipe.dispatch.dispatcher not in ("alltoall", "allgather")
+    gathers = recipe.kernels.family == "quack" and recipe.dispatch.dispatcher == "alltoall"
     if is_flex:
         moved = 4 * copies
-    elif recipe.parallel.expert > 1 and num_local > 1:
+    elif gathers and recipe.parallel.expert == 1:
+        moved = 0
+    elif recipe.parallel.expert > 1 and num_local > 1 and not gathers:
         moved += 4 * copies
     if recipe.kernels.op_fuser:
         moved *= 0.5  # the fused grouped MLP reads permuted rows as it gathers them
     elif not recipe.kernels.fusions.permute:
         moved *= _UNFUSED_PERMUTATION
+    if gathers:
+        moved += copies + (tokens if recipe.parallel.expert == 1 else copies)
     tally.move(Part.PERMUTATION, forward_bytes=moved, backward_bytes=moved, repeated_by=_MOE)
     tally.launch(_PREPROCESS_LAUNCHES, captured_by="moe_preprocess")
     tally.launch(_DISPATCH_LAUNCHES[is_flex], captured_by="moe")

@@ -12,6 +12,7 @@ from moe_bench.spec.legality import (
     layers,
     overlap,
     precision,
+    quack,
     saving,
     sharding,
     structure,
@@ -22,7 +23,7 @@ from moe_bench.spec.recipe import Recipe
 
 GROUPS = (
     structure, grid, attention, layers, experts, dispatch, batches, precision, overlap, saving, graphs,
-    sharding,
+    sharding, quack,
 )  # fmt: skip
 """The modules of rules, in the order in which they are asked; the docstring of each says what it is about."""
 

@@ -28,8 +28,10 @@ STRUCTURES = {
     "mixtral_8x22b/h100_sxm_128g_bf16_fsdp": 0,
     "moonlight_16b_a3b/h100_sxm_8g_bf16_gbs4": 0,  # rotation not fused, queries not compressed
     "olmoe_1b_7b/h100_sxm_8g_bf16": 0,  # norms over all heads, z-loss
+    "olmoe_1b_7b/h100_sxm_8g_bf16_quack": 0,  # nothing permuted
     "qwen3_235b_a22b/h100_sxm_256g_bf16_seq128k": 4,  # CP8
     "qwen3_30b_a3b/h100_sxm_16g_bf16_alltoall": 0,  # permutation not fused
+    "qwen3_30b_a3b/h100_sxm_8g_bf16_quack": 0,  # gathered where they arrived
     "qwen3_30b_a3b/h100_sxm_16g_fp8_tensorwise_pp2": 0,  # overlap with one layer per chunk
 }
 

@@ -1,4 +1,4 @@
-"""An MoE layer whose experts gather their rows against Megatron-Core with SequentialMLP, on one rank and two."""
+"""An MoE layer that gathers its rows against Megatron-Core with SequentialMLP, on one rank and two."""
 
 from typing import Any
 
