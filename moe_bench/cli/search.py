@@ -11,6 +11,7 @@ import typer
 from moe_bench.cli.app import PREDICT, app
 from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view
 from moe_bench.errors import BadInputError
+from moe_bench.spec.catalogue import data_root
 
 if TYPE_CHECKING:
     from moe_bench.projection.search.base import Asked
@@ -42,9 +43,11 @@ def search(
 ) -> None:
     """The fastest layouts that fit, out of all legal ones: TP, PP, VPP, CP, EP, ETP, batch, recompute."""
     from moe_bench.projection.search.base import Asked, search_base
+    from moe_bench.projection.search.record import record_of
     from moe_bench.projection.search.search import search as search_layouts
     from moe_bench.projection.search.space import search_space
     from moe_bench.report.search_view import search_json, search_view
+    from moe_bench.results.published import load_rows
 
     asked = Asked(
         model=model,
@@ -59,7 +62,8 @@ def search(
     space = search_space(base.recipe, micro_batch_sizes=_sizes(micro_batch), pinned=asked.pinned)
     result = search_layouts(space, num_wanted=top)
     paths = () if write is None else _written(result.ranked, write, base.notes, _command(asked, micro_batch))
-    print_view(search_view(result, base, paths), search_json(result, base, paths), as_json)
+    record = record_of(base.recipe, load_rows(data_root() / "results" / "published"))
+    print_view(search_view(result, base, record, paths), search_json(result, base, record, paths), as_json)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -90,8 +90,8 @@ def near_view(near: Sequence[NearRow]) -> RenderableType:
     return Group(
         table,
         Text(
-            "tokens/s/GPU of the row's own configuration; ratio is projected over published, and where it is for "
-            "nine in ten rows that print as much",
+            "tokens/s/GPU of the row's own configuration; ratio is projected over published, and where it is "
+            "for nine in ten rows that print as much",
             style="dim",
         ),
     )
@@ -166,10 +166,10 @@ def what_if_view(base: Forecast, other: Forecast, changes: Sequence[str]) -> Ren
     rows = [
         (name, shown(one), shown(two), _change(one, two)) for name, one, two, shown in _pairs(base, other)
     ]
-    held = [one.memory.worst.total_bytes for one in (base, other)]
-    rows.append(("fullest rank", *(f"{one / GIB:.1f} GiB" for one in held), _change(held[0], held[1])))
+    own, theirs = (one.memory.worst.total_bytes for one in (base, other))
+    rows.append(("fullest rank", f"{own / GIB:.1f} GiB", f"{theirs / GIB:.1f} GiB", _change(own, theirs)))
     rows.append(("memory", verdict(base.memory), verdict(other.memory), ""))
-    own = [text for text in other.assumptions if text not in base.assumptions]
+    besides = [text for text in other.assumptions if text not in base.assumptions]
     return Group(
         Text(f"what if {', '.join(changes)}", style="bold"),
         Columns(
@@ -177,7 +177,7 @@ def what_if_view(base: Forecast, other: Forecast, changes: Sequence[str]) -> Ren
             rows=tuple(rows),
             right=frozenset(("as asked", "what if", "change")),
         ),
-        *([Text(f"assumed besides: {'; '.join(own)}")] if own else []),
+        *([Text(f"assumed besides: {'; '.join(besides)}")] if besides else []),
     )
 
 

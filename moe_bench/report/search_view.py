@@ -10,6 +10,7 @@ from rich.text import Text
 
 from moe_bench.analysis.memory_verdict import verdict
 from moe_bench.projection.search.base import Base
+from moe_bench.projection.search.record import Record
 from moe_bench.projection.search.search import Found, SearchResult
 from moe_bench.projection.search.space import Space
 from moe_bench.report.columns import Columns
@@ -24,7 +25,7 @@ _NUM_TERMS = 4
 _NUM_RULES = 3
 
 
-def search_view(result: SearchResult, base: Base, paths: Sequence[Path]) -> RenderableType:
+def search_view(result: SearchResult, base: Base, record: Record, paths: Sequence[Path]) -> RenderableType:
     """A whole search, for people."""
     recipe = base.recipe
     gpus = f"{recipe.parallel.num_gpus:,} GPUs of {recipe.system.display_name}"
@@ -42,6 +43,7 @@ def search_view(result: SearchResult, base: Base, paths: Sequence[Path]) -> Rend
     ]
     if result.ranked:
         parts += [_table(result.ranked, "fastest that fit"), Text(why_text(result.ranked))]
+        parts += [Text(line, style="yellow") for line in beyond_lines(result.ranked, record)]
     else:
         parts.append(Text("nothing fits with margins for fragmentation, context and NCCL", style="yellow"))
     if result.close:
@@ -53,7 +55,17 @@ def search_view(result: SearchResult, base: Base, paths: Sequence[Path]) -> Rend
     return Group(*parts)
 
 
-def search_json(result: SearchResult, base: Base, paths: Sequence[Path]) -> dict[str, object]:
+def beyond_lines(ranked: Sequence[Found], record: Record) -> Iterator[str]:
+    """Where the shown layouts leave what was published, each statement once."""
+    beyond = dict.fromkeys(text for one in ranked for text in record.beyond(one.recipe))
+    if beyond:
+        yield (
+            f"beyond the record: {'; '.join(beyond)}; there the projection extrapolates, and --set holds a "
+            "layout to what has been run"
+        )
+
+
+def search_json(result: SearchResult, base: Base, record: Record, paths: Sequence[Path]) -> dict[str, object]:
     """The same for machines, with the units in the names."""
     recipe = base.recipe
     return {
@@ -75,7 +87,14 @@ def search_json(result: SearchResult, base: Base, paths: Sequence[Path]) -> dict
         "num_not_fitting": result.num_not_fitting,
         "num_simulated": result.num_simulated,
         "flops_counting": OUR_COUNTING,
-        "ranked": [_found_json(found) for found in result.ranked],
+        "ranked": [
+            {
+                **_found_json(found),
+                "num_variants": found.num_variants,
+                "beyond_record": list(record.beyond(found.recipe)),
+            }
+            for found in result.ranked
+        ],
         "why": why_text(result.ranked) if result.ranked else None,
         "too_close_to_say": [_found_json(found) for found in result.close],
         "pareto": [{"memory_fraction": share, **_found_json(found)} for share, found in result.front],
@@ -149,7 +168,7 @@ def recompute_text(recompute: Recompute) -> str:
 def _table(found: Sequence[Found], title: str) -> RenderableType:
     heading = ("tokens/s/GPU", "TFLOPs/GPU", "MFU", "step", "peak GiB")
     return Columns(
-        headings=(title, *heading, "MBS", "dispatcher", "EP overlap", "recompute", "layers"),
+        headings=(title, *heading, "MBS", "dispatcher", "EP overlap", "recompute", "variants", "layers"),
         rows=tuple(
             (
                 layout_label(one.recipe) or "one GPU per replica",
@@ -158,11 +177,12 @@ def _table(found: Sequence[Found], title: str) -> RenderableType:
                 " or ".join((one.layout.dispatcher, *one.like)) if one.recipe.model.moe is not None else "-",
                 "on" if one.layout.overlaps_experts else "off",
                 recompute_text(one.layout.recompute),
+                f"+{one.num_variants}" if one.num_variants else "-",
                 one.layout.split.layout or "even",
             )
             for one in found
         ),
-        right=frozenset((*heading, "MBS")),
+        right=frozenset((*heading, "MBS", "variants")),
         is_stacked=True,
     )
 

@@ -107,9 +107,12 @@ def _state_bytes(recipe: Recipe, params: RankParams) -> int:
 def _kept_bytes(recipe: Recipe) -> tuple[int, int, int, int]:
     """What one micro batch keeps of each kind until its backward pass.
 
-    Nothing where several layers are recomputed together, or some and not others: kinds do not add up there.
+    Nothing where several layers are recomputed together, or some layers and not others are recomputed or sent
+    to the host: kinds do not add up there.
     """
     model, recompute = recipe.model, recipe.recompute
+    if recipe.offload.num_activation_layers:
+        return 0, 0, 0, 0
     if recompute.granularity == "full" and (recompute.method == "block" or recompute.num_layers != 1):
         return 0, 0, 0, 0
     memory = ModelMemory(recipe)

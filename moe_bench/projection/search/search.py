@@ -7,7 +7,7 @@ among the fastest nor be the fastest under a memory ceiling.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -51,6 +51,8 @@ class Found:
     memory: MemoryFit
     like: tuple[Dispatcher, ...] = ()
     """Other dispatchers for which this very layout is projected to the same time and memory."""
+    num_variants: int = 0
+    """Slower ones of its group that were projected: other divisions of the layers, other recomputation."""
 
     @property
     def recipe(self) -> Recipe:
@@ -61,6 +63,16 @@ class Found:
     def peak_bytes(self) -> int:
         """What the fullest pipeline rank holds, without margins."""
         return peak_bytes(self.memory)
+
+    @property
+    def group(self) -> Hashable:
+        """The same for layouts that a reader takes for one: virtual stages, division of the layers and
+        recomputation left aside, dispatchers by what they send.
+        """
+        layout = self.layout
+        sends_once = layout.dispatcher not in ("alltoall", "allgather")
+        kept = layout.widths, layout.context, layout.micro_batch_size, layout.overlaps_experts, layout.expert
+        return (*kept, layout.split.pipeline, "flex" if sends_once else layout.dispatcher)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +94,7 @@ class SearchResult:
     num_simulated: int
     """Projected in full; dispatchers that price every operation and message alike count once."""
     ranked: tuple[Found, ...]
-    """The fastest that fit."""
+    """The fastest that fit, one of each group."""
     close: tuple[Found, ...]
     """Faster than the first of `ranked`, but too close to say whether they fit."""
     front: tuple[tuple[float, Found], ...]
@@ -109,7 +121,7 @@ class _Candidates:
 
 
 def search(space: Space, *, num_wanted: int, constants: Constants | None = None) -> SearchResult:
-    """The `num_wanted` fastest layouts that fit, and the front of memory and speed.
+    """The `num_wanted` fastest groups of layouts that fit, and the front of memory and speed.
 
     Raises BadInputError where no layout is legal, where none fits, and for a system without a GPU.
     """
@@ -143,8 +155,8 @@ def search(space: Space, *, num_wanted: int, constants: Constants | None = None)
         num_too_close=len(examined.close),
         num_not_fitting=examined.num_not_fitting,
         num_simulated=examined.num_simulated,
-        ranked=tuple(fitting[:num_wanted]),
-        close=tuple(one for one in close[:num_wanted] if one.projection.step_s < best_s),
+        ranked=_grouped(fitting)[:num_wanted],
+        close=tuple(one for one in _grouped(close)[:num_wanted] if one.projection.step_s < best_s),
         front=tuple(_front(fitting, examined.front)),
     )
 
@@ -197,11 +209,11 @@ class _Examined:
         )
         if fits is MemoryVerdict.FITS:
             self.fitting.append(found)
-            self.front.add(projection.step_s, found.peak_bytes)
+            self.front.add(projection.step_s, found.peak_bytes, group=found.group)
             self._best_s = min(self._best_s, projection.step_s)
         else:
             self.close.append(found)
-            self._close.add(projection.step_s, found.peak_bytes)
+            self._close.add(projection.step_s, found.peak_bytes, group=found.group)
 
     def _projection(self, recipe: Recipe, indices: tuple[int, ...]) -> Projection:
         """Of a layout, projected once for all dispatchers that price every operation and message alike."""
@@ -275,6 +287,14 @@ def _ordered(found: Sequence[Found]) -> list[Found]:
         else:
             distinct[key] = one
     return list(distinct.values())
+
+
+def _grouped(ordered: Sequence[Found]) -> tuple[Found, ...]:
+    """The first of each group, with how many others it has."""
+    groups: dict[Hashable, list[Found]] = {}
+    for one in ordered:
+        groups.setdefault(one.group, []).append(one)
+    return tuple(replace(first, num_variants=len(others)) for first, *others in groups.values())
 
 
 def _front(ordered: Sequence[Found], front: Front) -> Iterator[tuple[float, Found]]:

@@ -7,8 +7,8 @@ from moe_bench.projection.search.pareto import Front
 
 def front(*points: tuple[float, int], num_wanted: int = 2) -> Front:
     made = Front(usable_bytes=100, num_wanted=num_wanted, ceilings=(0.5, 1.0))
-    for step_s, num_bytes in points:
-        made.add(step_s, num_bytes)
+    for group, (step_s, num_bytes) in enumerate(points):
+        made.add(step_s, num_bytes, group=group)
     return made
 
 
@@ -20,8 +20,13 @@ def test_the_slowest_wanted_is_the_limit_of_what_fills_the_memory() -> None:
     assert front((1.0, 90), (3.0, 90), (2.0, 90)).limit_s(95) == 2.0
 
 
-def test_equal_times_count_once() -> None:
-    assert front((1.0, 90), (1.0, 80)).limit_s(95) == math.inf
+def test_of_a_group_the_fastest_counts_once() -> None:
+    made = front((1.0, 90))
+    made.add(2.0, 80, group=0)
+    assert made.limit_s(95) == math.inf
+    made.add(3.0, 80, group="another")
+    made.add(0.5, 80, group=0)
+    assert made.limit_s(95) == 3.0
 
 
 def test_what_is_lean_matters_longer_than_what_is_not() -> None:
