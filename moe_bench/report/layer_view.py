@@ -104,6 +104,7 @@ def layer_json(record: LayerRecord, predicted: Predicted, path: str | None) -> d
         "record": record.model_dump(mode="json"),
         "whole_s": record.whole.median_s,
         "parts_s": record.parts_s,
+        "graphed_s": None if record.graphed is None else record.graphed.median_s,
         "residual_fraction": record.residual_fraction,
         "marks": list(record.marks),
         "forward_flops_per_s": record.forward_flops_per_s,
@@ -270,6 +271,11 @@ def _facts(record: LayerRecord, lines: Sequence[PartLine]) -> Iterator[str]:
         yield (
             "published (arXiv:2512.14080, figure 14), forward/backward: SonicMoE {}, Megatron {} TFLOP/s"
         ).format(*_published(shape))
+    if record.graphed is not None and record.launch_fraction is not None:
+        yield (
+            f"captured as CUDA graphs: {_milli(record.graphed.median_s)} ms, "
+            f"{record.launch_fraction:.1%} of the layer less"
+        )
     if (held := record.held) is not None:
         yield (
             f"held for {held.held_for_s:g} s: {held.slowdown_fraction:+.1%} on a call in a burst "

@@ -95,6 +95,8 @@ class LayerRecord(Spec):
     start_sm_clock_hz: PositiveFloat | None = None
     end_sm_clock_hz: PositiveFloat | None = None
     held: HeldSamples | None = None
+    graphed: WholeSamples | None = None
+    """The whole, both passes captured as CUDA graphs and replayed; null where that was not asked for."""
     peers: LayerPeers | None = None
     """Other engines on the same weights and inputs; null where none were asked for."""
 
@@ -112,6 +114,11 @@ class LayerRecord(Spec):
     def marking_fraction(self) -> float:
         """What marking every part adds to a call."""
         return self.marked.median_s / self.whole.median_s - 1
+
+    @property
+    def launch_fraction(self) -> float | None:
+        """Of the whole, what a replay of the same kernels does not take; None where none was captured."""
+        return None if self.graphed is None else 1 - self.graphed.median_s / self.whole.median_s
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -65,6 +65,13 @@ def printed(view: RenderableType) -> str:
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
+def test_a_captured_layer_is_shown_beside_the_one_that_is_launched() -> None:
+    graphed = WholeSamples(forward_s=(0.0018,), backward_s=(0.00216,))
+    shown = printed(layer_view(record(graphed=graphed), {}))
+    assert "captured as CUDA graphs: 3.960 ms, 10.0% of the layer less" in shown
+    assert "CUDA graphs" not in printed(layer_view(record(), {}))
+
+
 def test_a_part_is_held_against_its_prediction_and_the_bytes_that_it_must_move() -> None:
     system = Loader(root=recipes_root()).system("h100_sxm")
     predicted = predicted_parts(record(), system)

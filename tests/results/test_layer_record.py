@@ -84,6 +84,12 @@ def test_rates_count_six_and_twelve_operations_per_row_and_weight() -> None:
     assert record.backward_flops_per_s == pytest.approx(12 * 1000 * 64 * 32 / 0.020)
 
 
+def test_a_graph_saves_what_its_replay_does_not_take() -> None:
+    assert layer_record().launch_fraction is None
+    graphed = WholeSamples(forward_s=(0.008,) * 4, backward_s=(0.019,) * 4)
+    assert layer_record(graphed=graphed).launch_fraction == pytest.approx(0.1)
+
+
 def test_holding_is_judged_by_its_second_half() -> None:
     held = HeldSamples(held_for_s=60.0, burst_s=(0.010, 0.010), held_s=(0.010, 0.010, 0.013, 0.013))
     assert held.slowdown_fraction == pytest.approx(0.3)

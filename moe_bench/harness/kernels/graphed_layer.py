@@ -55,6 +55,14 @@ def capture_obstacle(dispatcher: MoETokenDispatcher) -> str | None:
     return None
 
 
+def require_capture(layer: torch.nn.Module, *, cuda: Any = torch.cuda) -> None:
+    """Raise MissingRequirementError where `captured` is known to refuse this MoELayer of Megatron-Core."""
+    if not cuda.is_available():
+        raise MissingRequirementError(f"{_SUBJECT}: torch sees no GPU; there is nothing else to capture on")
+    if (obstacle := capture_obstacle(layer.token_dispatcher)) is not None:
+        raise MissingRequirementError(f"{_SUBJECT}: {obstacle}")
+
+
 def captured(layer: torch.nn.Module, x: Tensor, *, cuda: Any = torch.cuda) -> Callable[[Tensor], Tensor]:
     """A function that replays `layer` on inputs like `x`, and its backward pass in theirs.
 
@@ -70,11 +78,8 @@ def captured(layer: torch.nn.Module, x: Tensor, *, cuda: Any = torch.cuda) -> Ca
     Raises:
         MissingRequirementError: no GPU, or the host waits for the device inside the layer.
     """
-    if not cuda.is_available():
-        raise MissingRequirementError(f"{_SUBJECT}: torch sees no GPU; there is nothing else to capture on")
+    require_capture(layer, cuda=cuda)
     dispatcher = layer.token_dispatcher
-    if (obstacle := capture_obstacle(dispatcher)) is not None:
-        raise MissingRequirementError(f"{_SUBJECT}: {obstacle}")
     if dispatcher.drop_and_pad:
         dispatcher.preprocess = partial(_counts_on_device, dispatcher, dispatcher.preprocess)
     alone = _Output(layer)

@@ -14,8 +14,15 @@ from moe_bench.errors import MeasurementError, MissingRequirementError
 from moe_bench.harness import device_facts, sanity
 from moe_bench.harness.calibrate.gemm import dense_call
 from moe_bench.harness.calibrate.memory import memory_call
+from moe_bench.harness.kernels.graphed_layer import require_capture
 from moe_bench.harness.layer.inputs import LayerInputs, routed_inputs
-from moe_bench.harness.layer.measure import LayerCall, held_samples, marked_samples, whole_samples
+from moe_bench.harness.layer.measure import (
+    LayerCall,
+    graphed_samples,
+    held_samples,
+    marked_samples,
+    whole_samples,
+)
 from moe_bench.harness.layer.megatron import (
     MegatronEngine,
     engine_for,
@@ -83,6 +90,8 @@ class Asked:
     suite: str | None = None
     held_for_s: float | None = None
     """How long to run the layer without a pause; None not to."""
+    is_graphed: bool = False
+    """Whether to time the layer captured as CUDA graphs as well."""
     peers: tuple[str, ...] | None = None
     """Engines to compare with, by name; empty for all, None for no comparison."""
 
@@ -153,6 +162,7 @@ def measure_layer(
         start_sm_clock_hz=start_hz,
         end_sm_clock_hz=bench.sm_clock_hz(),
         held=found.held,
+        graphed=found.graphed,
         peers=beside,
     )
 
@@ -169,6 +179,7 @@ class _Found:
     parts: tuple[PartSamples, ...]
     peak_bytes: int | None
     held: HeldSamples | None
+    graphed: WholeSamples | None
 
 
 def _built_and_timed(case: LayerCase, engine: MegatronEngine, bench: Bench, asked: Asked) -> _Found:
@@ -177,6 +188,8 @@ def _built_and_timed(case: LayerCase, engine: MegatronEngine, bench: Bench, aske
     before_bytes = torch.cuda.memory_allocated() if bench.device == "cuda" else 0
     with engine.build(case, weights, device=bench.device) as built:
         layer = expert_layer(built)
+        if asked.is_graphed:
+            require_capture(layer)
         call = LayerCall(built, inputs)
         _require_routing(case, layer, call)
         whole = whole_samples(call, bench.clock)
@@ -199,6 +212,7 @@ def _built_and_timed(case: LayerCase, engine: MegatronEngine, bench: Bench, aske
             parts=parts,
             peak_bytes=peak_bytes,
             held=held,
+            graphed=graphed_samples(call, layer, bench.clock) if asked.is_graphed else None,
         )
 
 

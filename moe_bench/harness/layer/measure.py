@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from moe_bench.harness.kernels.graphed_layer import captured
 from moe_bench.harness.layer.engine import BuiltLayer
 from moe_bench.harness.layer.inputs import LayerInputs
 from moe_bench.harness.layer.parts import PartClock
@@ -68,6 +71,16 @@ def marked_samples(
             calls.append(_timed(call, clock))
             seconds.append(parts.seconds())
     return _samples(calls, clock), _part_samples(seconds)
+
+
+def graphed_samples(call: LayerCall, layer: MoELayer, clock: DeviceClock) -> WholeSamples:
+    """`whole_samples` of the layer captured as CUDA graphs. The layer stays changed: measure it last.
+
+    Raises MissingRequirementError where it cannot be captured.
+    """
+    replay = captured(layer, call.inputs.x.detach().unsqueeze(1).requires_grad_())
+    built = replace(call.built, forward=lambda x: replay(x.unsqueeze(1)).squeeze(1))
+    return whole_samples(replace(call, built=built), clock)
 
 
 def held_samples(
