@@ -61,6 +61,14 @@ def test_a_folded_layer_is_compared_and_a_sweep_is_drawn(tmp_path: Path) -> None
     assert picture.stat().st_size > 0
 
 
+def test_a_graph_is_asked_of_a_gpu_and_refused_before_anything_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layer", "qwen3_30b_a3b", "--tiny", "--graph", "--out", str(tmp_path)]) == 3
+    assert "a CUDA graph of the MoE layer: torch sees no GPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_real_sizes_without_a_gpu_stop_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["layer", "deepseek_v3"]) == 3
     assert "--tiny" in capsys.readouterr().err

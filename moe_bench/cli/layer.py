@@ -101,6 +101,7 @@ PlotArgument = Annotated[
 HeldArgument = Annotated[
     float | None, typer.Option("--held-seconds", min=0.1, help="Also without a pause for so long.")
 ]
+GraphArgument = Annotated[bool, typer.Option("--graph", help="Also captured as CUDA graphs; needs a GPU.")]
 PeersArgument = Annotated[
     str | None,
     typer.Option("--peers", metavar="all|NAME,...", help="Also other engines, same weights and inputs."),
@@ -122,6 +123,7 @@ def layer(
     sweep: SweepArgument = False,
     plot: PlotArgument = None,
     held_seconds: HeldArgument = None,
+    graph: GraphArgument = False,
     peers: PeersArgument = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes, without a GPU on the CPU.")] = False,
     changes: SetOption = None,
@@ -146,6 +148,7 @@ def layer(
         is_sweep=sweep,
         is_tiny=tiny,
         held_for_s=held_seconds,
+        is_graphed=graph,
         peers=None if peers is None else tuple(name for name in peers.split(",") if name != "all"),
     )
     written = list(_measured(chosen, system, out or results_root()))
@@ -186,6 +189,7 @@ class _Chosen:
     is_sweep: bool
     is_tiny: bool
     held_for_s: float | None
+    is_graphed: bool
     peers: tuple[str, ...] | None
 
 
@@ -260,6 +264,7 @@ def _measured(chosen: _Chosen, system: SystemSpec, root: Path) -> Iterator[tuple
                 differences=one.differences,
                 suite=chosen.suite,
                 held_for_s=chosen.held_for_s,
+                is_graphed=chosen.is_graphed,
                 peers=chosen.peers,
             )
             engines = harness.engines_of(
