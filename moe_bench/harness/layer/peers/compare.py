@@ -184,11 +184,18 @@ def _time(task: _Task, entrant: _Entrant, clock: DeviceClock, layer: BuiltLayer)
 
 
 def _peak_bytes(call: LayerCall, layer: BuiltLayer) -> int:
-    layer.clear_gradients()
-    before = torch.cuda.memory_allocated()
+    call.drop_gradients()
+    before = torch.cuda.memory_allocated() - _held_gradient_bytes(layer)
     torch.cuda.reset_peak_memory_stats()
     call()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _held_gradient_bytes(layer: BuiltLayer) -> int:
+    """Of gradients that kernels add to, and that therefore stand all the time."""
+    parameters = () if layer.module is None else layer.module.parameters()
+    held = (getattr(parameter, "main_grad", None) for parameter in parameters)
+    return sum(gradient.nbytes for gradient in held if gradient is not None)
 
 
 def _version(package: str) -> str | None:

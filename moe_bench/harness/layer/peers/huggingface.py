@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -72,10 +71,10 @@ class HuggingFace:
             raise MissingRequirementError(f"{self.name}: {reason}")
         del device  # where the weights are
         folder = f"transformers.models.{self.block.model}"
-        config_class = getattr(
-            import_module(f"{folder}.configuration_{self.block.model}"), self.block.config_class
-        )
-        block_class = getattr(import_module(f"{folder}.modeling_{self.block.model}"), self.block.block_class)
+        configuration = obstacles.imported(f"{folder}.configuration_{self.block.model}")
+        modeling = obstacles.imported(f"{folder}.modeling_{self.block.model}")
+        config_class = getattr(configuration, self.block.config_class)
+        block_class = getattr(modeling, self.block.block_class)
         config = config_class(experts_implementation=self.implementation, **self.block.config(case))
         with torch.device("meta"):
             block = block_class(config)

@@ -1,4 +1,4 @@
-"""Which layers transformers' blocks take, at the sizes of the published models, and GPT-OSS' order of rows."""
+"""Which layers the blocks of transformers take, at published sizes too, and the order of GPT-OSS' rows."""
 
 from importlib.util import find_spec
 
