@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import RUN, app
-from moe_bench.cli.calibrate import gpu_here, system_of_gpu
+from moe_bench.cli.calibrate import gpu_here, system_for_plan, system_of_gpu
 from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.spec.catalogue import data_root, find_recipe
@@ -126,6 +126,9 @@ def layer(
     graph: GraphArgument = False,
     peers: PeersArgument = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes, without a GPU on the CPU.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what is projected of each layer; no GPU, no torch.")
+    ] = False,
     changes: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
     as_json: JsonOption = False,
@@ -136,7 +139,6 @@ def layer(
     if plot is not None and not sweep:
         raise BadInputError("--plot draws a sweep; add --sweep, or drop it")
     loader = make_loader()
-    system = _system(loader, is_tiny=tiny)
     found = _layers(recipe, loader, tokens=tokens, tiny=tiny, changes=changes)
     chosen = _Chosen(
         layers=tuple(
@@ -151,12 +153,24 @@ def layer(
         is_graphed=graph,
         peers=None if peers is None else tuple(name for name in peers.split(",") if name != "all"),
     )
+    if plan:
+        _print_plan(chosen, loader, as_json=as_json)
+        return
+    system = _system(loader, is_tiny=tiny)
     written = list(_measured(chosen, system, out or results_root()))
     _show(written, chosen, system, as_json=as_json)
     if plot is not None:
         from moe_bench.report.layer_plot import write_sweep_plot
 
         write_sweep_plot([record for _, record in written], plot)
+
+
+def _print_plan(chosen: _Chosen, loader: Loader, *, as_json: bool) -> None:
+    from moe_bench.report.layer_plan_view import layer_plan_json, layer_plan_view, planned_layers
+
+    system = system_for_plan(None, loader)
+    planned = planned_layers([one.case for one in chosen.layers], system)
+    print_view(layer_plan_view(planned, system), layer_plan_json(planned), as_json)
 
 
 def _system(loader: Loader, *, is_tiny: bool) -> SystemSpec:

@@ -14,7 +14,7 @@ from moe_bench.projection.isolated_layer import isolated_parts
 from moe_bench.report.columns import Columns
 from moe_bench.report.layer_peers_view import layer_peers_json, layer_peers_view
 from moe_bench.results.layer_record import PASSES, LayerRecord
-from moe_bench.results.sonicmoe import SonicShape, sonic_shape
+from moe_bench.results.sonicmoe import sonic_shape
 from moe_bench.spec.derive_layer import layer_recipe
 from moe_bench.spec.system import SystemSpec
 
@@ -24,6 +24,7 @@ PRODUCTS = ("fc1", "fc2")
 _MILLI, _TERA = 1e-3, 1e12
 _NONE = "-"
 _PERMUTATION = "permute and unpermute"
+PUBLISHED_NOTE = "SonicMoE, Megatron: forward/backward TFLOP/s, read off figure 14 of arXiv:2512.14080, +-5"
 
 Predicted = Mapping[tuple[str, str], float]
 """Seconds by part and pass, as `isolated_parts` names them."""
@@ -145,7 +146,7 @@ def suite_view(records: Sequence[LayerRecord]) -> RenderableType:
             record.engine,
             _tera(record.forward_flops_per_s),
             _tera(record.backward_flops_per_s),
-            *_published(sonic_shape(record.case.name)),
+            *(published_rates(record.case.name) or (_NONE, _NONE)),
             f"{record.residual_fraction:+.1%}",
             str(len(record.marks)),
         )
@@ -154,7 +155,7 @@ def suite_view(records: Sequence[LayerRecord]) -> RenderableType:
     return Group(
         Columns(headings=headings, rows=rows, right=frozenset(headings[2:])),
         Text(),
-        Text("SonicMoE, Megatron: forward/backward as read off figure 14 of arXiv:2512.14080, +-5 TFLOP/s"),
+        Text(PUBLISHED_NOTE),
     )
 
 
@@ -194,6 +195,17 @@ def imbalance_ratio(record: LayerRecord) -> float:
 def experts_s(record: LayerRecord) -> float:
     """Products and activation of the routed experts, both passes."""
     return sum(part.median_s for part in record.parts if part.part in (*PRODUCTS, "activation", "experts"))
+
+
+def published_rates(name: str) -> tuple[str, str] | None:
+    """SonicMoE's and Megatron's published TFLOP/s of the layer of this name, forward/backward, if any."""
+    if (shape := sonic_shape(name)) is None:
+        return None
+    first, second = (
+        f"{rate.forward_flops_per_s / _TERA:.0f}/{rate.backward_flops_per_s / _TERA:.0f}"
+        for rate in (shape.sonicmoe, shape.megatron)
+    )
+    return first, second
 
 
 def _row(line: PartLine) -> tuple[str, ...]:
@@ -267,10 +279,9 @@ def _facts(record: LayerRecord, lines: Sequence[PartLine]) -> Iterator[str]:
     )
     moved = sum(line.share_fraction for line in lines if line.part in MOVED)
     yield f"router, permute and unpermute together: {moved:.1%} of the layer"
-    if (shape := sonic_shape(record.case.name)) is not None:
-        yield (
-            "published (arXiv:2512.14080, figure 14), forward/backward: SonicMoE {}, Megatron {} TFLOP/s"
-        ).format(*_published(shape))
+    if (there := published_rates(record.case.name)) is not None:
+        yield f"published for this layer: SonicMoE {there[0]}, Megatron {there[1]} TFLOP/s"
+        yield PUBLISHED_NOTE
     if record.graphed is not None and record.launch_fraction is not None:
         yield (
             f"captured as CUDA graphs: {_milli(record.graphed.median_s)} ms, "
@@ -283,16 +294,6 @@ def _facts(record: LayerRecord, lines: Sequence[PartLine]) -> Iterator[str]:
         )
     yield from (f"not split: {what}: {why}" for what, why in record.unreachable.items())
     yield from record.differences
-
-
-def _published(shape: SonicShape | None) -> tuple[str, str]:
-    if shape is None:
-        return _NONE, _NONE
-    both = (shape.sonicmoe, shape.megatron)
-    first, second = (
-        f"{rate.forward_flops_per_s / _TERA:.0f}/{rate.backward_flops_per_s / _TERA:.0f}" for rate in both
-    )
-    return first, second
 
 
 def _floors_s(record: LayerRecord) -> dict[str, float]:

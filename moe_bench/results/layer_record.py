@@ -64,6 +64,16 @@ class HeldSamples(Spec):
         return statistics.median(late) / statistics.median(self.burst_s) - 1
 
 
+def gated_flops(case: LayerCase, *, num_rows: int) -> int:
+    """Forward operations of routed experts that get `num_rows` rows: 6 R d n, or 4 R d n without a gate.
+
+    Two per weight and row, for gate, linear part and second projection (arXiv:2512.14080 counts T K = R).
+    Router, shared experts and activation are left out; backward is twice that.
+    """
+    num_products = 3 if case.activation.is_gated else 2
+    return 2 * num_products * num_rows * case.hidden_size * case.moe.expert_ffn_hidden_size
+
+
 class LayerRecord(Spec):
     """One case on one engine, on one GPU or without one, written once."""
 
@@ -137,11 +147,8 @@ class LayerRecord(Spec):
 
     @property
     def forward_flops(self) -> int:
-        """Of the routed experts' products: 6 T K d n gated, 4 T K d n without a gate (arXiv:2512.14080)."""
-        moe = self.case.moe
-        num_products = 3 if self.case.activation.is_gated else 2
-        rows = sum(self.local_tokens_per_expert)
-        return 2 * num_products * rows * self.case.hidden_size * moe.expert_ffn_hidden_size
+        """Of the routed experts' products."""
+        return gated_flops(self.case, num_rows=sum(self.local_tokens_per_expert))
 
     @property
     def backward_flops(self) -> int:

@@ -10,7 +10,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.isolated_layer import isolated_layer, isolated_parts
 from moe_bench.results.published import PublishedRow, load_rows
-from moe_bench.results.sonicmoe import SHAPES
+from moe_bench.results.sonicmoe import SHAPES, SonicShape
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
 from moe_bench.spec.derive_layer import layer_recipe
 from moe_bench.spec.load import Loader
@@ -91,3 +91,18 @@ def test_a_rank_with_twice_the_load_has_twice_the_rows_in_its_products() -> None
     even, twice = (isolated_parts(recipe, load=load) for load in (1.0, 2.0))
     assert twice["fc1", "forward"] / even["fc1", "forward"] == pytest.approx(2, rel=0.1)
     assert twice["router", "forward"] == even["router", "forward"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_the_forward_pass_of_sonicmoes_layers_is_near_what_they_measured_of_megatron(
+    shape: SonicShape,
+) -> None:
+    parts = isolated_parts(layer_recipe(shape.case(), LOADER.system("h100_sxm")), load=1.0)
+    forward_s = sum(seconds for (_, in_pass), seconds in parts.items() if in_pass == "forward")
+    rows, hidden, ffn = (
+        shape.num_tokens * shape.top_k,
+        shape.hidden_size,
+        shape.expert_ffn_hidden_size,
+    )
+    projected_ratio = 6 * rows * hidden * ffn / forward_s / shape.megatron.forward_flops_per_s
+    assert 0.8 < projected_ratio < 1.3
