@@ -93,7 +93,8 @@ class LayerRecord(Spec):
     whole: WholeSamples
     marked: WholeSamples
     """Calls in which every part was marked; what they take longer is the cost of marking."""
-    parts: tuple[PartSamples, ...]
+    parts: tuple[PartSamples, ...] = Field(min_length=1)
+    """In order of first appearance; sample n of each is of the same call."""
     unreachable: dict[str, str] = Field(default_factory=dict)
     """Parts that exist and could not be told apart, each with the reason."""
     peak_memory_bytes: NonNegativeInt | None = None
@@ -112,8 +113,11 @@ class LayerRecord(Spec):
 
     @property
     def parts_s(self) -> float:
-        """Medians of all parts together."""
-        return sum(part.median_s for part in self.parts)
+        """What all parts of a call take together, the median over calls; not the sum of their medians, which
+        is smaller where now one part and now another is late.
+        """
+        calls = zip(*(part.samples_s for part in self.parts), strict=True)
+        return statistics.median(map(sum, calls))
 
     @property
     def residual_fraction(self) -> float:
