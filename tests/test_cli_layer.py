@@ -82,6 +82,7 @@ def test_real_sizes_without_a_gpu_stop_with_the_reason(capsys: pytest.CaptureFix
         (["deepseek_v3", "--plot", "x.svg"], "add --sweep"),
         (["deepseek_v3", "--tiny", "--routing", "power_law:steep"], "unknown; write balanced"),
         (["deepseek_v3", "--tiny", "--routing", "missing.json"], "No such file"),
+        (["deepseek_v3", "--tiny", "--peers", "textbook,tutel"], "peer tutel: no such engine; known are"),
     ],
 )
 def test_what_cannot_be_used_as_written_is_named(

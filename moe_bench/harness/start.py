@@ -57,6 +57,11 @@ def load_layer() -> ModuleType:
     return _loaded("moe_bench.harness.layer.bench")
 
 
+def load_layer_peers() -> ModuleType:
+    """`moe_bench.harness.layer.peers.registry`, imported quietly; other people's packages are not."""
+    return _loaded("moe_bench.harness.layer.peers.registry")
+
+
 def _loaded(name: str) -> ModuleType:
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level

@@ -23,8 +23,8 @@ WITHOUT_LOOP = {"gpt_oss_20b", "gpt_oss_120b"}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _megatron_on_a_host() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def megatron_on_a_host() -> Iterator[None]:
     with bench_here(host(), is_tiny=True):
         yield
 
@@ -47,6 +47,7 @@ def test_every_shipped_model_is_asked_for() -> None:
     assert BLOCKS.keys() == {path.parent.name for path in recipes_root().glob("*/model.yaml")}
 
 
+@pytest.mark.usefixtures("megatron_on_a_host")
 @pytest.mark.parametrize("model", BLOCKS)
 def test_all_engines_compute_the_layer_of_a_shipped_model(model: str) -> None:
     worst = worst_fractions(small_case(model), all_engines(host()))
@@ -61,6 +62,7 @@ def test_all_engines_compute_the_layer_of_a_shipped_model(model: str) -> None:
     assert {name: fraction for name, fraction in worst.items() if fraction > 1e-5} == {}
 
 
+@pytest.mark.usefixtures("megatron_on_a_host")
 @pytest.mark.parametrize("model", ["deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b"])
 def test_in_bf16_they_agree_as_far_as_bf16_can_tell(model: str) -> None:
     case = small_case(model, precision="bf16", init_std=0.1)
