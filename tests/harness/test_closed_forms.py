@@ -20,7 +20,16 @@ from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.derive_dryrun import dryrun_plan
 from moe_bench.spec.load import Loader
 from moe_bench.spec.parallel import ParallelSpec
-from moe_bench.spec.recipe import DispatchSpec, OptimizerSpec, Overlap, Recipe, Recompute, Routing, TokenDrop
+from moe_bench.spec.recipe import (
+    DispatchSpec,
+    KernelSpec,
+    OptimizerSpec,
+    Overlap,
+    Recipe,
+    Recompute,
+    Routing,
+    TokenDrop,
+)
 from moe_bench.spec.scale import smoke_plan
 from tests.harness.meta_builds import first_rank_of
 
@@ -138,6 +147,12 @@ CASES: Mapping[str, Recipe] = {
         {**SPLIT, "num_gpus": 8, "expert": 2, "expert_tensor": 2},
         precision="fp8_rowwise",
         recompute=selective("moe"),
+    ),
+    "tokens gathered by the experts": toy(
+        "qwen3_30b_a3b", {"num_gpus": 2}, kernels=KernelSpec(family="quack")
+    ),
+    "tokens gathered where they arrived, shared experts": toy(
+        "deepseek_v3", {**SPLIT, "num_gpus": 4, "expert": 2}, kernels=KernelSpec(family="quack")
     ),
     "gradients all-reduced": toy("mixtral_8x7b", {"num_gpus": 4, "expert": 2, "data_sharding": "none"}),
     "whole-vector norms over TP2": toy("olmoe_1b_7b", {**SPLIT, "num_gpus": 4, "expert": 2}),
