@@ -27,9 +27,16 @@ def token_counts(recipe: Recipe) -> TokenCounts:
 
 def multiplies_experts_row_wise(recipe: Recipe) -> bool:
     """Whether outputs and input gradients of the routed experts, and nothing else, are products in FP8, whose
-    factors are quantized where they are used (harness/kernels/fp8_grouped.py).
+    factors are quantized for them (harness/kernels/fp8_grouped.py).
     """
     return recipe.precision == "fp8_rowwise"
+
+
+def keeps_experts_row_wise(recipe: Recipe) -> bool:
+    """Whether the FP8 copies of these experts' weights stay over a step; Megatron-FSDP's weights do not stay
+    themselves, and are quantized at every use.
+    """
+    return multiplies_experts_row_wise(recipe) and recipe.parallel.data_sharding != "megatron_fsdp"
 
 
 def activation_element_bytes(recipe: Recipe) -> int:

@@ -8,7 +8,7 @@ part ends.
 
 from __future__ import annotations
 
-from moe_bench.analysis.activations import multiplies_experts_row_wise
+from moe_bench.analysis.activations import keeps_experts_row_wise, multiplies_experts_row_wise
 from moe_bench.analysis.gathered_memory import GatheredProducts
 from moe_bench.analysis.layer_sizes import FP32_BYTES, ExpertSizes, LayerSizes, Weight, expert_sizes
 from moe_bench.analysis.live_tensors import LiveTensors, Made
@@ -123,9 +123,9 @@ class ExpertHalf:
         live.make("routing_map", rows.scores_bytes // FP32_BYTES)
         live.make("scores", rows.scores_bytes)
         live.make("probs", rows.scores_bytes)
-        if rows.has_aux_loss:
+        if rows.has_aux_loss and not rows.shares_logits:
             live.make("aux_scores", rows.scores_bytes)
-        if rows.has_z_loss:
+        if rows.has_z_loss and not rows.shares_logits:
             live.make("logits", rows.scores_bytes)
         live.make("row_map", rows.row_map_bytes)
 
@@ -211,14 +211,15 @@ class ExpertHalf:
 
 
 class _QuantizedFactors:
-    """FP8 copies of tokens and weights around one product, with an FP32 scale for each row; nothing in BF16.
+    """FP8 copies around one product, with an FP32 scale for each row; nothing in BF16.
 
-    Forward R' (in + 4) + E out (in + 4); for the input's gradient R' (out + 4) + E in (out + 4).
+    Of tokens, forward R' (in + 4) and for the input's gradient R' (out + 4); of weights, where they are not
+    kept over the step (memory.py), E out (in + 4) and E in (out + 4).
     """
 
     def __init__(self, recipe: Recipe, rows: ExpertSizes, weight: Weight) -> None:
         out_features, in_features = weight
-        num_experts = rows.num_local_experts
+        num_experts = 0 if keeps_experts_row_wise(recipe) else rows.num_local_experts
         is_quantized = multiplies_experts_row_wise(recipe)
         of_inputs, of_outputs = (is_quantized * (width + FP32_BYTES) for width in (in_features, out_features))
         self.forward_bytes = (rows.expert_rows + num_experts * out_features) * of_inputs

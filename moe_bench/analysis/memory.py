@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_bench.analysis.activations import activation_element_bytes
+from moe_bench.analysis.activations import activation_element_bytes, keeps_experts_row_wise
 from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.fsdp_memory import fsdp_in_flight
 from moe_bench.analysis.outside_memory import outside_bytes
@@ -274,6 +274,8 @@ def _quantized_bytes(recipe: Recipe, pipeline_rank: int) -> int:
     pytorch/utils.py, is_non_tn_fp8_gemm_supported). Megatron-FSDP keeps its shard, and quantizes what it
     gathers layer by layer.
     """
+    if keeps_experts_row_wise(recipe):
+        return _row_wise_bytes(recipe, pipeline_rank)
     if recipe.precision not in _QUANTIZED_COPY_BYTES:
         return 0
     parallel = recipe.parallel
@@ -287,6 +289,21 @@ def _quantized_bytes(recipe: Recipe, pipeline_rank: int) -> int:
         elif part in _QUANTIZED_PARTS:
             num_weights += weights.on_rank(shards=parallel.tensor) // dense_shards
     return round(num_weights * _copy_bytes(recipe))
+
+
+def _row_wise_bytes(recipe: Recipe, pipeline_rank: int) -> int:
+    """Of each weight of the routed experts two bytes, and an FP32 scale for each row of both copies:
+    2 P + 4 E (out + in) per product (harness/kernels/fp8_grouped.py).
+    """
+    model, parallel = recipe.model, recipe.parallel
+    weights = rank_weights(recipe, pipeline_rank).get(Part.ROUTED_EXPERTS)
+    if model.moe is None or weights is None:
+        return 0
+    num_weights = weights.on_rank(shards=parallel.expert_tensor) // parallel.expert
+    halves, ffn = 1 + model.activation.is_gated, model.moe.expert_ffn_hidden_size // parallel.expert_tensor
+    per_expert = (1 + halves) * ffn * model.expert_hidden_size
+    rows = 2 * model.expert_hidden_size + (1 + halves) * ffn
+    return 2 * num_weights + 4 * rows * (num_weights // per_expert)
 
 
 def _copy_bytes(recipe: Recipe) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -147,6 +147,10 @@ def training(
     optimizer = _optimizer(
         arguments, list(wrapped), has_fused_adam=settings.kernel_family == "transformer_engine"
     )
+    if settings.experts_are_fp8:
+        from moe_bench.harness.kernels.fp8_grouped import forget_after_steps  # imports Triton
+
+        forget_after_steps(torch_optimizers(optimizer), wrapped)
     _connect(config, ddp_config, wrapped, optimizer)
     return Training(config=config, chunks=wrapped, optimizer=optimizer)
 
@@ -193,6 +197,13 @@ def _optimizer(arguments: MegatronArguments, chunks: list[torch.nn.Module], *, h
         exp_avg_dtype=options["exp_avg_dtype"],
         exp_avg_sq_dtype=options["exp_avg_sq_dtype"],
     )
+
+
+def torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """The optimizers inside Megatron-Core's, one for each that it chains and that has parameters here."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:
+            yield part.optimizer
 
 
 def _connect(

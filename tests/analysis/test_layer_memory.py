@@ -8,6 +8,7 @@ from moe_bench.analysis.expert_memory import GroupedProducts
 from moe_bench.analysis.layer_memory import LayerMemory, LayerWalk
 from moe_bench.analysis.layer_sizes import expert_sizes, layer_sizes
 from moe_bench.analysis.live_tensors import LiveTensors
+from moe_bench.analysis.memory import rank_memory
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import (
@@ -140,8 +141,19 @@ def test_fp8_with_a_scale_per_row_holds_copies_of_the_factors_while_it_multiplie
         live.make("expert_input", 2 * 8192 * 4096)
         GroupedProducts(recipe, sizes, expert_sizes(recipe, moe, sizes)).forward(live, is_saved=True)
         peaks.append(live.peak.total_bytes)
-    # the second product is the fullest: 8,192 rows of 14,336 and as many of 4,096 weights, FP32 scales
-    assert peaks[1] - peaks[0] == (8192 + 4096) * (14_336 + 4)
+    # the second product is the fullest: 8,192 rows of 14,336 with FP32 scales
+    assert peaks[1] - peaks[0] == 8192 * (14_336 + 4)
+
+
+def test_fp8_copies_of_the_experts_weights_stay_over_a_step(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    parallel = ParallelSpec(num_gpus=8, expert=8)
+    plain = make_recipe(models["mixtral_8x7b"], parallel, kernels=KernelSpec(family="torch_native"))
+    rowwise = plain.model_copy(update={"precision": "fp8_rowwise"})
+    more = rank_memory(rowwise, 0).weights_bytes - rank_memory(plain, 0).weights_bytes
+    # 32 layers of one expert: its weights twice, and scales of 28,672 + 4,096 and 4,096 + 14,336 rows
+    assert more == 32 * (2 * 3 * 4096 * 14_336 + 4 * (28_672 + 4096 + 4096 + 14_336))
 
 
 def test_recomputing_the_experts_keeps_their_input_alone(

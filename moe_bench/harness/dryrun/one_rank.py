@@ -17,6 +17,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from torch.distributed.tensor import DTensor
 
+from moe_bench.analysis.activations import multiplies_experts_row_wise
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
@@ -223,6 +224,16 @@ def _optimizer_states(built: Training) -> Iterator[torch.Tensor]:
                     yield tensor
 
 
+def _quantize_weights(recipe: Recipe, built: Training) -> None:
+    """Make the FP8 copies that experts keep over a step, which the first micro batch makes on a GPU."""
+    if not multiplies_experts_row_wise(recipe):
+        return
+    from moe_bench.harness.kernels.fp8_grouped import quantized_stacks  # imports Triton
+
+    for stack, products in quantized_stacks(built.chunks):
+        products.keep_weights(stack.weights[0])
+
+
 def _stepped(
     recipe: Recipe, rank: int, built: Training, watch: Watch, used: tuple[StandIn, ...], *, num_run: int
 ) -> RankDryRun:
@@ -232,6 +243,8 @@ def _stepped(
     account.num_calls.clear()
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     shapes = known_shapes(recipe, pipeline_rank=pipeline_rank, num_micro_batches=num_run)
+    with account.holding(Category.WEIGHTS):
+        _quantize_weights(recipe, built)
     with account.holding(Category.INPUTS):
         # a step holds the tokens of all its micro batches
         all_batches = micro_batches_without_data(recipe)

@@ -241,7 +241,8 @@ class GroupedExperts(MegatronModule):
             init_method=config.output_layer_init_method,
             groups=groups,
         )
-        self.linear_fc1.products = self.linear_fc2.products = products
+        for stack in (self.linear_fc1, self.linear_fc2):
+            stack.products = products.of_stack(are_apart=are_apart)
         self.implementation = products.implementation
 
     def forward(

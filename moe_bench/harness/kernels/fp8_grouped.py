@@ -17,10 +17,13 @@ quantized again along the tokens and transposed, groups padded to 16 rows, and n
 asserts both on the device (GroupMMCommon.cuh, "CUTLASS cannot handle delta=0 here"), and an expert without
 tokens is ordinary. torchao keeps it in BF16 in its recipe `rowwise_with_gw_hp` (torchao/float8/config.py).
 
-Weights are quantized whenever they are used and not kept: 3 bytes per weight forward, 5 backward.
+Weights are quantized once per optimizer step, when its first micro batch uses them, and both copies are kept:
+2 bytes per weight. Under Megatron-FSDP, whose whole weights come and go, every use quantizes them again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,6 +41,16 @@ class RowwiseFp8Products:
 
     implementation = "torch:scaled_grouped_mm:rowwise"
 
+    def __init__(self, *, keeps_weights: bool = False) -> None:
+        """`keeps_weights`: of the one stack that these products are of, until `forget_weights`."""
+        self._keeps_weights = keeps_weights
+        self._rows: Quantized | None = None
+        self._columns: Quantized | None = None
+
+    def of_stack(self, *, are_apart: bool) -> RowwiseFp8Products:
+        """New ones, which keep the FP8 copies of a stack that stays where it is."""
+        return RowwiseFp8Products(keeps_weights=not are_apart)
+
     def check_widths(self, *, dtype: torch.dtype, **widths: int) -> None:
         """Raise MissingRequirementError for other types than BF16, and widths that are no multiple of 16."""
         if dtype != torch.bfloat16:
@@ -50,11 +63,49 @@ class RowwiseFp8Products:
 
     def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """x [tokens, in] and weight [experts, out, in], BF16, to [tokens, out]."""
-        return _product(quantize_rows(x), quantize_rows(weight), offsets, is_fast=True)
+        rows = self._rows or quantize_rows(weight)
+        self._rows = rows if self._keeps_weights else None
+        return _product(quantize_rows(x), rows, offsets, is_fast=True)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """grad [tokens, out] and weight [experts, out, in], BF16, to [tokens, in]."""
-        return _product(quantize_rows(grad), quantize_columns(weight), offsets, is_fast=False)
+        columns = self._columns or quantize_columns(weight)
+        self._columns = columns if self._keeps_weights else None
+        return _product(quantize_rows(grad), columns, offsets, is_fast=False)
+
+    def keep_weights(self, weight: Tensor) -> None:
+        """Quantize a stack [experts, out, in] before it is used; nothing where copies are not kept."""
+        if self._keeps_weights:
+            self._rows, self._columns = quantize_rows(weight), quantize_columns(weight)
+
+    def forget_weights(self) -> None:
+        """The stack has changed: quantize it again when it is used next."""
+        self._rows = self._columns = None
+
+
+def quantized_stacks(
+    chunks: Iterable[torch.nn.Module],
+) -> Iterator[tuple[torch.nn.Module, RowwiseFp8Products]]:
+    """The stacks of expert weights in model chunks whose products are in FP8, with these."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            products = getattr(module, "products", None)
+            if isinstance(products, RowwiseFp8Products):
+                yield module, products
+
+
+def forget_after_steps(
+    optimizers: Iterable[torch.optim.Optimizer], chunks: Iterable[torch.nn.Module]
+) -> None:
+    """Let every step of `optimizers` end the life of the FP8 copies in `chunks`."""
+    kept = [products for _, products in quantized_stacks(chunks)]
+
+    def forget(*step: object) -> None:
+        for products in kept:
+            products.forget_weights()
+
+    for optimizer in optimizers:
+        optimizer.register_step_post_hook(forget)
 
 
 def _product(rows: Quantized, weight: Quantized, offsets: Tensor, *, is_fast: bool) -> Tensor:

@@ -5,7 +5,7 @@ the host would have to read off the device inside the layer rules a capture out 
 
 | dispatcher | captured |
 |---|---|
-| all-to-all, every token kept | on one rank, but for Megatron-Core's own permutation, which reads the counts |
+| all-to-all, every token kept | one rank; not with Megatron-Core's own permutation, which reads the counts |
 | all-to-all, padded to capacity | over any number of ranks: every expert has the same number of rows |
 | all-to-all, capacity without padding | no: the number of rows that are left |
 | all-to-all over several ranks | no: what it sends to each |

@@ -38,6 +38,9 @@ class Products(Protocol):
     def check_widths(self, *, dtype: torch.dtype, **widths: int) -> None:
         """Raise MissingRequirementError, naming one of `widths`, for weights that cannot be multiplied so."""
 
+    def of_stack(self, *, are_apart: bool) -> Products:
+        """Those of one stack of weights, which may keep forms of it; `are_apart` as in `ExpertStack`."""
+
     def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """x [tokens, in] and weight [experts, out, in] to [tokens, out]."""
 
@@ -58,6 +61,11 @@ class PlainProducts:
                     f"{name} {width} of {dtype}: grouped_mm needs rows of a multiple of {ALIGNMENT_BYTES} "
                     f"bytes; choose a multiple of {ALIGNMENT_BYTES // dtype.itemsize}, or grouped_gemm: false"
                 )
+
+    def of_stack(self, *, are_apart: bool) -> Products:
+        """These: nothing is kept."""
+        del are_apart
+        return self
 
     def output(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """x [tokens, in] and weight [experts, out, in] to [tokens, out]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe_bench.analysis.activations import multiplies_experts_row_wise
+from moe_bench.analysis.activations import keeps_experts_row_wise, multiplies_experts_row_wise
 from moe_bench.projection.work.operations import Gemm, MemoryBound, Number, Operation, Part, Pass
 from moe_bench.spec.recipe import GraphModule, Precision, Recipe, RecomputeModule
 
@@ -175,12 +175,13 @@ class Tally:
     def _quantize_row_wise(
         self, rows: float, inner: float, columns: float, num_groups: int, repeated_by: Modules
     ) -> None:
-        """Tokens and weights for the output, the output's gradient and transposed weights for the input's, in
-        every micro batch: read in BF16 and written once, transposed weights read twice
-        (harness/kernels/fp8_quantize.py).
+        """Tokens for the output and the output's gradient for the input's: read in BF16 and written once.
+
+        Weights are quantized once per step and left out, as for Transformer Engine; where they do not stay
+        (Megatron-FSDP) at every use, and read twice to be transposed (harness/kernels/fp8_quantize.py).
         """
         once = _BF16_BYTES + NUMBERS[self.recipe.precision].element_bytes
-        weights = num_groups * inner * columns
+        weights = 0.0 if keeps_experts_row_wise(self.recipe) else num_groups * inner * columns
         self.move(
             Part.QUANTIZATION,
             forward_bytes=once * (num_groups * rows * inner + weights),

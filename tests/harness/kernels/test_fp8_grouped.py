@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.experts import GroupedExperts
-from moe_bench.harness.kernels.fp8_grouped import RowwiseFp8Products
+from moe_bench.harness.kernels.fp8_grouped import RowwiseFp8Products, forget_after_steps
 from moe_bench.harness.kernels.grouped_linear import PLAIN, Products, grouped_linear
 from tests.harness.kernels.configs import small_config
 from tests.harness.kernels.fp8_references import (
@@ -106,6 +106,30 @@ def test_experts_in_fp8_are_near_those_in_bf16_and_not_equal(groups: Groups) -> 
         plain, quantized = both(groups, lambda module: module)
     assert len(plain) == len(quantized) == 5
     assert all(0.005 < off_by(a, b) < 0.09 for a, b in zip(quantized, plain, strict=True))
+
+
+def test_weights_are_quantized_once_until_an_optimizer_steps(groups: Groups) -> None:
+    config = small_config(params_dtype=torch.bfloat16, bf16=True)
+    module = GroupedExperts(4, config, pg_collection=groups, products=RowwiseFp8Products())
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    forget_after_steps([optimizer], [module])
+    with emulated():
+        first = run_experts(module)
+        for weight in module.parameters():
+            weight.data.neg_()  # as Megatron-Core's optimizers write: torch does not count it as a change
+        assert torch.equal(run_experts(module)[0], first[0])
+        optimizer.step()
+        assert not torch.equal(run_experts(module)[0], first[0])
+
+
+def test_weights_that_are_gathered_apart_are_quantized_at_every_use(groups: Groups) -> None:
+    config = small_config(params_dtype=torch.bfloat16, bf16=True)
+    module = GroupedExperts(4, config, pg_collection=groups, are_apart=True, products=RowwiseFp8Products())
+    with emulated():
+        first = run_experts(module)
+        for weight in module.parameters():
+            weight.data.mul_(2)
+        assert not torch.equal(run_experts(module)[0], first[0])
 
 
 def test_widths_that_the_kernel_does_not_take_are_refused(groups: Groups) -> None:

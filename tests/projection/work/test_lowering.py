@@ -110,8 +110,13 @@ def test_full_recompute_runs_every_forward_operation_of_a_layer_again() -> None:
     assert len(forward) == len(again) > 0
 
 
-def test_scales_per_row_cost_two_products_in_fp8_and_each_of_their_factors_quantized() -> None:
-    lowered = lower(recipe_named("mixtral_8x7b/h100_sxm_64g_fp8_rowwise"))
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_scales_per_row_cost_two_products_in_fp8_and_their_tokens_quantized(is_sharded: bool) -> None:
+    """Weights once per step, which is left out; where Megatron-FSDP gathers them, every time."""
+    sharding = "megatron_fsdp" if is_sharded else "distributed_optimizer"
+    recipe = recipe_named("mixtral_8x7b/h100_sxm_64g_fp8_rowwise")
+    parallel = recipe.parallel.model_copy(update={"data_sharding": sharding})
+    lowered = lower(recipe.model_copy(update={"parallel": parallel}))
     (work,) = lowered.kinds.values()
     products = {
         (operation.in_pass, operation.number)
@@ -128,8 +133,8 @@ def test_scales_per_row_cost_two_products_in_fp8_and_each_of_their_factors_quant
         if isinstance(operation, MemoryBound) and operation.part is Part.QUANTIZATION:
             moved[operation.in_pass] += operation.num_bytes
     assert moved == {
-        Pass.FORWARD: 3 * (rows * (4096 + 14_336) + up + down),
-        Pass.DGRAD: 3 * rows * (28_672 + 4096) + 5 * (up + down),
+        Pass.FORWARD: 3 * rows * (4096 + 14_336) + 3 * (up + down) * is_sharded,
+        Pass.DGRAD: 3 * rows * (28_672 + 4096) + 5 * (up + down) * is_sharded,
     }
 
 
