@@ -30,12 +30,20 @@ from moe_bench.cli.options import (
     results_root,
     run_arguments,
 )
+from moe_bench.cli.profile import (
+    ProfileOption,
+    ProfileStepsOption,
+    TracedOption,
+    profile_arguments,
+    profile_of,
+)
 from moe_bench.cli.trackers import MlflowOption, TensorboardOption, Trackers, WandbOption
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root
 
 if TYPE_CHECKING:
     from moe_bench.results.record import Record
+    from moe_bench.spec.profile import Profile
     from moe_bench.spec.rendezvous import Rendezvous
     from moe_bench.spec.scale import Plan
 
@@ -62,18 +70,18 @@ def run(
         int, typer.Option("--repeats", min=1, help="Run so often, each with its own record.")
     ] = 1,
     repeat: RepeatOption = 0,
+    profile: ProfileOption = None,
+    profile_steps: ProfileStepsOption = 1,
+    traced: TracedOption = None,
     tensorboard: TensorboardOption = None,
     mlflow: MlflowOption = None,
     wandb: WandbOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a few steps through Megatron-Core, write a record and print its table."""
-    from moe_bench.harness.mcore_config import megatron_arguments
-    from moe_bench.harness.requirements import require_runnable
     from moe_bench.launch.environment import current_environment
-    from moe_bench.launch.here import repeat_ranks_here, require_gpus_here, start_ranks_here
     from moe_bench.launch.rendezvous import rendezvous_from
-    from moe_bench.launch.runner import run_captured, run_live
+    from moe_bench.launch.runner import run_captured
     from moe_bench.results.store import record_folder
 
     trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
@@ -85,40 +93,60 @@ def run(
     root = out or results_root()
     place = rendezvous_from(current_environment(), run_captured)
     if place is not None and repeats > 1:
-        raise BadInputError(
-            "--repeats starts every rank afresh, which a rank cannot do: use submit --repeats"
-        )
+        raise BadInputError("--repeats starts every rank afresh, a rank cannot: use submit --repeats")
     folder = record_folder(root, plan)
     before = set(folder.glob("*.json"))
+    profiled = profile_of(profile, profile_steps, plan=plan, place=place, folder=folder, traced=traced)
     if place is None and plan.recipe.system.gpu is not None:
-        # torchrun ends with 1 whatever a rank ends with, so what is missing is found before it starts
-        require_gpus_here(plan, run=run_captured)
-        require_runnable(megatron_arguments(plan.recipe))
-        if repeats == 1:
-            start_ranks_here(plan, run_args=tuple(sys.argv[2:]))
         args = run_arguments(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong)
         args += (*one_rank.arguments(), *(["--dryrun"] if dryrun else []))
-        args += ("--out", str(root), *(["--json"] if as_json else []), *trackers.arguments())
-        code = repeat_ranks_here(plan, run_args=args, num_repeats=repeats, run_live=run_live)
-        if code:
-            raise typer.Exit(code)
+        args += (*profile_arguments(profile, profile_steps), "--out", str(root))
+        args += (*(["--json"] if as_json else []), *trackers.arguments())
+        _start_ranks(plan, num_repeats=repeats, run_args=args)
     else:
         for index in range(repeat, repeat + repeats):
             is_first = index == repeat
-            record = _measure(plan, place=place, repeat=index, is_first=is_first, root=root)
+            record = _measure(plan, place=place, repeat=index, is_first=is_first, root=root, profile=profiled)
             if record is not None:  # rank 0 reports for all
                 peak_bytes = _dry_run_peak_bytes(plan) if dryrun and is_first else None
                 _report(record, root, trackers, is_first, as_json, dry_run_peak_bytes=peak_bytes)
     if repeats > 1 and not as_json:
-        from moe_bench.report.repeats import repeats_line
-        from moe_bench.results.store import read_record
+        typer.echo(_spread(set(folder.glob("*.json")) - before))
 
-        written = sorted(set(folder.glob("*.json")) - before)
-        typer.echo(repeats_line([read_record(path) for path in written]))
+
+def _spread(paths: set[Path]) -> str:
+    """What the records of several equal runs say together."""
+    from moe_bench.report.repeats import repeats_line
+    from moe_bench.results.store import read_record
+
+    return repeats_line([read_record(path) for path in sorted(paths)])
+
+
+def _start_ranks(plan: Plan, *, num_repeats: int, run_args: tuple[str, ...]) -> None:
+    """Start a rank for every GPU of this machine, in the place of this process where there is one run."""
+    from moe_bench.harness.mcore_config import megatron_arguments
+    from moe_bench.harness.requirements import require_runnable
+    from moe_bench.launch.here import repeat_ranks_here, require_gpus_here, start_ranks_here
+    from moe_bench.launch.runner import run_captured, run_live
+
+    # torchrun ends with 1 whatever a rank ends with, so what is missing is found before it starts
+    require_gpus_here(plan, run=run_captured)
+    require_runnable(megatron_arguments(plan.recipe))
+    if num_repeats == 1:
+        start_ranks_here(plan, run_args=tuple(sys.argv[2:]))
+    code = repeat_ranks_here(plan, run_args=run_args, num_repeats=num_repeats, run_live=run_live)
+    if code:
+        raise typer.Exit(code)
 
 
 def _measure(
-    plan: Plan, *, place: Rendezvous | None, repeat: int, is_first: bool, root: Path
+    plan: Plan,
+    *,
+    place: Rendezvous | None,
+    repeat: int,
+    is_first: bool,
+    root: Path,
+    profile: Profile | None,
 ) -> Record | None:
     from moe_bench.harness.start import load_measure
     from moe_bench.launch.environment import current_environment
@@ -142,6 +170,7 @@ def _measure(
                 source_root=data_root(),
                 on_step=on_step,
                 repeat=repeat,
+                profile=profile if profile is None else profile.of_repeat(repeat),
             )
 
 
@@ -200,6 +229,8 @@ def submit(
     vary: VaryOption = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="So many jobs of each, interleaved.")] = 1,
     repeat: RepeatOption = 0,
+    profile: ProfileOption = None,
+    profile_steps: ProfileStepsOption = 1,
     families: FamiliesOption = Path("families"),
     site: SiteOption = None,
     nodes: NodesOption = None,
@@ -232,7 +263,14 @@ def submit(
     outcomes = []
     for job in planned.jobs:
         outcome = submit_verb(
-            replace(job, run_args=(*job.run_args, *trackers.arguments())),
+            replace(
+                job,
+                run_args=(
+                    *job.run_args,
+                    *profile_arguments(profile, profile_steps),
+                    *trackers.arguments(),
+                ),
+            ),
             data_root=data_root(),
             results_root=results_root(),
             site=site,

@@ -19,6 +19,7 @@ from moe_bench.results.provenance import (
     recorded_environment,
 )
 from moe_bench.results.record import Provenance, Record
+from moe_bench.spec.profile import Profile
 from moe_bench.spec.rendezvous import Rendezvous
 from moe_bench.spec.scale import Plan
 
@@ -32,12 +33,13 @@ def measure(
     source_root: Path,
     on_step: Callable[[int, int, float | None], None],
     repeat: int = 0,
+    profile: Profile | None = None,
 ) -> Record | None:
     """Run `plan` and return its record; None on every rank but the one that reports.
 
     `on_step` is called after each step with its number from 1, the number of all steps, and the loss if the
     rank has one;
-    `repeat` says which of several equal runs this is.
+    `repeat` says which of several equal runs this is; with a `profile` more steps run under it afterwards.
     Raises MeasurementError where the run gave no valid number, MissingRequirementError where something is
     not here.
     """
@@ -51,6 +53,7 @@ def measure(
         rendezvous=rendezvous,
         on_report=seen,
         slice_rank=plan.rank if plan.is_slice else None,
+        profile=profile,
     )
     if outcome is None:
         return None
@@ -96,4 +99,5 @@ def _provenance(
         nccl_version=outcome.nccl_version,
         cuda_version=outcome.cuda_version,
         environment=recorded_environment(environment),
+        traces=outcome.traces,
     )

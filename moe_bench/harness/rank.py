@@ -6,7 +6,8 @@ import contextlib
 import resource
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,11 +21,13 @@ from moe_bench.harness.implementations import implementations
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.patches import AppliedPatch, patch_names, patches
 from moe_bench.harness.process_groups import process_groups
+from moe_bench.harness.profile import profiled
 from moe_bench.harness.routing import ExpertLoad, LoadCounter
 from moe_bench.harness.settings import Settings, settings_of
 from moe_bench.harness.trainer import Trainer, Watch, speaks_for_job, speaks_for_stage
 from moe_bench.harness.weights import initialise_by_name
 from moe_bench.results.record import AloneSamples, GpuFacts, Implementations
+from moe_bench.spec.profile import Profile
 from moe_bench.spec.rendezvous import Rendezvous
 
 _BYTES_PER_KIB = 1024
@@ -53,10 +56,17 @@ class RankReport:
     """Of one step, by collective and group, that loopback groups stood in for; empty where all ranks ran."""
     alone: AloneSamples | None = None
     """Of a slice."""
+    traces: tuple[str, ...] = ()
+    """Names of the files that a profiler wrote of this rank."""
 
 
 def run_rank(
-    arguments: MegatronArguments, rendezvous: Rendezvous, watch: Watch, *, listen_fd: int | None = None
+    arguments: MegatronArguments,
+    rendezvous: Rendezvous,
+    watch: Watch,
+    *,
+    listen_fd: int | None = None,
+    profile: Profile | None = None,
 ) -> tuple[RankReport, ...] | None:
     """Train the warm-up and timed steps of `arguments` as one rank of a job.
 
@@ -73,7 +83,7 @@ def run_rank(
             listen_fd=listen_fd,
         ),
     ):
-        report = measured(arguments, settings, rendezvous, watch, applied, device=device)
+        report = measured(arguments, settings, rendezvous, watch, applied, device=device, profile=profile)
         return _gathered(report, rendezvous)
 
 
@@ -147,10 +157,12 @@ def measured(
     *,
     device: Device,
     is_alone: bool = False,
+    profile: Profile | None = None,
 ) -> RankReport:
     """Build the model, train its steps, and say what was measured; the process groups exist already.
 
-    `is_alone` says that the other ranks do not run, so that what is counted is this rank's share.
+    `is_alone` says that the other ranks do not run, so that what is counted is this rank's share. With a
+    `profile` more steps follow the timed ones.
     """
     try:
         built = build(arguments, settings, device=device)
@@ -176,7 +188,7 @@ def measured(
     loads = counter.loads()
     num_sharing = _num_stage_ranks(settings) if is_alone else 1
     _require_sound_routing(built, settings, plan, loads, num_sharing=num_sharing)
-    return RankReport(
+    report = RankReport(
         rank=rendezvous.rank,
         host=socket.gethostname(),
         gpu=device_facts.gpu_facts() if device == "cuda" else None,
@@ -190,6 +202,16 @@ def measured(
         implementations=implementations(built),
         patches=applied,
     )
+    if profile is None:
+        return report
+    run_more = partial(_repeat_last_step, trainer.unwatched(), settings, profile.num_steps)
+    is_traced = is_alone or speaks_for_stage()
+    return replace(report, traces=profiled(run_more, built, profile if is_traced else None, device=device))
+
+
+def _repeat_last_step(trainer: Trainer, settings: Settings, num_times: int) -> None:
+    for _ in range(num_times):
+        trainer.run(range(settings.num_steps - 1, settings.num_steps))
 
 
 def build(arguments: MegatronArguments, settings: Settings, *, device: Device) -> Training:

@@ -18,6 +18,7 @@ from moe_bench.harness.slice import run_slice_rank
 from moe_bench.harness.trainer import StepReport, Watch
 from moe_bench.harness.workers import Message, Seat, run_forked
 from moe_bench.results.record import GpuFacts, Implementations, Samples
+from moe_bench.spec.profile import Profile
 from moe_bench.spec.rendezvous import Rendezvous
 
 
@@ -33,6 +34,8 @@ class Outcome:
     topology: str | None
     nccl_version: str | None
     cuda_version: str | None
+    traces: tuple[str, ...] = ()
+    """Names of the files that a profiler wrote."""
 
 
 def run(
@@ -41,8 +44,11 @@ def run(
     rendezvous: Rendezvous | None,
     on_report: Callable[[StepReport], None],
     slice_rank: int | None = None,
+    profile: Profile | None = None,
 ) -> Outcome | None:
     """Run as many steps as `arguments` ask for; of a slice, its rank `slice_rank` alone.
+
+    With a `profile` more steps run under it afterwards.
 
     With a `rendezvous` this process is one rank, and all but rank 0 return None; `on_report` is then called
     on the one rank that knows the loss. Without one, and without a GPU, the ranks are forked from this
@@ -54,18 +60,20 @@ def run(
     settings = settings_of(arguments)
     num_ranks = settings.world_size if slice_rank is None else 1
     if rendezvous is not None:
-        return _run_as_one_rank(arguments, rendezvous, num_ranks, on_report, slice_rank=slice_rank)
+        return _run_as_one_rank(
+            arguments, rendezvous, num_ranks, on_report, slice_rank=slice_rank, profile=profile
+        )
     if settings.device is not None:
         raise MissingRequirementError(
             f"{num_ranks} GPU ranks need a launcher: start them with torchrun, srun or slurm/run_recipe.sh"
         )
-    rank_program = partial(_forked_rank, arguments, slice_rank=slice_rank)
+    rank_program = partial(_forked_rank, arguments, slice_rank=slice_rank, profile=profile)
     gathered, *_ = run_forked(num_ranks, rank_program, on_progress=on_report)
     return None if gathered is None else _outcome(gathered, num_ranks)
 
 
 def _forked_rank(
-    arguments: MegatronArguments, seat: Seat, *, slice_rank: int | None
+    arguments: MegatronArguments, seat: Seat, *, slice_rank: int | None, profile: Profile | None
 ) -> tuple[RankReport, ...] | None:
     watch = Watch(
         now_s=time.perf_counter,
@@ -73,8 +81,8 @@ def _forked_rank(
         on_report=lambda report: seat.send(Message(kind="progress", content=report)),
     )
     if slice_rank is not None:
-        return run_slice_rank(arguments, seat.rendezvous, watch, rank=slice_rank)
-    return run_rank(arguments, seat.rendezvous, watch, listen_fd=seat.listen_fd)
+        return run_slice_rank(arguments, seat.rendezvous, watch, rank=slice_rank, profile=profile)
+    return run_rank(arguments, seat.rendezvous, watch, listen_fd=seat.listen_fd, profile=profile)
 
 
 def _run_as_one_rank(
@@ -84,6 +92,7 @@ def _run_as_one_rank(
     on_report: Callable[[StepReport], None],
     *,
     slice_rank: int | None,
+    profile: Profile | None,
 ) -> Outcome | None:
     if rendezvous.world_size != num_ranks:
         needed = f"parallel.num_gpus: the recipe needs {num_ranks} ranks"
@@ -91,8 +100,9 @@ def _run_as_one_rank(
         raise MissingRequirementError(f"{what}, {rendezvous.world_size} were started")
     watch = Watch(now_s=time.perf_counter, on_step=lambda step: None, on_report=on_report)
     if slice_rank is not None:
-        return _outcome(run_slice_rank(arguments, rendezvous, watch, rank=slice_rank), num_ranks)
-    gathered = run_rank(arguments, rendezvous, watch)
+        alone = run_slice_rank(arguments, rendezvous, watch, rank=slice_rank, profile=profile)
+        return _outcome(alone, num_ranks)
+    gathered = run_rank(arguments, rendezvous, watch, profile=profile)
     return None if gathered is None else _outcome(gathered, num_ranks)
 
 
@@ -121,6 +131,7 @@ def _outcome(reports: tuple[RankReport, ...], num_ranks: int) -> Outcome:
         topology=device_facts.topology() if gpus else None,
         nccl_version=device_facts.nccl_version() if gpus else None,
         cuda_version=device_facts.cuda_version() if gpus else None,
+        traces=tuple(name for report in reports for name in report.traces),
     )
 
 

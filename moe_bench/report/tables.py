@@ -68,7 +68,7 @@ def run_rows(record: Record, *, dry_run_peak_bytes: int | None = None) -> list[t
     )
     load = max_over_mean_load_ratio(record)
     energy_j = metrics.energy_per_token_j
-    used = samples.implementations
+    used, traces = samples.implementations, record.provenance.traces
     return [
         (
             "ran on",
@@ -91,6 +91,7 @@ def run_rows(record: Record, *, dry_run_peak_bytes: int | None = None) -> list[t
         ("kernels", f"attention {used.attention}, experts {used.experts}, dispatch {used.dispatcher}"),
         ("optimizer", used.optimizer),
         ("patches", ", ".join(samples.patches) or "none"),
+        *([("traces", ", ".join(traces))] if traces else []),
     ]
 
 
@@ -147,5 +148,6 @@ def run_json(record: Record, path: Path, *, dry_run_peak_bytes: int | None = Non
         "flops_counting": str(COUNTING),
         "substitutions": [row.model_dump() for row in record.plan.substitutions],
         "implementations": record.samples.implementations.model_dump(),
+        "traces": [str(path.with_name(name)) for name in record.provenance.traces],
         "record": str(path),
     }

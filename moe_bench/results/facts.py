@@ -24,6 +24,8 @@ def facts_of(record: Record) -> Facts:
     for part in ("model", "system"):
         recipe[part] = {key: value for key, value in recipe[part].items() if key not in _DESCRIPTIONS}
     facts = {"scale": str(record.plan.scale), "num_ranks": str(record.num_ranks), **_leaves(recipe)}
+    if record.plan.is_slice:
+        facts["rank"] = str(record.plan.rank)
     facts |= _leaves(record.samples.implementations.model_dump(mode="json"), "implementations.")
     facts["patches"] = ", ".join(record.samples.patches) or "none"
     gpus = record.provenance.gpus

@@ -64,6 +64,8 @@ class Provenance(Spec):
     nccl_version: str | None
     cuda_version: str | None
     environment: dict[str, str]
+    traces: tuple[Text, ...] = ()
+    """Files of a profiler in the record's folder, of steps that followed the timed ones."""
 
 
 class Implementations(Spec):

@@ -1,0 +1,68 @@
+"""The options of a profiler, and what they ask of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moe_bench.spec.profile import Profile, ProfileTool
+    from moe_bench.spec.rendezvous import Rendezvous
+    from moe_bench.spec.scale import Plan
+
+
+class ProfileChoice(StrEnum):
+    """Profilers."""
+
+    TORCH = "torch"
+    NSYS = "nsys"
+
+
+ProfileOption = Annotated[
+    ProfileChoice | None,
+    typer.Option("--profile", help="More steps, after the timed ones, under torch.profiler or nsys."),
+]
+ProfileStepsOption = Annotated[int, typer.Option("--profile-steps", min=1, help="How many of them.")]
+TracedOption = Annotated[str | None, typer.Option("--traced", hidden=True)]
+"""Set in a process that nsys started (moe_bench/launch/nsys.py)."""
+
+
+def profile_arguments(choice: ProfileChoice | None, num_steps: int) -> tuple[str, ...]:
+    """The options again, for a command that starts the same run."""
+    return () if choice is None else ("--profile", choice.value, "--profile-steps", str(num_steps))
+
+
+def profile_of(
+    choice: ProfileChoice | None,
+    num_steps: int,
+    *,
+    plan: Plan,
+    place: Rendezvous | None,
+    folder: Path,
+    traced: str | None,
+) -> Profile | None:
+    """What was asked for, with files in `folder`; a rank that nsys is to trace is replaced by it and itself.
+
+    Raises BadInputError for nsys without a GPU, MissingRequirementError where it is not installed.
+    """
+    if choice is None:
+        return None
+    from moe_bench.launch.nsys import require_nsys, start_under_nsys
+    from moe_bench.spec.profile import Profile, is_profiled
+
+    tools: dict[ProfileChoice, ProfileTool] = {ProfileChoice.TORCH: "torch", ProfileChoice.NSYS: "nsys"}
+    stem = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-pid{os.getpid()}"
+    profile = Profile(tool=tools[choice], num_steps=num_steps, stem=traced or str(stem))
+    if choice is ProfileChoice.NSYS:
+        require_nsys(plan)
+        if place is not None and traced is None and is_profiled(plan, place.rank):
+            folder.mkdir(parents=True, exist_ok=True)
+            rank = plan.rank if plan.is_slice else place.rank
+            start_under_nsys(profile, rank, run_args=tuple(sys.argv[2:]))
+    return profile
