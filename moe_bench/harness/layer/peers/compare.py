@@ -33,7 +33,16 @@ from moe_bench.results.layer_samples import WholeSamples
 from moe_bench.spec.layer_case import LayerCase
 
 NUM_ROUNDS = 3
-FAILURES = (MoeBenchError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
+FAILURES = (
+    MoeBenchError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+)
 """What other people's code raises where it does not run; it ends the engine's part, not the comparison."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,15 @@ class HuggingFace:
             return _no_sonicmoe(case)
         return _copies_too_much(case) if self.implementation == "batched_mm" else None
 
+    def _require_chosen(self, config: Any) -> None:
+        """Raise where this transformers does not know the way: older ones take the loop in its place."""
+        known = obstacles.imported("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+        chosen = getattr(config, "_experts_implementation", None)
+        if chosen != self.implementation or chosen not in ("eager", *known):
+            raise MissingRequirementError(
+                f"{self.name}: transformers has no experts_implementation {self.implementation!r}; {PIP_LINE}"
+            )
+
     @contextmanager
     def build(self, case: LayerCase, weights: LayerWeights, *, device: str) -> Iterator[BuiltLayer]:
         """The block, on the memory of `weights` where its layout is theirs, on copies where it is not."""
@@ -78,6 +87,7 @@ class HuggingFace:
         config = config_class(experts_implementation=self.implementation, **self.block.config(case))
         with torch.device("meta"):
             block = block_class(config)
+        self._require_chosen(config)
         self.block.place(block, weights)
 
         def forward(x: Tensor) -> Tensor:

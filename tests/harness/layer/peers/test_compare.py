@@ -16,7 +16,8 @@ from moe_bench.harness.layer.peers.compare import comparable, compare_engines
 from moe_bench.harness.layer.peers.deepspeed import DeepSpeed
 from moe_bench.harness.layer.peers.huggingface import hugging_face_engines
 from moe_bench.harness.layer.peers.textbook import Textbook
-from moe_bench.harness.layer.weights import LayerWeights
+from moe_bench.harness.layer.weights import LayerWeights, draw_weights
+from moe_bench.harness.timing import CudaClock
 from moe_bench.results.layer_peers import LayerPeers
 from moe_bench.spec.layer_case import LayerCase
 from tests.harness.layer.peers.cases import published_case, small_case
@@ -150,3 +151,16 @@ def test_a_package_that_does_not_import_is_said_to_with_its_own_words() -> None:
         MissingRequirementError, match="no_such_package does not import: ModuleNotFoundError: No"
     ):
         obstacles.imported("no_such_package")
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_contains_all_gradients() -> None:
+    case = small_case("mixtral_8x7b")
+    peers = compare_engines(
+        case, {"textbook": Textbook()}, baseline="textbook", device="cuda", clock=CudaClock(), num_rounds=1
+    )
+    (textbook,) = peers.engines
+    assert textbook.times is not None
+    assert textbook.times.peak_bytes is not None
+    gradients = draw_weights(case, device="cpu").named().values()
+    assert textbook.times.peak_bytes >= sum(gradient.nbytes for gradient in gradients)

@@ -42,6 +42,19 @@ def test_a_block_is_not_built_for_a_layer_that_it_does_not_compute() -> None:
         pass
 
 
+def test_a_transformers_that_does_not_know_a_way_is_not_run_in_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = cases.small_case("mixtral_8x7b")
+    engine = HuggingFace(MIXTRAL, "grouped_mm")
+    monkeypatch.setattr("transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS", {})
+    with (
+        pytest.raises(MissingRequirementError, match="has no experts_implementation 'grouped_mm'"),
+        engine.build(case, draw_weights(case, device="cpu"), device="cpu"),
+    ):
+        pass
+
+
 @needs_no_kernels
 @pytest.mark.parametrize(
     ("model", "precision", "reason"),
