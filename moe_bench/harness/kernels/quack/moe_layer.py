@@ -46,9 +46,15 @@ class GatheringDispatcher(MoEAlltoAllTokenDispatcher):
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape = hidden_states.shape
         self.tokens_per_expert = None
+        self.num_out_tokens = routing_map.shape[0] * self.config.moe_router_topk
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
-        self._rows, probabilities = rows_of_routing_map(routing_map, probs, top_k=self.config.moe_router_topk)
+        self._rows, probabilities = rows_of_routing_map(
+            routing_map,
+            probs,
+            top_k=self.config.moe_router_topk,
+            is_fused=self.config.moe_permute_fusion,
+        )
         return hidden_states.view(-1, self.hidden_shape[-1]), probabilities
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, ExpertRows, Tensor]:

@@ -48,32 +48,31 @@ def rows_in_order(tokens_per_expert: Tensor, *, num_rows: int, device: torch.dev
 
 
 def rows_of_routing_map(
-    routing_map: Tensor, probabilities: Tensor, *, top_k: int
+    routing_map: Tensor, probabilities: Tensor, *, top_k: int, is_fused: bool = False
 ) -> tuple[ExpertRows, Tensor]:
     """Rows of tokens that stay where they are, and the probability of each row, differentiably.
 
     Args:
         routing_map: bool [tokens, experts] with exactly `top_k` entries in each row of it: dropless routing.
         probabilities: [tokens, experts].
+        is_fused: whether two Triton kernels number the rows in the place of torch's sort
+            (`kernels.fusions.permute`).
 
     Returns:
         The rows, and their probabilities [tokens * top_k].
     """
     num_tokens = routing_map.shape[0]
     num_rows = num_tokens * top_k
-    experts = torch.nonzero_static(routing_map, size=num_rows)[:, 1].contiguous()
-    slot_of_row = experts.sort(stable=True).indices
-    slots = torch.arange(num_rows, dtype=torch.int32, device=routing_map.device)
-    row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
+    numbered = (_numbered if is_fused else _sorted)(routing_map, top_k=top_k)
     rows = ExpertRows(
         starts=_starts(routing_map.sum(dim=0)),
-        token_of_row=(slot_of_row // top_k).int(),
-        row_of_slot=row_of_slot.view(num_tokens, top_k),
+        token_of_row=(numbered.slot_of_row // top_k).int(),
+        row_of_slot=numbered.row_of_slot.view(num_tokens, top_k),
         num_rows=num_rows,
         is_static=True,
     )
-    chosen = probabilities.gather(1, experts.view(num_tokens, top_k))
-    return rows, chosen.flatten().index_select(0, slot_of_row)
+    chosen = probabilities.gather(1, numbered.experts.view(num_tokens, top_k))
+    return rows, chosen.flatten().index_select(0, numbered.slot_of_row)
 
 
 def rows_of_chunks(counts: Tensor, *, num_rows: int, device: torch.device) -> ExpertRows:
@@ -98,6 +97,37 @@ def rows_of_chunks(counts: Tensor, *, num_rows: int, device: torch.device) -> Ex
         num_rows=num_rows,
         is_static=False,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choices:
+    """The experts that tokens chose, a slot for each choice, and the rows in which they stand."""
+
+    experts: Tensor
+    """int64 [slots]."""
+    row_of_slot: Tensor
+    """int32 [slots]."""
+    slot_of_row: Tensor
+    """int64 [slots]."""
+
+
+def _sorted(routing_map: Tensor, *, top_k: int) -> _Choices:
+    num_rows = routing_map.shape[0] * top_k
+    experts = torch.nonzero_static(routing_map, size=num_rows)[:, 1].contiguous()
+    slot_of_row = experts.sort(stable=True).indices
+    slots = torch.arange(num_rows, dtype=torch.int32, device=routing_map.device)
+    row_of_slot = torch.empty_like(slots).scatter_(0, slot_of_row, slots)
+    return _Choices(experts=experts, row_of_slot=row_of_slot, slot_of_row=slot_of_row)
+
+
+def _numbered(routing_map: Tensor, *, top_k: int) -> _Choices:
+    from moe_bench.harness.kernels.fused.row_map import row_map  # imports Triton
+
+    row_of_slot, experts = row_map(routing_map, num_slots=top_k).slots.unbind(1)
+    row_of_slot = row_of_slot.flatten()
+    slots = torch.arange(row_of_slot.shape[0], device=routing_map.device)
+    slot_of_row = torch.empty_like(slots).scatter_(0, row_of_slot.long(), slots)
+    return _Choices(experts=experts.flatten().long(), row_of_slot=row_of_slot, slot_of_row=slot_of_row)
 
 
 def _starts(counts: Tensor) -> Tensor:

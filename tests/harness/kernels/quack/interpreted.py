@@ -1,4 +1,4 @@
-"""Adds rows up by the kernel under Triton's interpreter; run with TRITON_INTERPRET=1.
+"""Adds rows up, and numbers them, by kernels under Triton's interpreter; run with TRITON_INTERPRET=1.
 
 python -m tests.harness.kernels.quack.interpreted INPUTS OUTPUTS
 """
@@ -8,7 +8,10 @@ import sys
 import torch
 
 from moe_bench.harness.kernels.quack.gather_sum_kernel import gather_sum_on_gpu
+from moe_bench.harness.kernels.quack.rows import rows_of_routing_map
 
 if __name__ == "__main__":
-    inputs = torch.load(sys.argv[1])
-    torch.save([gather_sum_on_gpu(*arguments) for arguments in inputs], sys.argv[2])
+    given = torch.load(sys.argv[1])
+    rows, probabilities = rows_of_routing_map(*given["routing"], top_k=3, is_fused=True)
+    sums = [gather_sum_on_gpu(*arguments) for arguments in given["sums"]]
+    torch.save({"sums": sums, "rows": (*rows.tensors, probabilities)}, sys.argv[2])

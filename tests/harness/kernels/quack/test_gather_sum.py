@@ -1,4 +1,4 @@
-"""Sums of a token's rows: the Triton kernel, interpreted or on a GPU, against plain torch in float64."""
+"""The Triton kernels, interpreted or on a GPU: sums of a token's rows against float64, numbers of rows."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_bench.harness.kernels.quack.gather_sum import gather_sum, gather_sum_reference
+from moe_bench.harness.kernels.quack.rows import rows_of_routing_map
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -34,13 +35,20 @@ def exact(case: Inputs) -> torch.Tensor:
     return gather_sum_reference(rows.double(), row_of_slot, weights)
 
 
-def test_the_kernel_adds_rows_up_under_the_interpreter(tmp_path: Path) -> None:
+def test_the_kernels_add_rows_up_and_number_them_under_the_interpreter(tmp_path: Path) -> None:
     given, found = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
-    torch.save(inputs_of_this_test := inputs(), given)
+    chosen = torch.rand(40, 6).topk(3, dim=1).indices
+    routing = torch.zeros(40, 6, dtype=torch.bool).scatter_(1, chosen, True), torch.rand(40, 6)
+    sums = inputs()
+    torch.save({"sums": sums, "routing": routing}, given)
     command = [sys.executable, "-m", "tests.harness.kernels.quack.interpreted", str(given), str(found)]
     subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    for case, sums in zip(inputs_of_this_test, torch.load(found), strict=True):
-        torch.testing.assert_close(sums, exact(case).bfloat16(), rtol=1e-2, atol=1e-2)
+    outputs = torch.load(found)
+    for case, total in zip(sums, outputs["sums"], strict=True):
+        torch.testing.assert_close(total, exact(case).bfloat16(), rtol=1e-2, atol=1e-2)
+    rows, probabilities = rows_of_routing_map(*routing, top_k=3)
+    for mine, truth in zip(outputs["rows"], (*rows.tensors, probabilities), strict=True):
+        assert torch.equal(mine, truth)
 
 
 @pytest.mark.gpu
