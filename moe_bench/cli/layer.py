@@ -239,6 +239,8 @@ def _changed(
     }
     if precision is not None:
         update["precision"] = precision.value
+        is_same = precision.value == case.precision
+        update["low_precision"] = case.low_precision if is_same else None
     case = case.model_copy(update=update)
     if routing is not None:
         case = case.with_routing(_routing(routing))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_bench.spec.kernel_family import FAST_PATH
 from moe_bench.spec.layer_case import LayerCase, swiglu_case
+from moe_bench.spec.recipe import Fusions
 
 SUITE = "sonicmoe"
 READING_ERROR_FLOPS_PER_S = 5e12
@@ -45,7 +47,7 @@ class SonicShape:
         )
 
     def case(self, *, scale_down: int = 1) -> LayerCase:
-        """The layer with random routing; every size but the choice of experts divided, for toys."""
+        """The layer with random routing on the fast path; every size divided and nothing fused, for toys."""
         return swiglu_case(
             self.name,
             num_tokens=self.num_tokens // scale_down,
@@ -53,6 +55,7 @@ class SonicShape:
             expert_ffn_hidden_size=self.expert_ffn_hidden_size // scale_down,
             num_experts=self.num_experts // scale_down,
             top_k=self.top_k if scale_down == 1 else min(self.top_k, 2),
+            fusions=Fusions.model_validate(FAST_PATH) if scale_down == 1 else None,
         )
 
 

@@ -25,7 +25,7 @@ def layer_recipe(case: LayerCase, system: SystemSpec) -> Recipe:
         global_batch_size=case.ep_size,
         micro_batch_size=1,
         num_mtp_layers=0,
-        parallel=ParallelSpec(num_gpus=case.ep_size, expert=case.ep_size, data_sharding="none"),
+        parallel=ParallelSpec(num_gpus=case.ep_size, expert=case.ep_size),
         low_precision=case.low_precision,
         kernels=case.kernels,
         dispatch=case.dispatch,

@@ -113,6 +113,9 @@ class LayerCase(Spec):
         )
         if self.ep_size > 1:
             router = router.model_copy(update={"num_groups": None, "groups_per_token": None})
+        if top_k == 1 and router.score_function == "softmax":
+            # over the one that is chosen it is 1, and Megatron-Core refuses it
+            router = router.model_copy(update={"renormalise": False})
         moe = self.moe.model_copy(
             update={"num_experts": self.num_local_experts, "top_k": top_k, "router": router}
         )
@@ -163,13 +166,20 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
         num_tokens=tokens if num_tokens is None else num_tokens,
         ep_size=parallel.expert,
         precision=recipe.precision,
-        low_precision=recipe.low_precision,
+        low_precision=_everywhere(recipe.low_precision),
         kernels=recipe.kernels,
         dispatch=recipe.dispatch.model_copy(
             update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
         ),
         seed=recipe.seed,
     )
+
+
+def _everywhere(low: LowPrecision | None) -> LowPrecision | None:
+    """The options of a layer that is neither the first nor the last of a model."""
+    if low is None:
+        return None
+    return low.model_copy(update={"num_first_layers_bf16": 0, "num_last_layers_bf16": 0})
 
 
 def traced_routing(path: Path, *, option: str, choices: str) -> LayerRouting:
@@ -220,8 +230,11 @@ def swiglu_case(
     expert_ffn_hidden_size: int,
     num_experts: int,
     top_k: int,
+    fusions: Fusions | None = None,
 ) -> LayerCase:
-    """A BF16 layer of SwiGLU experts behind a softmax router over the chosen, all of it on one rank."""
+    """A BF16 layer of SwiGLU experts behind a softmax router over the chosen, all of it on one rank, on
+    torch-native kernels; by default none of them is fused.
+    """
     return LayerCase(
         name=name,
         hidden_size=hidden_size,
@@ -237,6 +250,6 @@ def swiglu_case(
         num_tokens=num_tokens,
         routing=LayerRouting(kind="random"),
         precision="bf16",
-        kernels=KernelSpec(family="torch_native", fusions=Fusions()),
+        kernels=KernelSpec(family="torch_native", fusions=fusions or Fusions()),
         dispatch=DispatchSpec(dispatcher="alltoall"),
     )

@@ -134,6 +134,7 @@ def measure_layer(
     Raises MissingRequirementError where the engine does not run here, MeasurementError where the layer
     routes otherwise than the case says.
     """
+    case = engine.case_for(case)
     start_hz = bench.sm_clock_hz()
     found = _built_and_timed(case, engine, bench, asked)
     beside = None
@@ -141,8 +142,7 @@ def measure_layer(
         # imports bench in turn, and other people's packages are looked for only where they are asked for
         from moe_bench.harness.layer.peers.registry import compare_peers
 
-        own = case.with_kernels(engine.kernels_of(case))
-        beside = compare_peers(own, bench, names=asked.peers, on_progress=on_progress)
+        beside = compare_peers(case, bench, names=asked.peers, on_progress=on_progress)
     return LayerRecord(
         is_tiny=bench.is_tiny,
         suite=asked.suite,

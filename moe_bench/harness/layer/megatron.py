@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from megatron.core.fp4_utils import get_fp4_context
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError, MoeBenchError
@@ -23,6 +27,7 @@ from moe_bench.harness.loopback import loopback_groups
 from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.spec.derive_layer import layer_recipe
+from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe
@@ -100,12 +105,18 @@ class MegatronEngine:
             finally:
                 destroy_moe_metrics_tracker()
 
-    def kernels_of(self, case: LayerCase) -> KernelSpec:
-        """Kernels of the case, of this engine's family."""
-        return case.kernels.model_copy(update={"family": self.family, "grouped_gemm": self.is_grouped})
+    def case_for(self, case: LayerCase) -> LayerCase:
+        """The case on this engine's kernels: the fast path of a family that the case does not name, as slices
+        have it (moe_bench/spec/kernel_family.py); Megatron-Core's loop over experts as it is.
+
+        The arithmetic stays what the case asks for, whether the family has it or not.
+        """
+        if not self.is_grouped:
+            return case.with_kernels(KernelSpec(family=self.family, grouped_gemm=False))
+        return case.with_kernels(with_kernels(layer_recipe(case, self.system), self.family).kernels)
 
     def _recipe(self, case: LayerCase) -> Recipe:
-        return layer_recipe(case.with_kernels(self.kernels_of(case)), self.system)
+        return layer_recipe(self.case_for(case), self.system)
 
     def _choice(self, case: LayerCase, device: str) -> KernelChoice:
         experts_are_fp8 = case.precision == "fp8_rowwise"
@@ -153,7 +164,16 @@ def expert_layer(built: BuiltLayer) -> MoELayer:
 
 def _forward(layer: MoELayer, x: Tensor) -> Tensor:
     """[tokens, hidden] through a layer that takes [sequence, batch, hidden]."""
-    output, bias = layer(x.unsqueeze(1))
+    with _quantized(layer.config, is_init=False):
+        output, bias = layer(x.unsqueeze(1))
     if bias is not None:
         raise MissingRequirementError("the layer leaves a bias to be added; such experts are not read here")
     return output.squeeze(1)
+
+
+def _quantized(config: TransformerConfig, *, is_init: bool) -> AbstractContextManager[Any]:
+    """Transformer Engine's arithmetic of the layer, which Megatron-Core's block sets around its layers
+    (transformer/transformer_block.py); nothing in BF16.
+    """
+    context = get_fp4_context if config.fp4 else get_fp8_context
+    return cast("AbstractContextManager[Any]", context(config, is_init=is_init))

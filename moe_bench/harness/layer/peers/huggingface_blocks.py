@@ -85,8 +85,9 @@ def _cannot_softmax(case: LayerCase) -> str | None:
 
 
 def _cannot_mixtral(case: LayerCase) -> str | None:
-    always = None if case.moe.router.renormalise else "its router always renormalises"
-    return _cannot_softmax(case) or always
+    # the share of an only expert is 1 either way
+    is_same = case.moe.router.renormalise or case.moe.num_experts == 1
+    return _cannot_softmax(case) or (None if is_same else "its router always renormalises")
 
 
 def _cannot_deepseek(case: LayerCase) -> str | None:
