@@ -143,3 +143,9 @@ def test_every_repeat_has_a_record_and_the_last_line_says_what_lies_between_runs
     assert len(list(tmp_path.rglob("*.json"))) == 3
     assert [line.split(":")[0] for line in lines if line.startswith("run ")] == ["run 2", "run 3"]
     assert lines[-1].startswith("3 runs: 5,120 tokens/s/process, 5,120 to 5,120 between runs")
+
+
+def test_a_profiler_goes_with_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SUBMIT, "--profile", "nsys", "--profile-steps", "2"]) == 0
+    asked = "--scale full --profile nsys --profile-steps 2 --site default"
+    assert [what_runs(line) for line in capsys.readouterr().out.splitlines()] == [asked]

@@ -260,17 +260,11 @@ def submit(
         typer.echo(str(refusal), err=True)
     if not dry_run:
         write_recipe_files(planned, families)
+    passed_on = (*profile_arguments(profile, profile_steps), *trackers.arguments())
     outcomes = []
     for job in planned.jobs:
         outcome = submit_verb(
-            replace(
-                job,
-                run_args=(
-                    *job.run_args,
-                    *profile_arguments(profile, profile_steps),
-                    *trackers.arguments(),
-                ),
-            ),
+            replace(job, run_args=(*job.run_args, *passed_on)),
             data_root=data_root(),
             results_root=results_root(),
             site=site,

@@ -14,8 +14,13 @@ from moe_bench.spec.recipe import (
 )
 from moe_bench.spec.scale import adam_with_plain_states
 
-FAST_PATH = {"router": True, "permute": True, "activation": True}
-"""Fusions that the families without Transformer Engine have as Triton kernels."""
+FAST_PATH = {"router": True, "permute": True, "activation": True, "gradient_accumulation": True}
+"""Fusions that the torch-native family has as Triton kernels."""
+_OWN_FUSIONS: dict[KernelFamily, dict[str, bool]] = {
+    "torch_native": FAST_PATH,
+    "quack": {"activation": True},
+}
+"""What the families without Transformer Engine fuse; quack's products permute as they are."""
 _OWN_PRECISIONS: dict[KernelFamily, tuple[Precision, ...]] = {
     "torch_native": ("fp32", "bf16", "fp8_rowwise"),
     "quack": ("bf16",),
@@ -37,7 +42,7 @@ def with_kernels(recipe: Recipe, family: KernelFamily) -> Recipe:
     if family == "quack":
         recipe = _without_what_quack_lacks(recipe)
     precision: Precision = recipe.precision if recipe.precision in _OWN_PRECISIONS[family] else "bf16"
-    parallel, fusions = recipe.parallel, recipe.kernels.fusions
+    parallel = recipe.parallel
     return recipe.model_copy(
         update={
             "precision": precision,
@@ -45,9 +50,7 @@ def with_kernels(recipe: Recipe, family: KernelFamily) -> Recipe:
             "kernels": KernelSpec(
                 family=family,
                 grouped_gemm=recipe.kernels.grouped_gemm,
-                fusions=Fusions(
-                    cross_entropy="none" if fusions.cross_entropy == "none" else "native", **FAST_PATH
-                ),
+                fusions=_fusions(recipe, family),
             ),
             "parallel": parallel.model_copy(
                 update={"context_comm": "allgather" if parallel.context > 1 else parallel.context_comm}
@@ -80,4 +83,13 @@ def _without_what_quack_lacks(recipe: Recipe) -> Recipe:
             ),
             "overlap": recipe.overlap.model_copy(update={"expert_parallel": False}),
         }
+    )
+
+
+def _fusions(recipe: Recipe, family: KernelFamily) -> Fusions:
+    """All that `family` has; weight gradients go to the buffer where it is whole and the product grouped."""
+    has_whole_buffer = recipe.parallel.data_sharding != "megatron_fsdp" and recipe.kernels.grouped_gemm
+    own = {name: has_whole_buffer or name != "gradient_accumulation" for name in _OWN_FUSIONS[family]}
+    return Fusions(
+        cross_entropy="none" if recipe.kernels.fusions.cross_entropy == "none" else "native", **own
     )
