@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from moe_bench.errors import BadInputError
 from moe_bench.spec.model import ModelSpec, YarnScaling
 
 Config = dict[str, Any]
 """Keys of a Hugging Face `config.json`, as released checkpoints spell them (transformers 4 and 5 read it)."""
+
+_NOT_FACTS = ("architectures", "model_type", "num_nextn_predict_layers")
+"""Names of classes, which forks change; and modules that a checkpoint need not hold, as its tensors show."""
 
 
 def common_config(model: ModelSpec, *, architecture: str) -> Config:
@@ -46,20 +51,29 @@ def _yarn(yarn: YarnScaling) -> Config:
     return scaling
 
 
+def require_same_config(model: ModelSpec, ours: Config, theirs: Mapping[str, Any], *, path: Path) -> None:
+    """Raise BadInputError, with every key in which the `config.json` in `path` contradicts the model."""
+    found = [f"{key} {right}, not {left}" for key, left, right in config_differences(ours, theirs)]
+    if found:
+        raise BadInputError(
+            f"{path}: {'; '.join(found)}; {model.key} is another model, name the one that this is of"
+        )
+
+
 def config_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Keys under which a checkpoint's `config.json` contradicts the model: key, ours, theirs.
 
-    Only keys that it states count. Names of classes do not: forks of one class have names of their own.
+    Only keys to which it gives a value count.
     """
     left, right = _flat(ours), _flat(theirs)
     for key, value in left.items():
-        if key in right and right[key] != value:
+        if right.get(key) is not None and right[key] != value:
             yield key, value, right[key]
 
 
 def _flat(config: Mapping[str, Any]) -> Config:
     """One level, with the rope parameters of transformers 4 and 5 under the same keys."""
-    skipped = ("architectures", "model_type", "rope_scaling", "rope_parameters", "rope_theta")
+    skipped = (*_NOT_FACTS, "rope_scaling", "rope_parameters", "rope_theta")
     flat = {key: value for key, value in config.items() if key not in skipped}
     rope = {
         **({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}),

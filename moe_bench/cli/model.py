@@ -1,10 +1,12 @@
-"""Verbs about models themselves: verify."""
+"""Verbs about models themselves: verify, convert."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +24,12 @@ from moe_bench.cli.options import (
 )
 from moe_bench.errors import MeasurementError
 from moe_bench.spec.catalogue import data_root
+
+if TYPE_CHECKING:
+    from moe_bench.checkpoints.rule import Rule
+    from moe_bench.spec.model import ModelSpec
+
+GB = 1_000_000_000
 
 
 @app.command(rich_help_panel=MODEL)
@@ -59,3 +67,83 @@ def verify(
                 f"{asked.model.key}: not Hugging Face's {asked.model.hf_model_type} under {proof.layout}: "
                 f"first differs in {proof.first_difference or 'the logits'}; look at the rules of {worst}"
             )
+
+
+class Side(StrEnum):
+    """The two ways of storing a model."""
+
+    MEGATRON = "megatron"
+    HUGGINGFACE = "huggingface"
+
+
+@app.command(rich_help_panel=MODEL)
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint to read.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    model: Annotated[
+        str, typer.Option("--model", help="<model>, <model>/<run> or a YAML file: what it is of.")
+    ],
+    to: Annotated[Side, typer.Option("--to", help="What to make of it.")],
+    mtp: Annotated[
+        bool, typer.Option("--mtp/--no-mtp", help="Whether it holds the model's prediction modules.")
+    ] = True,
+    max_shard_gb: Annotated[
+        float, typer.Option("--max-shard-gb", min=1e-6, help="Of a file of Hugging Face's, at most.")
+    ] = 5.0,
+    scale: Annotated[
+        ScaleOption, typer.Option("--scale", help="smoke: the model of the recipe's toy on CPU.")
+    ] = ScaleOption.FULL,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a checkpoint between Hugging Face's safetensors and Megatron-Core's torch_dist."""
+    from moe_bench.checkpoints.family import family_of
+    from moe_bench.report.convert_view import convert_json, convert_progress, convert_view
+
+    spec = plan_of(model, scale=scale, num_gpus=None, changes=changes).recipe.model
+    if not mtp:
+        spec = spec.model_copy(update={"num_mtp_layers": 0})
+    rules = tuple(family_of(spec).rules(spec, num_mtp_layers=spec.num_mtp_layers))
+    with convert_progress(rules, make_console(stderr=True)) as on_tensor:
+        if to is Side.MEGATRON:
+            _to_megatron(spec, rules, source, target, on_tensor)
+        else:
+            _to_huggingface(spec, rules, source, target, int(max_shard_gb * GB), on_tensor)
+    print_view(convert_view(rules, target), convert_json(rules, target), as_json)
+
+
+def _to_megatron(
+    model: ModelSpec, rules: Sequence[Rule], source: Path, target: Path, on_tensor: Callable[[Rule], None]
+) -> None:
+    from moe_bench.checkpoints.config import require_same_config
+    from moe_bench.checkpoints.family import family_of
+    from moe_bench.checkpoints.safetensors_folder import CONFIG, logical_tensors, read_config, require_match
+
+    config = family_of(model).config(model)
+    require_same_config(model, config, read_config(source), path=source / CONFIG)
+    tensors = logical_tensors(source)
+    require_match(tensors, rules, folder=source)
+    from moe_bench.harness.start import load_convert
+
+    load_convert().convert_to_megatron(rules, tensors, target, on_tensor=on_tensor)
+
+
+def _to_huggingface(
+    model: ModelSpec,
+    rules: Sequence[Rule],
+    source: Path,
+    target: Path,
+    max_shard_bytes: int,
+    on_tensor: Callable[[Rule], None],
+) -> None:
+    from moe_bench.checkpoints.family import family_of
+    from moe_bench.harness.start import load_convert
+
+    load_convert().to_huggingface(
+        rules,
+        source,
+        target,
+        config=family_of(model).config(model),
+        max_shard_bytes=max_shard_bytes,
+        on_tensor=on_tensor,
+    )

@@ -46,6 +46,12 @@ def load_verify() -> ModuleType:
     return _loaded("moe_bench.harness.convert.verify")
 
 
+def load_convert() -> ModuleType:
+    """`moe_bench.harness.convert.convert`, imported quietly; MissingRequirementError without safetensors."""
+    require_package("safetensors", extra="huggingface")
+    return _loaded("moe_bench.harness.convert.convert")
+
+
 def require_package(name: str, *, extra: str) -> None:
     """Raise MissingRequirementError where a package of an optional extra is not installed."""
     if importlib.util.find_spec(name) is None:
@@ -60,6 +66,11 @@ def load_layer() -> ModuleType:
 def load_layer_peers() -> ModuleType:
     """`moe_bench.harness.layer.peers.registry`, imported quietly; other people's packages are not."""
     return _loaded("moe_bench.harness.layer.peers.registry")
+
+
+def load_training() -> ModuleType:
+    """`moe_bench.harness.training.session`, imported quietly."""
+    return _loaded("moe_bench.harness.training.session")
 
 
 def _loaded(name: str) -> ModuleType:

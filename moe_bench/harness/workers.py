@@ -103,7 +103,8 @@ def _fork(
         listen_fd=server.fileno(),
         send=outlet.send,
     )
-    process = context.Process(target=_rank_main, args=(seat, work, stderr), name=f"rank {rank}", daemon=True)
+    # no daemon, for those may not start processes, as Megatron-Core's checkpoint writer does
+    process = context.Process(target=_rank_main, args=(seat, work, stderr), name=f"rank {rank}")
     process.start()
     outlet.close()
     return _Rank(rank=rank, process=process, messages=messages, stderr=stderr)

@@ -54,7 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"max_position_embeddings": 4096, "rope.type": "default"},
     "glm_4_5_air": {"attention_bias": False, "rope.rope_theta": 10_000.0},
     "gpt_oss_120b": {},
-    "mixtral_8x7b": {"max_position_embeddings": 131_072, "head_dim": None},
+    "mixtral_8x7b": {"max_position_embeddings": 131_072},
     "olmoe_1b_7b": {"intermediate_size": 2048},
     "qwen3_30b_a3b": {
         "max_position_embeddings": 32_768,

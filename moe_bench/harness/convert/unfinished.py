@@ -1,0 +1,42 @@
+"""A folder that gets its name when it is whole: nothing half-written is ever found under it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_bench.errors import BadInputError, MissingRequirementError
+
+
+@contextlib.contextmanager
+def finished_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, renamed to it when the block ends, removed where the block fails.
+
+    Raises BadInputError where `path` is taken, MissingRequirementError where the disk refuses.
+    """
+    if path.exists():
+        raise BadInputError(f"{path}: is there already; name a new folder, or remove it")
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _sync(unfinished)
+        unfinished.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MissingRequirementError(f"{path}: {reason}; nothing of it was kept") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on disk before anything relies on them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
