@@ -26,6 +26,7 @@ from moe_bench.harness.layer.weights import LayerWeights, clear_gradients, gradi
 from moe_bench.harness.loopback import loopback_groups
 from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
 from moe_bench.harness.requirements import require_runnable
+from moe_bench.harness.settings import settings_of
 from moe_bench.spec.derive_layer import layer_recipe
 from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.layer_case import LayerCase
@@ -74,8 +75,9 @@ class MegatronEngine:
         if problems := legality_problems(recipe):
             return "; ".join(f"{dotted(problem.path)}: {problem.problem}" for problem in problems)
         try:
-            require_runnable(megatron_arguments(recipe))
-            self._choice(case, "cpu" if self.system.gpu is None else "cuda").provider()
+            arguments = megatron_arguments(recipe)
+            require_runnable(arguments)
+            _choice(arguments, device="cpu" if self.system.gpu is None else "cuda").provider()
         except MoeBenchError as error:
             return str(error)
         return None
@@ -118,22 +120,30 @@ class MegatronEngine:
     def _recipe(self, case: LayerCase) -> Recipe:
         return layer_recipe(self.case_for(case), self.system)
 
-    def _choice(self, case: LayerCase, device: str) -> KernelChoice:
-        experts_are_fp8 = case.precision == "fp8_rowwise"
-        return KernelChoice(family=self.family, device_type=device, experts_are_fp8=experts_are_fp8)
-
     def _layer(self, arguments: MegatronArguments, case: LayerCase, *, device: str) -> MoELayer:
         config = transformer_config(arguments)
         set_seeds(case.seed)
-        block = decoder_block_spec(config, self._choice(case, device))
+        block = decoder_block_spec(config, _choice(arguments, device=device))
         spec: Any = block.layer_specs[0].submodules.mlp
-        layer = spec(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False)
+        with _quantized(config, is_init=True):
+            layer = spec(config=config, pg_collection=get_default_pg_collection(), is_mtp_layer=False)
         layer.set_layer_number(1)
         layer.to(device)
-        if config.gradient_accumulation_fusion:
+        if self.case_for(case).kernels.fusions.gradient_accumulation:
+            # what data parallelism gives them: the products add to it, and leave `grad` alone
             for parameter in layer.parameters():
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
         return layer
+
+
+def _choice(arguments: MegatronArguments, *, device: str) -> KernelChoice:
+    """As a whole model is built (moe_bench/harness/build.py); there is no attention."""
+    settings = settings_of(arguments)
+    return KernelChoice(
+        family=settings.kernel_family,
+        device_type=device,
+        experts_are_fp8=settings.experts_are_fp8,
+    )
 
 
 def megatron_engines(system: SystemSpec) -> tuple[MegatronEngine, ...]:
