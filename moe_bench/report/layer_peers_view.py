@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -88,13 +88,32 @@ def _row(peers: LayerPeers, one: EngineResult) -> tuple[str, ...]:
 
 def _left_out(peers: LayerPeers) -> Iterator[str]:
     """Engines by what keeps them out, in the order in which they stand."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, list[EngineResult]] = {}
     for one in peers.engines:
         if one.reason is not None:
             named = f"{one.outcome}: {one.reason}" if one.outcome != "unable" else one.reason
-            absent = "" if one.version is not None or _SAYS_SO in named else f" ({_SAYS_SO})"
-            reasons.setdefault(named, []).append(f"{one.engine}{absent}")
-    yield from (f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+            reasons.setdefault(named, []).append(one)
+    for reason, group in reasons.items():
+        others = [one.engine for one in peers.engines if one not in group]
+        absent = {one.engine for one in group if one.version is None and _SAYS_SO not in reason}
+        names = _gathered([one.engine for one in group], others)
+        yield ", ".join(f"{name} ({_SAYS_SO})" if name in absent else name for name in names) + f": {reason}"
+
+
+def _gathered(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """The names, those that share a beginning which none of the others has as `<beginning>*`."""
+    gathered: dict[str, None] = {}
+    for name in names:
+        words = name.split("_")
+        beginnings = ("_".join(words[:number]) + "_" for number in range(1, len(words)))
+        sharing = {
+            start: sum(other.startswith(start) for other in names)
+            for start in beginnings
+            if not any(other.startswith(start) for other in others)
+        }
+        start = max(sharing, key=lambda one: (sharing[one], len(one)), default="")
+        gathered[f"{start}*" if sharing.get(start, 0) > 1 else name] = None
+    return tuple(gathered)
 
 
 def _milli(samples_s: tuple[float, ...]) -> str:
