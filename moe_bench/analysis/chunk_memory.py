@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moe_bench.analysis import head_memory
 from moe_bench.analysis.kept_memory import kept_on_device
 from moe_bench.analysis.layer_memory import LayerMemory, LayerWalk, Piece
-from moe_bench.analysis.layer_sizes import layer_sizes
+from moe_bench.analysis.layer_sizes import layer_sizes, permutes_in_triton
 from moe_bench.analysis.live_tensors import NOTHING, Held, Instant, fullest
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
@@ -125,9 +125,13 @@ class ModelMemory:
         That is the layer's input with full recomputation, the norm's output with `moe`
         (tensor_parallel/random.py, CheckpointFunction.backward). Where parts of a layer are called apart,
         each layer's input is such a leaf. Otherwise the last micro batch's graph ends at the chunk's input,
-        and the row maps, 4 t (2 E + 1), and the routing map, t E, stay.
+        and the row maps, 4 t (2 E + 1), and the routing map, t E, stay. All of it hangs on the probabilities
+        that Megatron-Core's dispatcher holds on; ours lets them go.
         """
         recipe, vector = self.recipe, self.sizes.vector_bytes
+        if permutes_in_triton(recipe):
+            leaves = vector * (num_layers + num_mtp) if recipe.overlap.expert_parallel else 0
+            return Lingering(0, NOTHING, Held(leaves, 0, leaves))
         if recipe.recompute.granularity == "full":
             return Lingering(num_moe + num_mtp, Held(vector, 0, vector), NOTHING)
         if "moe" in self.sizes.recomputes:

@@ -123,9 +123,9 @@ class ExpertHalf:
         live.make("routing_map", rows.scores_bytes // FP32_BYTES)
         live.make("scores", rows.scores_bytes)
         live.make("probs", rows.scores_bytes)
-        if rows.has_aux_loss:
+        if rows.has_aux_loss and not rows.shares_logits:
             live.make("aux_scores", rows.scores_bytes)
-        if rows.has_z_loss:
+        if rows.has_z_loss and not rows.shares_logits:
             live.make("logits", rows.scores_bytes)
         live.make("row_map", rows.row_map_bytes)
 

@@ -35,7 +35,8 @@ class LayerSizes:
     is_split: bool
     """Whether a tensor-parallel group divides the sequence around the products."""
     weight_gradient_element_bytes: int
-    """a, or 0 where products add to the gradient buffer themselves (`fusions.gradient_accumulation`)."""
+    """a; 0 where Transformer Engine's products add to the gradient buffer (`fusions.gradient_accumulation`)
+    and hand over one placeholder again and again. Ours hand over a new one each."""
     recomputes: frozenset[RecomputeModule]
     norms_are_separate: bool
     """Whether norms are modules of their own; Transformer Engine fuses them into the next projection, which
@@ -96,8 +97,11 @@ class ExpertSizes:
     scores_bytes: int
     """4 t E."""
     row_map_bytes: int
-    """Which row goes where: 4 t (2 E + 1), and 4 R each for rows and probabilities on both ways; where tokens
-    are gathered and nothing else, 16 R for the choices by token and by expert in the place of the first."""
+    """Which row goes where, and probabilities of rows (`_row_map_bytes`)."""
+    dispatcher_lets_go: bool
+    """Whether the dispatcher keeps nothing after a layer's forward pass (harness/kernels/fused)."""
+    shares_logits: bool
+    """Whether router and losses keep the logits alone, once (harness/kernels/fused/routing.py)."""
     sent_bytes: int
     """Rows as they are sent: a R H; DeepEP and HybridEP send a token once per rank."""
     received_bytes: int
@@ -139,7 +143,7 @@ def layer_sizes(recipe: Recipe) -> LayerSizes:
         vector_bytes=element * counts.sharded * recipe.model.hidden_size,
         gathered_bytes=element * counts.gathered * recipe.model.hidden_size,
         is_split=counts.sharded != counts.gathered,
-        weight_gradient_element_bytes=0 if recipe.kernels.fusions.gradient_accumulation else element,
+        weight_gradient_element_bytes=0 if _hands_over_placeholders(recipe) else element,
         recomputes=frozenset(recompute.modules if recompute.granularity == "selective" else ()),
         norms_are_separate=recipe.kernels.family != "transformer_engine",
         positions_bytes=element * recipe.seq_len // parallel.context,
@@ -212,18 +216,15 @@ def expert_sizes(
     permutes = "fused" if recipe.kernels.fusions.permute else "torch"
     if products_gather and parallel.expert == 1:
         permutes = "never"
-    row_map = INDEX_BYTES * sizes.sharded_tokens * (2 * moe.num_experts + 1)
-    if permutes == "torch":
-        row_map = SORT_INDEX_BYTES * (sizes.sharded_tokens * moe.num_experts + num_rows)
-    elif permutes == "never":
-        row_map = 2 * SORT_INDEX_BYTES * num_rows
     num_received = num_sent if dispatcher == "allgather" else round(num_sent * load)
     num_expert_rows = round(num_rows * load) * parallel.expert_tensor
     num_local = moe.num_experts // parallel.expert
     return ExpertSizes(
         num_local_experts=num_local,
         scores_bytes=FP32_BYTES * sizes.sharded_tokens * moe.num_experts,
-        row_map_bytes=row_map + 4 * INDEX_BYTES * num_rows,
+        row_map_bytes=_row_map_bytes(recipe, moe, sizes, permutes=permutes, num_rows=num_rows),
+        dispatcher_lets_go=permutes_in_triton(recipe),
+        shares_logits=recipe.kernels.fusions.router and recipe.kernels.family != "transformer_engine",
         sent_bytes=num_sent * row_bytes,
         received_bytes=num_received * row_bytes,
         gathered_bytes=num_expert_rows * row_bytes,
@@ -232,10 +233,54 @@ def expert_sizes(
         ffn=moe.expert_ffn_hidden_size // parallel.expert_tensor,
         shared_ffn=moe.shared_expert_ffn_hidden_size // parallel.tensor,
         gemm_input_element_bytes=element if recipe.precision in ("fp32", "bf16", "fp8_rowwise") else 1,
-        sorts_rows=is_after or (num_local > 1 and not products_gather),
+        sorts_rows=is_after or (_sorts_arrivals(recipe) and num_local > 1 and not products_gather),
         products_gather=products_gather,
         sends_rows=parallel.expert > 1,
         permutes="after" if is_after else permutes,
         has_aux_loss=moe.router.aux_loss != "none",
         has_z_loss=moe.router.z_loss_coefficient > 0,
     )
+
+
+def _hands_over_placeholders(recipe: Recipe) -> bool:
+    kernels = recipe.kernels
+    return kernels.fusions.gradient_accumulation and kernels.family == "transformer_engine"
+
+
+def permutes_in_triton(recipe: Recipe) -> bool:
+    """Whether our own kernels permute (harness/kernels/fused/dispatchers.py)."""
+    return (
+        recipe.kernels.fusions.permute
+        and recipe.kernels.family != "transformer_engine"
+        and recipe.dispatch.dispatcher in ("alltoall", "allgather")
+    )
+
+
+def _sorts_arrivals(recipe: Recipe) -> bool:
+    """Megatron-Core sorts what a rank has sent itself, too; our dispatcher does not."""
+    return not permutes_in_triton(recipe) or recipe.parallel.expert * recipe.parallel.expert_tensor > 1
+
+
+def _row_map_bytes(
+    recipe: Recipe, moe: MixtureOfExperts, sizes: LayerSizes, *, permutes: str, num_rows: int
+) -> int:
+    """Row maps, orders of arrival and probabilities of R rows of t tokens.
+
+    Transformer Engine: 4 t (2 E + 1), and 4 R each for orders and probabilities on both ways. Ours: 8 t S,
+    where a token has at most S = min(k, experts permuted to) rows, and 4 R each for one order and the
+    probabilities. torch's sort: 8 (t E + R).
+    """
+    if permutes == "never":
+        return 2 * SORT_INDEX_BYTES * num_rows + 4 * INDEX_BYTES * num_rows
+    if permutes == "torch":
+        return SORT_INDEX_BYTES * (sizes.sharded_tokens * moe.num_experts + num_rows) + (
+            4 * INDEX_BYTES * num_rows
+        )
+    if not permutes_in_triton(recipe):
+        return INDEX_BYTES * sizes.sharded_tokens * (2 * moe.num_experts + 1) + 4 * INDEX_BYTES * num_rows
+    tokens, experts, parallel = sizes.sharded_tokens, moe.num_experts, recipe.parallel
+    if recipe.dispatch.dispatcher == "allgather":
+        tokens, experts = tokens * parallel.expert * parallel.expert_tensor, experts // parallel.expert
+    is_padded = recipe.token_drop is not None and recipe.token_drop.pad_to_capacity
+    slots = experts if is_padded else min(moe.top_k, experts)
+    return 2 * INDEX_BYTES * (tokens * slots + num_rows)

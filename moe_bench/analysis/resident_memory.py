@@ -37,14 +37,14 @@ def dispatcher_bytes(recipe: Recipe, model: ModelMemory) -> int:
 
     Where the layer is recomputed, the forward pass leaves its routing map, t E, and row map, 4 t (2 E + 1),
     too, which otherwise are those of a micro batch in flight. torch's permutation keeps the probabilities
-    itself; where nothing is permuted, the dispatcher keeps nothing.
+    itself; where nothing is permuted, or by our own kernels, the dispatcher keeps nothing.
     """
     moe, sizes = recipe.model.moe, model.sizes
     if moe is None:
         return 0
     experts = expert_sizes(recipe, moe, sizes)
     held = experts.scores_bytes if experts.permutes in ("fused", "after") else 0
-    if experts.permutes == "never":
+    if experts.permutes == "never" or experts.dispatcher_lets_go:
         return 0
     if recipe.recompute.granularity == "full" or "moe" in sizes.recomputes:
         held += sizes.sharded_tokens * (moe.num_experts + INDEX_BYTES * (2 * moe.num_experts + 1))

@@ -90,6 +90,7 @@ def model_chunks(
         qk_norm="none" if settings.qk_norm == "latent" else settings.qk_norm,
         experts_are_apart=bool(arguments.ddp["use_megatron_fsdp"]),
         experts_are_fp8=settings.experts_are_fp8,
+        fusions=frozenset(settings.triton_fusions),
     )
     num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))

@@ -15,7 +15,7 @@ from moe_bench.spec.legality.structure import built_model
 from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
 from moe_bench.spec.problem import Problem
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import KernelSpec, Recipe
 
 Plain = bool | int | float | str | None | tuple["Plain", ...]
 Arguments = dict[str, Plain]
@@ -313,23 +313,33 @@ def _precision(recipe: Recipe) -> Arguments:
 
 def _kernels(recipe: Recipe) -> Arguments:
     kernels, fusions = recipe.kernels, recipe.kernels.fusions
+    is_engine = kernels.family == "transformer_engine"
     return {
-        "transformer_impl": "transformer_engine" if kernels.family == "transformer_engine" else "local",
+        "transformer_impl": "transformer_engine" if is_engine else "local",
         "attention_backend": kernels.attention,
         "moe_grouped_gemm": kernels.grouped_gemm,
         "use_transformer_engine_op_fuser": kernels.op_fuser,
-        "moe_permute_fusion": fusions.permute,
-        "moe_router_fusion": fusions.router,
+        # Transformer Engine's kernels; ours stand in the section `training`
+        "moe_permute_fusion": is_engine and fusions.permute,
+        "moe_router_fusion": is_engine and fusions.router,
         "apply_rope_fusion": fusions.rope,
         "bias_activation_fusion": fusions.activation,
         "fused_residual_rmsnorm": fusions.residual_norm,
         "masked_softmax_fusion": fusions.masked_softmax,
         "bias_dropout_fusion": fusions.bias_dropout,
-        "gradient_accumulation_fusion": fusions.gradient_accumulation,
+        "gradient_accumulation_fusion": is_engine and fusions.gradient_accumulation,
         "cross_entropy_loss_fusion": fusions.cross_entropy != "none",
         "cross_entropy_fusion_impl": "te" if fusions.cross_entropy == "te" else "native",
         "use_cpu_initialization": recipe.system.gpu is None,
     }
+
+
+def triton_fusions(kernels: KernelSpec) -> tuple[str, ...]:
+    """What our own kernels fuse: in the other families, what Megatron-Core leaves to Transformer Engine."""
+    if kernels.family == "transformer_engine":
+        return ()
+    names = ("router", "permute", "activation", "gradient_accumulation")
+    return tuple(name for name in names if getattr(kernels.fusions, name))
 
 
 def _schedule(recipe: Recipe) -> Arguments:
@@ -433,6 +443,7 @@ def _training(recipe: Recipe) -> Arguments:
     return {
         "kernel_family": recipe.kernels.family,
         "experts_are_fp8": recipe.precision == "fp8_rowwise",
+        "triton_fusions": triton_fusions(recipe.kernels),
         "qk_norm": attention.qk_norm if isinstance(attention, GroupedQueryAttention) else "latent",
         "seq_length": recipe.seq_len,
         "micro_batch_size": recipe.micro_batch_size,

@@ -9,6 +9,9 @@ from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
 from moe_bench.spec.recipe import KernelFamily, RoutingMode
 from moe_bench.spec.routing_trace import Trace
 
+TritonFusion = Literal["router", "permute", "activation", "gradient_accumulation"]
+"""Fusions that Megatron-Core leaves to Transformer Engine, and the other families run on our own kernels."""
+
 
 class Settings(Spec):
     """The `training` section of the arguments; a key that nobody reads is an error."""
@@ -17,6 +20,7 @@ class Settings(Spec):
     experts_are_fp8: bool
     """Whether the torch-native experts multiply in FP8 with a scale per row, which Megatron-Core knows
     nothing of."""
+    triton_fusions: tuple[TritonFusion, ...]
     qk_norm: Literal["none", "per_head", "whole_vector", "latent"]
     seq_length: PositiveInt
     micro_batch_size: PositiveInt

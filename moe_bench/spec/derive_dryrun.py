@@ -98,7 +98,7 @@ def _derived(recipe: Recipe) -> Recipe:
 
 
 def _kernels(kernels: KernelSpec) -> KernelSpec:
-    """Fusions stay where the dry run has a stand-in; weight gradients are not accumulated in the GEMM."""
+    """Fusions stay where the dry run has a stand-in; Transformer Engine's product that adds has none."""
     fusions = kernels.fusions
     return KernelSpec(
         family="quack" if kernels.family == "quack" else "torch_native",
@@ -108,6 +108,7 @@ def _kernels(kernels: KernelSpec) -> KernelSpec:
             router=fusions.router,
             rope=fusions.rope,
             activation=fusions.activation,
+            gradient_accumulation=fusions.gradient_accumulation and kernels.family == "torch_native",
             cross_entropy=fusions.cross_entropy,
         ),
     )

@@ -91,7 +91,8 @@ class Fusions(Spec):
     masked_softmax: bool = False
     bias_dropout: bool = False
     gradient_accumulation: bool = False
-    """Weight gradients added to the FP32 buffer inside the GEMM (needs apex or Transformer Engine)."""
+    """Weight gradients added to the FP32 buffer inside the GEMM: of all linear layers with Transformer
+    Engine, of the experts with torch_native."""
     cross_entropy: Literal["none", "native", "te"] = "none"
 
 

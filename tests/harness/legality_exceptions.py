@@ -69,7 +69,7 @@ BEYOND = {
     "fsdp_lone_experts": SILENTLY_WRONG,
     "fsdp_overlap": SILENT,
     "op_fuser": "refused when Transformer Engine's grouped MLP is built",
-    "accumulation_fusion": SILENT,
+    "accumulation_fusion": OURS,
     "quack_needs_a_gpu": IN_A_KERNEL,
     "quack_precision": OURS,
     "quack_activation": OURS,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from moe_bench.analysis.dispatch_buffers import dispatch_buffer_bytes
 from moe_bench.analysis.memory import rank_memory
 from moe_bench.harness.dryrun.outcome import Correction
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import KernelSpec, Recipe
 
 
 def corrections(asked: Recipe, derived: Recipe, pipeline_rank: int) -> tuple[Correction, ...]:
@@ -42,30 +42,48 @@ def _states(asked: Recipe, derived: Recipe, pipeline_rank: int) -> Iterator[Corr
 def _beside_states(asked: Recipe, derived: Recipe, pipeline_rank: int) -> Iterator[Correction]:
     """From the derived recipe to the one asked for, one difference after the other, so that they add up."""
     kernels = asked.kernels
-    fusions = kernels.fusions.model_copy(update={"gradient_accumulation": False})
-    separate = kernels.model_copy(update={"fusions": fusions})
+    separate = _without(kernels, "gradient_accumulation")
+    maps = "router and permutation: the maps and scores that are kept"
     steps = (
-        ("kernels: norms fused into projections, MLA's values unpadded", {"kernels": separate}),
+        (maps, {"kernels": _without(derived.kernels, *_MAPPED)}),
+        (
+            "kernels: norms fused into projections, MLA's values unpadded",
+            {"kernels": _without(separate, *_MAPPED)},
+        ),
+        (maps, {"kernels": separate}),
         ("weight gradients: added up in the GEMM, a placeholder per shape", {"kernels": kernels}),
         ("activations: inputs of products in FP8 or FP4", {"precision": asked.precision}),
         ("dispatch: tokens once per rank", {"dispatch": asked.dispatch}),
         ("context parallelism: nothing gathered", {"parallel": asked.parallel}),
     )
+    added = dict.fromkeys((term for term, _ in steps), 0)
     before = _moving_bytes(derived, pipeline_rank)
     for term, change in steps:
         derived = derived.model_copy(update=change)
         after = _moving_bytes(derived, pipeline_rank)
-        yield Correction(term=term, num_bytes=after - before, source=_SOURCES[term.partition(":")[0]])
+        added[term] += after - before
         before = after
+    for term, num_bytes in added.items():
+        yield Correction(term=term, num_bytes=num_bytes, source=_SOURCES[term.partition(":")[0]])
 
+
+_MAPPED = ("router", "permute")
+"""Fusions that keep other maps and scores with Transformer Engine than ours do: taken off, then put on again,
+so that they are a term of their own."""
 
 _SOURCES = {
+    "router and permutation": "analysis/layer_sizes.py; transformer_engine 2.20.2 pytorch/router.py",
     "kernels": "transformer_engine 2.20.2 pytorch/module/layernorm_linear.py, attention/; analysis/",
     "weight gradients": "transformer_engine 2.20.2 pytorch/module/base.py, get_dummy_wgrad",
     "activations": "analysis/expert_memory.py",
     "context parallelism": "transformer_engine 2.20.2 pytorch/attention, context_parallel.py",
     "dispatch": "analysis/layer_sizes.py expert_sizes; megatron-core 0.19.2 moe/token_dispatcher.py",
 }
+
+
+def _without(kernels: KernelSpec, *fusions: str) -> KernelSpec:
+    less = kernels.fusions.model_copy(update=dict.fromkeys(fusions, False))
+    return kernels.model_copy(update={"fusions": less})
 
 
 def _moving_bytes(recipe: Recipe, pipeline_rank: int) -> int:

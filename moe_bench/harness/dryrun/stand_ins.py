@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_bench.analysis.activations import multiplies_experts_row_wise
 from moe_bench.harness.dryrun import stand_in_kernels as kernels
+from moe_bench.harness.dryrun.operator_flops import FlopKind
 from moe_bench.harness.dryrun.quack_products import QuackProducts
 from moe_bench.harness.dryrun.stand_in_kernels import OnFlops
 from moe_bench.harness.substitution import Substitution, substituted
@@ -63,6 +64,12 @@ def _fusion(name: str) -> Callable[[Recipe], bool]:
     return lambda recipe: getattr(recipe.kernels.fusions, name) not in (False, "none")
 
 
+def _fuses_experts(name: str) -> Callable[[Recipe], bool]:
+    """Whether one of our Triton kernels is on, in a model with experts."""
+    is_on = _fusion(name)
+    return lambda recipe: recipe.model.moe is not None and is_on(recipe)
+
+
 def _always(recipe: Recipe) -> bool:
     return True
 
@@ -78,8 +85,8 @@ def _is_plain_causal(recipe: Recipe) -> bool:
     return not _needs_flex(recipe)
 
 
-def _has_experts(recipe: Recipe) -> bool:
-    return recipe.model.moe is not None
+def _compiles_activation(recipe: Recipe) -> bool:
+    return recipe.model.moe is not None and not recipe.kernels.fusions.activation
 
 
 def _has_bf16_moments(recipe: Recipe) -> bool:
@@ -186,48 +193,16 @@ def _l2_norm(on_flops: OnFlops) -> dict[str, Any]:
     return {"l2_norm_impl": norm}
 
 
-def _permutation(on_flops: OnFlops) -> dict[str, Any]:
-    def permute_tokens(tokens: Tensor, routing_map: Tensor, num_out_tokens: int) -> Any:
-        return kernels.PermuteTokens.apply(tokens, routing_map.shape[1], int(num_out_tokens))
-
-    def permute(tokens: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: int) -> Any:
-        return kernels.Permute.apply(tokens, probs, int(num_out_tokens))
-
-    def unpermute(rows: Tensor, row_map: Tensor, restore_shape: torch.Size, **options: object) -> Any:
-        return kernels.Unpermute.apply(rows, row_map, restore_shape[0])
-
-    def sort(rows: Tensor, *order: object) -> Any:
-        return kernels.SortChunks.apply(rows, rows.new_empty(0))[0]
-
-    def sort_with_probs(rows: Tensor, probs: Tensor, *order: object) -> Any:
-        return kernels.SortChunks.apply(rows, probs)
-
-    return {
-        "HAVE_TE": True,
-        "fused_permute": permute_tokens,
-        "fused_permute_with_probs": permute,
-        "fused_unpermute": unpermute,
-        "fused_sort_chunks_by_index": sort,
-        "fused_sort_chunks_by_index_with_probs": sort_with_probs,
-    }
+def _no_kernels(*names: str) -> Replacements:
+    """What is around our Triton kernels allocates and keeps; they alone are left out."""
+    return lambda on_flops: {name: kernels.NoKernel() for name in names}
 
 
-def _router(on_flops: OnFlops) -> dict[str, Any]:
-    def topk(*, logits: Tensor, **options: object) -> Any:
-        return kernels.TopkScores.apply(logits)
+def _accumulated_weight_gradients(on_flops: OnFlops) -> dict[str, Any]:
+    def accumulate(main_grad: Tensor, grad: Tensor, x: Tensor, offsets: Tensor) -> None:
+        on_flops(FlopKind.GROUPED, 2 * grad.shape[0] * grad.shape[1] * x.shape[1])
 
-    def scores(*, logits: Tensor, **options: object) -> Any:
-        return kernels.AuxLossScores.apply(logits)
-
-    def loss(*, probs: Tensor, tokens_per_expert: Tensor, **options: object) -> Any:
-        return kernels.AuxLoss.apply(probs, tokens_per_expert)
-
-    return {
-        "HAVE_TE": True,
-        "fused_topk_with_score_function": topk,
-        "fused_compute_score_for_moe_aux_loss": scores,
-        "fused_moe_aux_loss": loss,
-    }
+    return {"accumulate_weight_gradient": accumulate}
 
 
 def _rope(on_flops: OnFlops) -> dict[str, Any]:
@@ -334,7 +309,7 @@ _TORCH = (
         source="moe_bench/harness/kernels/activation.py, one kernel each way when compiled",
         module="moe_bench.harness.kernels.activation",
         replacements=_gated,
-        used_by=_has_experts,
+        used_by=_compiles_activation,
     ),
     StandIn(
         kernel="quantization to FP8 with a scale per row (Triton)",
@@ -343,6 +318,54 @@ _TORCH = (
         module="moe_bench.harness.kernels.fp8_grouped",
         replacements=_row_wise,
         used_by=multiplies_experts_row_wise,
+    ),
+    StandIn(
+        kernel="gated activation of the experts (Triton)",
+        keeps="nothing beyond what moe_bench/harness/kernels/grouped_linear.py saves",
+        source="moe_bench/harness/kernels/fused/activation.py",
+        module="moe_bench.harness.kernels.fused.activation",
+        replacements=_no_kernels("_forward_kernel", "_backward_kernel"),
+        used_by=_fuses_experts("activation"),
+    ),
+    StandIn(
+        kernel="weight gradients of the experts, added to the gradient buffer (Triton)",
+        keeps="nothing beyond what moe_bench/harness/kernels/grouped_linear.py saves",
+        source="moe_bench/harness/kernels/fused/weight_gradient.py",
+        module="moe_bench.harness.kernels.fused.weight_gradient",
+        replacements=_accumulated_weight_gradients,
+        used_by=_fuses_experts("gradient_accumulation"),
+    ),
+    StandIn(
+        kernel="row map of the permutation (Triton)",
+        keeps="two int32 per token and expert that it may have",
+        source="moe_bench/harness/kernels/fused/row_map.py",
+        module="moe_bench.harness.kernels.fused.row_map",
+        replacements=_no_kernels("_count_kernel", "_number_kernel"),
+        used_by=_fuses_experts("permute"),
+    ),
+    StandIn(
+        kernel="permutation of tokens (Triton)",
+        keeps="the row map",
+        source="moe_bench/harness/kernels/fused/permutation.py",
+        module="moe_bench.harness.kernels.fused.permutation",
+        replacements=_no_kernels("_spread_kernel", "_gather_kernel", "_probability_gradient_kernel"),
+        used_by=_fuses_experts("permute"),
+    ),
+    StandIn(
+        kernel="order of local experts (Triton)",
+        keeps="an int32 per row",
+        source="moe_bench/harness/kernels/fused/chunk_order.py",
+        module="moe_bench.harness.kernels.fused.chunk_order",
+        replacements=_no_kernels("_source_kernel", "_move_kernel"),
+        used_by=_fuses_experts("permute"),
+    ),
+    StandIn(
+        kernel="router (Triton)",
+        keeps="logits, which router and balancing losses share, and the routing map",
+        source="moe_bench/harness/kernels/fused/routing.py",
+        module="moe_bench.harness.kernels.fused.routing",
+        replacements=_no_kernels("_forward_kernel", "_backward_kernel"),
+        used_by=_fuses_experts("router"),
     ),
     StandIn(
         kernel="Adam",
@@ -372,22 +395,6 @@ _TORCH = (
 )
 
 _TRANSFORMER_ENGINE = (
-    StandIn(
-        kernel="permutation of tokens and of chunks",
-        keeps="row maps in int32: 2 experts + 1 per token, and one per row where chunks are sorted",
-        source="transformer_engine 2.20.2 pytorch/permutation.py, pytorch/triton/permutation.py",
-        module="megatron.core.transformer.moe.moe_utils",
-        replacements=_permutation,
-        used_by=_fusion("permute"),
-    ),
-    StandIn(
-        kernel="router",
-        keeps="scores of all experts in FP32 and the routing map; FP32 scores again for the auxiliary loss",
-        source="transformer_engine 2.20.2 pytorch/router.py",
-        module="megatron.core.transformer.moe.moe_utils",
-        replacements=_router,
-        used_by=_fusion("router"),
-    ),
     StandIn(
         kernel="rotary embedding",
         keeps="the angles, which all layers share",

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moe_bench.errors import BadInputError
+from moe_bench.harness.kernels.fused.dispatchers import FusedAllGatherDispatcher
 from moe_bench.harness.substitution import Substitution, substituted
 
 SenderCounts = Sequence[Sequence[int]]
@@ -37,13 +38,13 @@ def token_counts(counts: SenderCounts | None) -> Iterator[None]:
     None balances: every expert gets as many tokens of a sender as any other, give or take one, and so does
     every rank wherever that is possible.
     """
-    exchange, gather = MoEAlltoAllTokenDispatcher, MoEAllGatherTokenDispatcher
-    preprocess = _with_host_map(exchange.preprocess, counts)
-    postprocess = _with_known_rows(gather.dispatch_postprocess, counts)
-    with (
-        substituted(Substitution(exchange, "preprocess", preprocess)),
-        substituted(Substitution(gather, "dispatch_postprocess", postprocess)),
-    ):
+    exchange = MoEAlltoAllTokenDispatcher
+    with contextlib.ExitStack() as stack:
+        preprocess = _with_host_map(exchange.preprocess, counts)
+        stack.enter_context(substituted(Substitution(exchange, "preprocess", preprocess)))
+        for gather in (MoEAllGatherTokenDispatcher, FusedAllGatherDispatcher):
+            postprocess = _with_known_rows(gather.dispatch_postprocess, counts)
+            stack.enter_context(substituted(Substitution(gather, "dispatch_postprocess", postprocess)))
         yield
 
 

@@ -22,6 +22,7 @@ from moe_bench.harness.kernels.activation import GatedActivation, gated_activati
 from moe_bench.harness.kernels.expert_checkpoint import ExpertShards, sharded_parameters
 from moe_bench.harness.kernels.grouped_linear import (
     PLAIN,
+    Accumulate,
     Products,
     activated_grouped_linear,
     group_offsets,
@@ -64,6 +65,7 @@ class ExpertStack(torch.nn.Module):
         super().__init__()
         self.shape, self.num_experts, self.are_apart = shape, num_experts, are_apart
         self.products: Products = PLAIN
+        self.accumulate: Accumulate | None = None
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         leading = () if are_apart else (num_experts,)
         sizes = {"weight": (*leading, shape.out_features, shape.in_features)}
@@ -148,7 +150,8 @@ class UpProjection(ExpertStack):
 
     def forward(self, x: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """Project; `members` is the one-hot matrix of `membership`, needed with biases."""
-        y, biases = grouped_linear(x, self.weights, offsets, self.products), self.biases
+        y = grouped_linear(x, self.weights, offsets, self.products, self.accumulate)
+        biases = self.biases
         return y if biases is None else torch.addmm(y, members, biases)
 
 
@@ -186,11 +189,31 @@ class DownProjection(ExpertStack):
             activation=self.activation,
             recompute=self.recompute,
             products=self.products,
+            accumulate=self.accumulate,
         )
         biases = self.biases
         if biases is None or members is None:
             return y
         return (y + (members @ biases) * probabilities.unsqueeze(-1)).to(y.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFusions:
+    """Kernels around the products that a recipe can ask for; without any, all is plain or compiled torch."""
+
+    activation: Callable[[GatedActivation], GatedActivation] | None = None
+    """The same activation on other kernels."""
+    accumulate: Accumulate | None = None
+    """What adds weight gradients to the gradient buffer."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As a record names them."""
+        asked = {"activation": self.activation, "gradient_accumulation": self.accumulate}
+        return tuple(f"triton:{name}" for name, kernel in asked.items() if kernel is not None)
+
+
+UNFUSED = ExpertFusions()
 
 
 class GroupedExperts(MegatronModule):
@@ -205,6 +228,7 @@ class GroupedExperts(MegatronModule):
         *,
         are_apart: bool = False,
         products: Products = PLAIN,
+        fusions: ExpertFusions = UNFUSED,
     ) -> None:
         """Build them; `are_apart` gives each a weight of its own, as Megatron-FSDP needs (`ExpertStack`)."""
         super().__init__(config=config)
@@ -243,7 +267,15 @@ class GroupedExperts(MegatronModule):
         )
         for stack in (self.linear_fc1, self.linear_fc2):
             stack.products = products.of_stack(are_apart=are_apart)
-        self.implementation = products.implementation
+        if are_apart and fusions.accumulate is not None:
+            raise MissingRequirementError(
+                "kernels.fusions.gradient_accumulation: Megatron-FSDP has no one buffer of all experts; "
+                "set it to false"
+            )
+        self.linear_fc1.accumulate = self.linear_fc2.accumulate = fusions.accumulate
+        if fusions.activation is not None:
+            self.linear_fc2.activation = fusions.activation(self.linear_fc2.activation)
+        self.implementation = "+".join((products.implementation, *fusions.names))
 
     def forward(
         self,

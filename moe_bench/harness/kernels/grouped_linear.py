@@ -14,7 +14,7 @@ passes see to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,11 @@ from moe_bench.harness.ranges import range_named
 
 ALIGNMENT_BYTES = 16
 """Strides that TMA, Hopper's bulk copy, can address (CUDA Driver API, cuTensorMapEncodeTiled)."""
+
+
+Accumulate = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Adds to main_grad [experts, out, in] the weight gradients of grad [tokens, out] and x [tokens, in], whose
+rows end at offsets [experts]."""
 
 
 class Products(Protocol):
@@ -100,14 +105,20 @@ def membership(offsets: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def grouped_linear(
-    x: Tensor, weights: Sequence[Tensor], offsets: Tensor, products: Products = PLAIN
+    x: Tensor,
+    weights: Sequence[Tensor],
+    offsets: Tensor,
+    products: Products = PLAIN,
+    accumulate: Accumulate | None = None,
 ) -> Tensor:
     """x [tokens, in] times each expert's weight, transposed: [tokens, out].
 
     Args:
         weights: all experts in one tensor [experts, out, in], or a matrix [out, in] for each.
+        accumulate: adds the weight gradient to the weight's `main_grad` (Megatron-Core's
+            gradient_accumulation_fusion); the one tensor of weights has to have it in the backward pass.
     """
-    return _GroupedLinear.apply(x, offsets, products, *weights)
+    return _GroupedLinear.apply(x, offsets, products, accumulate, *weights)
 
 
 def activated_grouped_linear(
@@ -119,14 +130,18 @@ def activated_grouped_linear(
     activation: GatedActivation,
     recompute: bool,
     products: Products = PLAIN,
+    accumulate: Accumulate | None = None,
 ) -> Tensor:
     """Activate x [tokens, 2 * in], weight by the probabilities, then `grouped_linear`.
 
     Args:
         recompute: keep only x for the backward pass and activate again there, rather than keep the activated
             [tokens, in] too (Megatron-Core's recompute module `moe_act`).
+        accumulate: as in `grouped_linear`.
     """
-    return _ActivatedGroupedLinear.apply(x, probabilities, offsets, activation, recompute, products, *weights)
+    return _ActivatedGroupedLinear.apply(
+        x, probabilities, offsets, activation, recompute, products, accumulate, *weights
+    )
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
@@ -152,8 +167,15 @@ class _GroupedLinear(torch.autograd.Function):
     """grouped_mm with a gradient whose layouts are ours (see the module's docstring)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offsets: Tensor, products: Products, *weights: Tensor) -> Tensor:
-        ctx.products = products
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        offsets: Tensor,
+        products: Products,
+        accumulate: Accumulate | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.products, ctx.accumulate = products, accumulate
         ctx.save_for_backward(x, offsets, *weights)
         return _output(products, x, stacked(weights), offsets)
 
@@ -164,7 +186,7 @@ class _GroupedLinear(torch.autograd.Function):
         weight = stacked(weights)
         grad_x = _input_gradient(ctx.products, grad, weight, offsets) if ctx.needs_input_grad[0] else None
         grad_weights = _weight_gradients(ctx, weights, grad, x, offsets)
-        return grad_x, None, None, *grad_weights
+        return grad_x, None, None, None, *grad_weights
 
 
 class _ActivatedGroupedLinear(torch.autograd.Function):
@@ -179,11 +201,12 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         activation: GatedActivation,
         recompute: bool,
         products: Products,
+        accumulate: Accumulate | None,
         *weights: Tensor,
     ) -> Tensor:
         with range_named("activation fwd"):
             hidden = activation.forward(x, probabilities)
-        ctx.activation, ctx.products = activation, products
+        ctx.activation, ctx.products, ctx.accumulate = activation, products, accumulate
         ctx.save_for_backward(x, probabilities, offsets, None if recompute else hidden, *weights)
         return _output(products, hidden, stacked(weights), offsets)
 
@@ -200,7 +223,7 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         grad_hidden = _input_gradient(ctx.products, grad, weight, offsets)
         with range_named("activation bwd"):
             grad_x, grad_probabilities = ctx.activation.backward(grad_hidden, x, probabilities)
-        return grad_x, grad_probabilities, None, None, None, None, *grad_weights
+        return grad_x, grad_probabilities, None, None, None, None, None, *grad_weights
 
 
 def _output(products: Products, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -225,8 +248,31 @@ def _weight_gradients(
     """
     if not any(ctx.needs_input_grad[-len(weights) :]):
         return (None,) * len(weights)
+    if ctx.accumulate is not None:
+        return (_added_to_main_grad(ctx.accumulate, weights[0], grad, x, offsets),)
     if grad.shape[0] == 0:
         return tuple(torch.zeros_like(weight) for weight in weights)
     with range_named("wgrad"):
         whole = grouped_mm(grad.t(), x, offs=offsets)
     return (whole,) if weights[0].dim() == 3 else whole.unbind(0)
+
+
+def _added_to_main_grad(
+    accumulate: Accumulate, weight: Tensor, grad: Tensor, x: Tensor, offsets: Tensor
+) -> Tensor:
+    """Add the gradient where data parallelism wants it, and return a tensor that nobody reads.
+
+    The contract of Megatron-Core's own linear layers (tensor_parallel/layers.py:692): the hooks of
+    DistributedDataParallel run when autograd hands the parameter something on its device, and leave out what
+    `grad_added_to_main_grad` marks.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        raise MissingRequirementError(
+            "kernels.fusions.gradient_accumulation: the experts' weights have no main_grad to add to; "
+            "wrap the model in DistributedDataParallel, or set it to false"
+        )
+    with range_named("wgrad"):
+        accumulate(main_grad, grad, x, offsets)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)

@@ -33,6 +33,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.harness.kernels.mla import TorchMLASelfAttention
 from moe_bench.harness.kernels.norm import WholeVectorRMSNorm
 from moe_bench.harness.kernels.provider import TorchNativeSpecProvider, provider_for
+from moe_bench.harness.settings import TritonFusion
 
 NormBuilder = Callable[..., torch.nn.Module]
 CAUSAL = {"attn_mask_type": AttnMaskType.causal}
@@ -52,6 +53,8 @@ class KernelChoice:
     """Whether torch-native experts have a weight each (Megatron-FSDP), not one for all of a layer."""
     experts_are_fp8: bool = False
     """Whether the torch-native experts multiply in FP8 (precision `fp8_rowwise`)."""
+    fusions: frozenset[TritonFusion] = frozenset()
+    """What the other families than Transformer Engine run as Triton kernels."""
 
     def provider(self) -> BackendSpecProvider:
         """The modules of the family.
@@ -63,6 +66,7 @@ class KernelChoice:
             device_type=self.device_type,
             experts_are_apart=self.experts_are_apart,
             experts_are_fp8=self.experts_are_fp8,
+            fusions=self.fusions,
         )
 
 
@@ -183,7 +187,7 @@ def _mlp(
         num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    return partial(provider.moe_layer(), **spec.keywords) if has_experts else spec
+    return partial(provider.fused_moe_layer(), **spec.keywords) if has_experts else spec
 
 
 def _latent_attention(config: TransformerConfig, provider: TorchNativeSpecProvider) -> ModuleSpec:

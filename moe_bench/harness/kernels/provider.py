@@ -18,10 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.kernels.attention import CoreAttention
-from moe_bench.harness.kernels.experts import GroupedExperts
+from moe_bench.harness.kernels.experts import UNFUSED, ExpertFusions, GroupedExperts
 from moe_bench.harness.kernels.grouped_linear import PLAIN, Products
 from moe_bench.harness.kernels.mla import DuplicatedLinear
 from moe_bench.harness.kernels.norm import norm
+from moe_bench.harness.settings import TritonFusion
 
 TRANSFORMER_ENGINE_PIP = 'pip install --no-build-isolation "transformer_engine[pytorch]"'
 
@@ -30,11 +31,17 @@ class TorchNativeSpecProvider(BackendSpecProvider):
     """Modules made of torch alone: fused attention and grouped GEMM on a GPU, plain arithmetic on a CPU."""
 
     def __init__(
-        self, *, device_type: str, experts_are_apart: bool = False, experts_are_fp8: bool = False
+        self,
+        *,
+        device_type: str,
+        experts_are_apart: bool = False,
+        experts_are_fp8: bool = False,
+        fusions: frozenset[TritonFusion] = frozenset(),
     ) -> None:
         """`experts_are_apart`: a weight for each, as Megatron-FSDP needs them (`ExpertStack`);
-        `experts_are_fp8`: their products as in `fp8_grouped`.
+        `experts_are_fp8`: their products as in `fp8_grouped`; `fusions`: what runs as Triton kernels.
         """
+        self.fusions = fusions
         self.device_type = device_type
         self.experts_are_apart = experts_are_apart
         self.experts_are_fp8 = experts_are_fp8
@@ -72,7 +79,12 @@ class TorchNativeSpecProvider(BackendSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., torch.nn.Module]:
         """All local experts in grouped GEMMs, or one after the other."""
         if moe_use_grouped_gemm:
-            return partial(GroupedExperts, are_apart=self.experts_are_apart, products=self._products())
+            return partial(
+                GroupedExperts,
+                are_apart=self.experts_are_apart,
+                products=self._products(),
+                fusions=self._expert_fusions(),
+            )
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return partial(_sequential_experts, submodules=submodules)
 
@@ -86,6 +98,18 @@ class TorchNativeSpecProvider(BackendSpecProvider):
 
         return RowwiseFp8Products()
 
+    def _expert_fusions(self) -> ExpertFusions:
+        """Loaded where they are asked for, as `_products`."""
+        if not self.fusions & {"activation", "gradient_accumulation"}:
+            return UNFUSED
+        from moe_bench.harness.kernels.fused.activation import TritonGatedActivation
+        from moe_bench.harness.kernels.fused.weight_gradient import accumulate_weight_gradient
+
+        return ExpertFusions(
+            activation=TritonGatedActivation.of if "activation" in self.fusions else None,
+            accumulate=accumulate_weight_gradient if "gradient_accumulation" in self.fusions else None,
+        )
+
     def activation_func(self) -> None:
         """Megatron-Core's own activation."""
 
@@ -93,9 +117,27 @@ class TorchNativeSpecProvider(BackendSpecProvider):
         """Megatron-Core's own."""
         return MoELayer
 
+    def fused_moe_layer(self) -> Callable[..., torch.nn.Module]:
+        """`moe_layer` with the router and the permutation that are asked for."""
+        if not self.fusions & {"router", "permute"}:
+            return self.moe_layer()
+        from moe_bench.harness.kernels.fused.moe_layer import fused_moe_layer
+
+        return partial(
+            fused_moe_layer,
+            self.moe_layer(),
+            fuses_router="router" in self.fusions,
+            fuses_permutation="permute" in self.fusions,
+        )
+
 
 def provider_for(
-    family: str, *, device_type: str, experts_are_apart: bool = False, experts_are_fp8: bool = False
+    family: str,
+    *,
+    device_type: str,
+    experts_are_apart: bool = False,
+    experts_are_fp8: bool = False,
+    fusions: frozenset[TritonFusion] = frozenset(),
 ) -> BackendSpecProvider:
     """Return the modules of a kernel family.
 
@@ -104,6 +146,7 @@ def provider_for(
         device_type: `cuda` or `cpu`: where the model is to run.
         experts_are_apart: whether torch-native experts have a weight each; Transformer Engine's always have.
         experts_are_fp8: whether the torch-native experts' products are in FP8 (precision `fp8_rowwise`).
+        fusions: what the other families than Transformer Engine run as Triton kernels.
 
     Raises:
         BadInputError: there is no such family.
@@ -113,9 +156,13 @@ def provider_for(
         raise MissingRequirementError(
             f"precision: fp8_rowwise needs kernels.family: torch_native, not {family}"
         )
+    _require_triton(fusions, device_type)
     if family == "torch_native":
         return TorchNativeSpecProvider(
-            device_type=device_type, experts_are_apart=experts_are_apart, experts_are_fp8=experts_are_fp8
+            device_type=device_type,
+            experts_are_apart=experts_are_apart,
+            experts_are_fp8=experts_are_fp8,
+            fusions=fusions,
         )
     if family == "transformer_engine":
         if find_spec("transformer_engine") is None:
@@ -131,8 +178,21 @@ def provider_for(
         from moe_bench.harness.kernels.quack.provider import QuackSpecProvider
 
         require_quack(device_type)
-        return QuackSpecProvider(device_type=device_type, experts_are_apart=experts_are_apart)
+        return QuackSpecProvider(
+            device_type=device_type, experts_are_apart=experts_are_apart, fusions=fusions
+        )
     raise BadInputError(f"kernels.family: {family}; one of torch_native, transformer_engine, quack")
+
+
+def _require_triton(fusions: frozenset[TritonFusion], device_type: str) -> None:
+    """Raise MissingRequirementError where the kernels that are asked for cannot run."""
+    if not fusions:
+        return
+    names = ", ".join(f"kernels.fusions.{name}" for name in sorted(fusions))
+    if device_type != "cuda":
+        raise MissingRequirementError(f"{names}: a Triton kernel, which needs a GPU; set it to false")
+    if find_spec("triton") is None:
+        raise MissingRequirementError(f"{names}: needs the package triton, not installed")
 
 
 def _sequential_experts(

@@ -126,12 +126,20 @@ def op_fuser(recipe: Recipe) -> Iterator[Found]:
 
 
 @rule(
-    "the weight gradient is added inside the product by Transformer Engine or apex",
-    "megatron/core/tensor_parallel/layers.py",
+    "the weight gradient is added inside the product by Transformer Engine or by the torch-native experts",
+    "megatron/core/tensor_parallel/layers.py; moe_bench/harness/kernels/fused/weight_gradient.py",
 )
 def accumulation_fusion(recipe: Recipe) -> Iterator[Found]:
-    if recipe.kernels.fusions.gradient_accumulation and recipe.kernels.family != "transformer_engine":
-        yield "kernels.fusions.gradient_accumulation", f"true with {recipe.kernels.family}", "write false"
+    kernels = recipe.kernels
+    if not kernels.fusions.gradient_accumulation or kernels.family == "transformer_engine":
+        return
+    key = "kernels.fusions.gradient_accumulation"
+    if kernels.family != "torch_native" or recipe.model.moe is None:
+        yield key, f"true with {kernels.family}", "write false"
+    elif _is_fsdp(recipe):
+        yield key, f"true with {kernels.family} under megatron_fsdp", "write false"
+    elif not kernels.grouped_gemm:
+        yield key, f"true with {kernels.family} and experts one by one", "write false"
 
 
 RULES = (

@@ -15,6 +15,10 @@ from torch.nn import functional
 from moe_bench.harness.dryrun import stand_in_kernels as kernels
 from moe_bench.harness.dryrun.operator_flops import FlopKind
 from moe_bench.harness.dryrun.stand_ins import STAND_INS, stand_ins
+from moe_bench.harness.kernels.fused.chunk_order import sort_rows, source_rows
+from moe_bench.harness.kernels.fused.permutation import permute, unpermute
+from moe_bench.harness.kernels.fused.routing import Choice, route, scores_for_losses
+from moe_bench.harness.kernels.fused.row_map import row_map
 from moe_bench.spec.recipe import Fusions
 from tests.harness.dryrun.conftest import toy
 
@@ -92,18 +96,25 @@ def test_attention_keeps_its_inputs_its_output_and_a_number_per_row_and_head() -
     assert found == 2 * rows * CHANNELS * (2 * HEADS + 2 * GROUPS) + 4 * rows * HEADS
 
 
-def test_the_permutation_keeps_its_row_maps() -> None:
+def test_our_permutation_keeps_two_numbers_for_each_expert_that_a_token_can_have() -> None:
     tokens, probs = make(TOKENS, 16, device="meta"), make(TOKENS, 8, device="meta")
-    assert kept_bytes(lambda: kernels.Permute.apply(tokens, probs, 2 * TOKENS)) == 4 * TOKENS * 17
-    assert kept_bytes(lambda: kernels.PermuteTokens.apply(tokens, 8, 2 * TOKENS)) == 4 * TOKENS * 17
     rows, weights = make(2 * TOKENS, 16, device="meta"), make(2 * TOKENS, device="meta")
-    assert kept_bytes(lambda: kernels.SortChunks.apply(rows, weights)) == 4 * 2 * TOKENS
+    chosen, counts = torch.empty(TOKENS, 8, dtype=torch.bool, device="meta"), torch.ones(2, 4)
+    with stand_ins(toy("qwen3_30b_a3b"), ignore):
+        mapped = row_map(chosen, num_slots=2)
+        sources = source_rows(counts, num_rows=2 * TOKENS, device=rows.device)
+        assert kept_bytes(lambda: permute(tokens, probs, mapped, num_rows=2 * TOKENS)) == 4 * TOKENS * 4
+        assert kept_bytes(lambda: unpermute(rows, mapped)) == 4 * TOKENS * 4
+        assert kept_bytes(lambda: sort_rows(rows, weights, sources)) == 4 * 2 * TOKENS
 
 
-def test_the_router_keeps_scores_in_fp32_and_its_map() -> None:
-    logits = make(TOKENS, 8, device="meta")
-    assert kept_bytes(lambda: kernels.TopkScores.apply(logits)) == TOKENS * 8 * (4 + 1)
-    assert kept_bytes(lambda: kernels.AuxLossScores.apply(logits)) == TOKENS * 8 * 4
+def test_our_router_keeps_logits_once_and_its_map() -> None:
+    logits = torch.empty(TOKENS, 8, device="meta", requires_grad=True)
+    with stand_ins(toy("qwen3_30b_a3b"), ignore):
+        routed = kept_bytes(lambda: route(logits, Choice(top_k=2, score="softmax")))
+        assert routed == TOKENS * 8 * (4 + 1)
+        scored = kept_bytes(lambda: scores_for_losses(logits, top_k=2, score="softmax"))
+        assert scored == TOKENS * 8 * 4
 
 
 @pytest.mark.gpu
@@ -128,23 +139,22 @@ def test_torchs_norm_keeps_what_its_stand_in_keeps() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_transformer_engines_permutation_and_router_keep_what_their_stand_ins_keep() -> None:
+def test_transformer_engines_permutation_and_router_keep_what_the_closed_form_says() -> None:
     engine = pytest.importorskip("transformer_engine.pytorch")
     router = pytest.importorskip("transformer_engine.pytorch.router")
     tokens, probs = make(TOKENS, 16, device="cuda"), torch.rand(TOKENS, 8, device="cuda", requires_grad=True)
     routing_map = torch.zeros(TOKENS, 8, dtype=torch.bool, device="cuda")
     routing_map[:, :2] = True
-    real = kept_bytes(
-        lambda: engine.moe_permute_with_probs(tokens, probs, routing_map, num_out_tokens=2 * TOKENS)
-    )
-    assert real == kept_bytes(lambda: kernels.Permute.apply(tokens, probs, 2 * TOKENS))
-    real = kept_bytes(lambda: engine.moe_permute(tokens, routing_map, num_out_tokens=2 * TOKENS))
-    assert real == kept_bytes(lambda: kernels.PermuteTokens.apply(tokens, 8, 2 * TOKENS))
+    for permutation in (
+        lambda: engine.moe_permute_with_probs(tokens, probs, routing_map, num_out_tokens=2 * TOKENS),
+        lambda: engine.moe_permute(tokens, routing_map, num_out_tokens=2 * TOKENS),
+    ):
+        assert kept_bytes(permutation) == 4 * TOKENS * (2 * 8 + 1)
     logits = torch.rand(TOKENS, 8, device="cuda", requires_grad=True)
     real = kept_bytes(
         lambda: router.fused_topk_with_score_function(logits, 2, False, None, None, None, "softmax", None)
     )
-    assert real == kept_bytes(lambda: kernels.TopkScores.apply(logits))
+    assert real == TOKENS * 8 * (4 + 1)
 
 
 def test_only_what_a_recipe_uses_is_replaced_and_only_for_a_while() -> None:
@@ -152,8 +162,11 @@ def test_only_what_a_recipe_uses_is_replaced_and_only_for_a_while() -> None:
     fused = {entry.kernel for entry in ENTRIES if entry.used_by(recipe)}
     unfused = recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update={"fusions": Fusions()})})
     assert fused - {entry.kernel for entry in ENTRIES if entry.used_by(unfused)} == {
-        "permutation of tokens and of chunks",
-        "router",
+        "gated activation of the experts (Triton)",
+        "row map of the permutation (Triton)",
+        "permutation of tokens (Triton)",
+        "order of local experts (Triton)",
+        "router (Triton)",
         "rotary embedding",
         "rotary embedding of multi-latent attention (Triton)",
         "cross entropy",

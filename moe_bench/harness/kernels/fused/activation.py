@@ -25,7 +25,10 @@ NUM_WARPS = 4
 class TritonGatedActivation(GatedActivation):
     """The same activation on our kernels."""
 
-    implementation = "triton:gated_activation"
+    @classmethod
+    def of(cls, activation: GatedActivation) -> GatedActivation:
+        """The activation that has these numbers."""
+        return cls(alpha=activation.alpha, offset=activation.offset, clamp=activation.clamp)
 
     def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
         """Activate x [tokens, 2 * ffn] with probabilities [tokens]: [tokens, ffn] of x's type."""

@@ -14,12 +14,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -32,45 +30,31 @@ from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.fused.chunk_order import sort_rows, source_rows, unsort_rows
+from moe_bench.harness.kernels.fused.class_of import with_methods_of
 from moe_bench.harness.kernels.fused.permutation import permute, unpermute
 from moe_bench.harness.kernels.fused.row_map import RowMap, row_map
 
 
-class FusedPermutationMoELayer(MoELayer):  # type: ignore[misc]
-    """Megatron-Core's MoE layer with a dispatcher from here, which its spec has no place for."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
-        self.token_dispatcher: Any = fused_dispatcher(self.token_dispatcher)
-        if self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
-
-
-def fused_dispatcher(dispatcher: MoETokenDispatcher) -> MoETokenDispatcher:
-    """The same dispatcher, with its permutations fused.
+def fuse_permutation(dispatcher: MoETokenDispatcher) -> None:
+    """Let a dispatcher, or one that a subclass of ours is made of, permute with our kernels.
 
     Raises:
         MissingRequirementError: the kernels do not serve it.
     """
-    kinds = {
-        MoEAllGatherTokenDispatcher: FusedAllGatherDispatcher,
-        MoEAlltoAllTokenDispatcher: FusedAlltoAllDispatcher,
-    }
-    kind = kinds.get(type(dispatcher))
-    if kind is None:
+    if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
+        fused: type[MoETokenDispatcher] = FusedAlltoAllDispatcher
+    elif isinstance(dispatcher, MoEAllGatherTokenDispatcher):
+        fused = FusedAllGatherDispatcher
+    else:
         raise MissingRequirementError(
             f"kernels.fusions.permute: {type(dispatcher).__name__} permutes with Transformer Engine; use "
             "dispatch.dispatcher: alltoall or allgather, or set it to false"
         )
-    config = copy.copy(dispatcher.config)
+    dispatcher.__class__ = with_methods_of(type(dispatcher), fused)
+    dispatcher.config = copy.copy(dispatcher.config)
     # Keeps the counts that the second sort reads on the device. Megatron-Core refuses it in the model's
     # configuration where Transformer Engine is absent (transformer_config.py:2651).
-    config.moe_permute_fusion = True
-    groups = ProcessGroupCollection()
-    groups.ep, groups.expt_tp, groups.tp_ep = dispatcher.ep_group, dispatcher.tp_group, dispatcher.tp_ep_group
-    return kind(
-        dispatcher.num_local_experts, dispatcher.local_expert_indices, config=config, pg_collection=groups
-    )
+    dispatcher.config.moe_permute_fusion = True
 
 
 class FusedAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]

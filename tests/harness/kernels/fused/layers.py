@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def moe_layer(layer: type, groups: Any, config: Any, **submodules: Any) -> torch.nn.Module:
+def moe_layer(layer: Any, config: Any, **submodules: Any) -> torch.nn.Module:
     """A layer whose weights depend on nothing but the configuration."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -15,10 +15,9 @@ def moe_layer(layer: type, groups: Any, config: Any, **submodules: Any) -> torch
     from moe_bench.harness.kernels.experts import GroupedExperts
 
     torch.manual_seed(7)
-    del groups
     experts = {"experts": partial(GroupedExperts), **submodules}
     return layer(
-        config,
+        config=config,
         submodules=MoESubmodules(**experts),
         layer_number=1,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
