@@ -45,7 +45,8 @@ def require_runnable(arguments: MegatronArguments) -> None:
         )
     if transformer["cuda_graph_impl"] != "none":
         raise MissingRequirementError(
-            f"cuda_graphs.implementation: {transformer['cuda_graph_impl']}: no code captures graphs yet"
+            f"cuda_graphs.implementation: {transformer['cuda_graph_impl']}: no code captures graphs "
+            "inside a step yet; layer --graph captures one layer"
         )
     if transformer["tp_comm_overlap"]:
         raise MissingRequirementError(
