@@ -62,15 +62,18 @@ def marked_samples(
 ) -> tuple[WholeSamples, tuple[PartSamples, ...]]:
     """The same with every part marked; `naming` makes the parts ranges."""
     parts = PartClock(clock)
+
+    def timed() -> _Marks:
+        marks = _timed(call, clock)
+        parts.end_call()
+        return marks
+
     with naming, heard_by(parts):
-        probe = [_timed(call, clock) for _ in range(NUM_WARMUP)][-1]
+        probe = [timed() for _ in range(NUM_WARMUP)][-1]
         num_calls = _num_calls(probe, clock)
         parts.seconds()
-        calls, seconds = [], []
-        for _ in range(num_calls):
-            calls.append(_timed(call, clock))
-            seconds.append(parts.seconds())
-    return _samples(calls, clock), _part_samples(seconds)
+        calls = [timed() for _ in range(num_calls)]
+    return _samples(calls, clock), _part_samples(parts.seconds())
 
 
 def graphed_samples(call: LayerCall, layer: MoELayer, clock: DeviceClock) -> WholeSamples:

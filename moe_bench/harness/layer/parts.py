@@ -17,13 +17,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moe_bench.harness.ranges import bounded
 from moe_bench.harness.substitution import Substitution, substituted
-from moe_bench.harness.timing import DeviceClock
+from moe_bench.harness.timing import DeviceMarks
 from moe_bench.results.layer_record import Pass
 
 EXPERTS = "experts"
@@ -67,13 +68,14 @@ class _Range:
 class PartClock:
     """Marks the clock where ranges start and end, and tells what each part took.
 
-    A moment belongs to the innermost range that is open, so that it is counted once.
+    A moment belongs to the innermost range that is open, so that it is counted once. Nothing is waited for
+    before `seconds`, so that the host can stay ahead of the device as it does without marks.
     """
 
-    clock: DeviceClock
+    clock: DeviceMarks
     _open: list[_Range] = field(default_factory=list)
-    _marks: list[tuple[Any, _Range | None]] = field(default_factory=list)
-    """Each with the range that is innermost from there on."""
+    _calls: list[list[tuple[Any, _Range | None]]] = field(default_factory=lambda: [[]])
+    """For each call its marks, each with the range that is innermost from there on."""
 
     def start(self, name: str) -> _Range:
         """Open a range; `dgrad` and `wgrad` alone are of the part that is open, or of the experts."""
@@ -90,14 +92,21 @@ class PartClock:
         self._open = [one for one in self._open if one is not started]
         self._mark()
 
-    def seconds(self) -> dict[tuple[str, Pass], float]:
-        """What the clock counted for every part and pass since the last call of this; forgets it."""
+    def end_call(self) -> None:
+        """What follows is of another call."""
+        self._calls.append([])
+
+    def seconds(self) -> tuple[dict[tuple[str, Pass], float], ...]:
+        """What each part and pass took, for every call that has ended since this was last asked."""
+        ended, self._calls = self._calls[:-1], self._calls[-1:]
+        return tuple(map(self._seconds_of, ended))
+
+    def _seconds_of(self, marks: list[tuple[Any, _Range | None]]) -> dict[tuple[str, Pass], float]:
         totals: defaultdict[tuple[str, Pass], float] = defaultdict(float)
-        for (mark, innermost), (next_mark, _) in zip(self._marks, self._marks[1:], strict=False):
+        for (mark, innermost), (next_mark, _) in pairwise(marks):
             if innermost is not None:
                 totals[innermost.part, innermost.in_pass] += self.clock.between_s(mark, next_mark)
-        self._marks.clear()
         return dict(totals)
 
     def _mark(self) -> None:
-        self._marks.append((self.clock.mark(), self._open[-1] if self._open else None))
+        self._calls[-1].append((self.clock.mark(), self._open[-1] if self._open else None))

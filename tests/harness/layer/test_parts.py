@@ -61,13 +61,19 @@ def test_a_moment_belongs_to_the_innermost_range_and_is_counted_once() -> None:
     parts.end(outer)  # 6
     late = parts.start("router bwd")  # 7, a second after the last one ended
     parts.end(late)  # 8
-    assert parts.seconds() == {
+    assert parts.seconds() == ()
+    parts.end_call()
+    other = parts.start("router fwd")  # 9, of the next call, which has not ended
+    (call,) = parts.seconds()
+    assert call == {
         ("fc2", "backward"): 3.0,
         ("fc2", "wgrad"): 1.0,
         ("activation", "backward"): 1.0,
         ("router", "backward"): 1.0,
     }
-    assert parts.seconds() == {}
+    parts.end(other)  # 10
+    parts.end_call()
+    assert parts.seconds() == ({("router", "forward"): 1.0},)
 
 
 def test_ranges_that_overlap_without_nesting_are_not_counted_twice() -> None:
@@ -76,7 +82,9 @@ def test_ranges_that_overlap_without_nesting_are_not_counted_twice() -> None:
     second = parts.start("shared experts bwd")  # 2
     parts.end(first)  # 3
     parts.end(second)  # 4
-    assert parts.seconds() == {("combine", "backward"): 1.0, ("shared experts", "backward"): 2.0}
+    parts.end_call()
+    (call,) = parts.seconds()
+    assert call == {("combine", "backward"): 1.0, ("shared experts", "backward"): 2.0}
 
 
 @pytest.fixture(scope="module")
