@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from moe_bench.results.layer_record import LayerRecord
     from moe_bench.spec.load import Loader
+    from moe_bench.spec.recipe import KernelFamily
     from moe_bench.spec.system import SystemSpec
 
 TINY_SCALE = 16
@@ -44,6 +45,16 @@ class ExpertsOption(StrEnum):
     TRANSFORMER_ENGINE = "transformer_engine"
     QUACK = "quack"
     SEQUENTIAL = "sequential"
+
+
+_FAMILIES: dict[str, KernelFamily] = {
+    ExpertsOption.TORCH_NATIVE: "torch_native",
+    ExpertsOption.TRANSFORMER_ENGINE: "transformer_engine",
+    ExpertsOption.QUACK: "quack",
+    ExpertsOption.SEQUENTIAL: "torch_native",
+}
+_PLANNED = (ExpertsOption.TORCH_NATIVE, ExpertsOption.QUACK)
+"""Families of a suite's plan: those of ours that should win it."""
 
 
 class ExchangeOption(StrEnum):
@@ -167,9 +178,18 @@ def layer(
 
 def _print_plan(chosen: _Chosen, loader: Loader, *, as_json: bool) -> None:
     from moe_bench.report.layer_plan_view import layer_plan_json, layer_plan_view, planned_layers
+    from moe_bench.spec.derive_layer import case_on
 
     system = system_for_plan(None, loader)
-    planned = planned_layers([one.case for one in chosen.layers], system)
+    experts = chosen.experts or (_PLANNED if chosen.suite is not None else ())
+    cases = [
+        case_on(one.case, _FAMILIES[name], system, is_grouped=name != ExpertsOption.SEQUENTIAL)
+        if name
+        else one.case
+        for one in chosen.layers
+        for name in experts or (None,)
+    ]
+    planned = planned_layers(cases, system)
     print_view(layer_plan_view(planned, system), layer_plan_json(planned), as_json)
 
 

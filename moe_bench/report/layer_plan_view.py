@@ -14,9 +14,11 @@ from moe_bench.report.layer_view import PUBLISHED_NOTE, published_rates
 from moe_bench.results.layer_record import gated_flops
 from moe_bench.spec.derive_layer import layer_recipe
 from moe_bench.spec.layer_case import LayerCase
+from moe_bench.spec.recipe import KernelSpec
 from moe_bench.spec.system import SystemSpec
 
 PARTS = ("router", "permute and unpermute", "fc1", "activation", "fc2", "shared experts")
+_FUSIONS = ("router", "permute", "activation")
 _MILLI, _TERA = 1e-3, 1e12
 
 
@@ -58,10 +60,11 @@ def layer_plan_view(layers: Sequence[PlannedLayer], system: SystemSpec) -> Rende
     published = [published_rates(layer.case.name) for layer in layers]
     sources = ("Megatron f/b", "SonicMoE f/b") if any(published) else ()
     rates = ("forward TFLOP/s", "backward TFLOP/s")
-    headings = ("layer", *(f"{part} ms" for part in shown), "all ms", *rates, *sources)
+    headings = ("layer", "kernels", *(f"{part} ms" for part in shown), "all ms", *rates, *sources)
     rows = tuple(
         (
             layer.case.name,
+            kernels_text(layer.case.kernels),
             *(f"{layer.total_s(part) / _MILLI:.3f}" for part in shown),
             f"{layer.total_s() / _MILLI:.3f}",
             *(f"{rate / _TERA:.0f}" for rate in layer.rates_flops_per_s),
@@ -70,11 +73,19 @@ def layer_plan_view(layers: Sequence[PlannedLayer], system: SystemSpec) -> Rende
         for layer, there in zip(layers, published, strict=True)
     )
     return Group(
-        Columns(headings=headings, rows=rows, right=frozenset(headings[1:])),
+        Columns(headings=headings, rows=rows, right=frozenset(headings[2:])),
         Text(),
-        Text(f"projected for {system.key}: balanced loads, Megatron-Core's kernels as they are, no exchange"),
+        Text(f"projected for {system.key}: balanced loads, no exchange; +: fused kernels"),
         *((Text(PUBLISHED_NOTE),) if sources else ()),
     )
+
+
+def kernels_text(kernels: KernelSpec) -> str:
+    """`torch_native +router +permute`, or `torch_native, one by one`."""
+    if not kernels.grouped_gemm:
+        return f"{kernels.family}, one by one"
+    fusions = [name for name in _FUSIONS if getattr(kernels.fusions, name)]
+    return " ".join((kernels.family, *(f"+{name}" for name in fusions)))
 
 
 def layer_plan_json(layers: Sequence[PlannedLayer]) -> list[dict[str, object]]:

@@ -5,10 +5,11 @@ Its model has one layer and a filler for everything that is not experts, which n
 
 from __future__ import annotations
 
+from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, PublishedSize, Rope
 from moe_bench.spec.parallel import ParallelSpec
-from moe_bench.spec.recipe import Recipe, Routing
+from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe, Routing
 from moe_bench.spec.system import SystemSpec
 
 _KEY = "moe_layer"
@@ -32,6 +33,17 @@ def layer_recipe(case: LayerCase, system: SystemSpec) -> Recipe:
         routing=Routing(mode="natural"),
         seed=case.seed,
     )
+
+
+def case_on(case: LayerCase, family: KernelFamily, system: SystemSpec, *, is_grouped: bool) -> LayerCase:
+    """The case on the kernels of `family`: as it names them, or on the fast path of another family, as slices
+    have it (moe_bench/spec/kernel_family.py). Not grouped, it is Megatron-Core's loop over experts as it is.
+
+    The arithmetic stays what the case asks for, whether the family has it or not.
+    """
+    if not is_grouped:
+        return case.with_kernels(KernelSpec(family=family, grouped_gemm=False))
+    return case.with_kernels(with_kernels(layer_recipe(case, system), family).kernels)
 
 
 def _model(case: LayerCase) -> ModelSpec:
