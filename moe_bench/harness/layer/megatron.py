@@ -27,11 +27,10 @@ from moe_bench.harness.loopback import loopback_groups
 from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
-from moe_bench.spec.derive_layer import layer_recipe
-from moe_bench.spec.kernel_family import with_kernels
+from moe_bench.spec.derive_layer import case_on, layer_recipe
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.legality import legality_problems
-from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe
+from moe_bench.spec.recipe import KernelFamily, Recipe
 from moe_bench.spec.system import SystemSpec
 from moe_bench.spec.yaml_tree import dotted
 
@@ -108,14 +107,8 @@ class MegatronEngine:
                 destroy_moe_metrics_tracker()
 
     def case_for(self, case: LayerCase) -> LayerCase:
-        """The case on this engine's kernels: the fast path of a family that the case does not name, as slices
-        have it (moe_bench/spec/kernel_family.py); Megatron-Core's loop over experts as it is.
-
-        The arithmetic stays what the case asks for, whether the family has it or not.
-        """
-        if not self.is_grouped:
-            return case.with_kernels(KernelSpec(family=self.family, grouped_gemm=False))
-        return case.with_kernels(with_kernels(layer_recipe(case, self.system), self.family).kernels)
+        """The case on this engine's kernels (moe_bench/spec/derive_layer.py)."""
+        return case_on(case, self.family, self.system, is_grouped=self.is_grouped)
 
     def _recipe(self, case: LayerCase) -> Recipe:
         return layer_recipe(self.case_for(case), self.system)
@@ -143,7 +136,6 @@ def _choice(arguments: MegatronArguments, *, device: str) -> KernelChoice:
         family=settings.kernel_family,
         device_type=device,
         experts_are_fp8=settings.experts_are_fp8,
-        fusions=frozenset(settings.triton_fusions),
     )
 
 
