@@ -61,7 +61,7 @@ def record(**changes: Any) -> LayerRecord:
 
 def printed(view: RenderableType) -> str:
     console = Console(file=StringIO(), width=200)
-    console.print(view)
+    console.print(view, crop=False)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 

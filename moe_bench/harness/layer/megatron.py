@@ -136,6 +136,7 @@ def _choice(arguments: MegatronArguments, *, device: str) -> KernelChoice:
         family=settings.kernel_family,
         device_type=device,
         experts_are_fp8=settings.experts_are_fp8,
+        fusions=frozenset(settings.triton_fusions),
     )
 
 
