@@ -41,6 +41,7 @@ FAILURES = (
     LookupError,
     AttributeError,
     ImportError,
+    OSError,
     AssertionError,
 )
 """What other people's code raises where it does not run; it ends the engine's part, not the comparison."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class DeepSpeed:
         if (reason := self.obstacle(case)) is not None:
             raise MissingRequirementError(f"{self.name}: {reason}")
         del device  # where the weights are
-        layer = obstacles.imported("deepspeed.moe.layer").MoE(
+        layer = import_module("deepspeed.moe.layer").MoE(
             hidden_size=case.hidden_size,
             expert=nn.Identity(),
             num_experts=case.moe.num_experts,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -66,7 +67,7 @@ class HuggingFace:
 
     def _require_chosen(self, config: Any) -> None:
         """Raise where this transformers does not know the way: older ones take the loop in its place."""
-        known = obstacles.imported("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+        known = import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
         chosen = getattr(config, "_experts_implementation", None)
         if chosen != self.implementation or chosen not in ("eager", *known):
             raise MissingRequirementError(
@@ -80,8 +81,8 @@ class HuggingFace:
             raise MissingRequirementError(f"{self.name}: {reason}")
         del device  # where the weights are
         folder = f"transformers.models.{self.block.model}"
-        configuration = obstacles.imported(f"{folder}.configuration_{self.block.model}")
-        modeling = obstacles.imported(f"{folder}.modeling_{self.block.model}")
+        configuration = import_module(f"{folder}.configuration_{self.block.model}")
+        modeling = import_module(f"{folder}.modeling_{self.block.model}")
         config_class = getattr(configuration, self.block.config_class)
         block_class = getattr(modeling, self.block.block_class)
         config = config_class(experts_implementation=self.implementation, **self.block.config(case))

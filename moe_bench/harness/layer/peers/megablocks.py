@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def build_dmoe(case: LayerCase, weights: LayerWeights, *, device: str) -> Any:
     n, d] holds the second matrices transposed (layers/glu.py).
     """
     moe, dtype = case.moe, dtype_of(case)
-    arguments = obstacles.imported("megablocks.layers.arguments").Arguments(
+    arguments = import_module("megablocks.layers.arguments").Arguments(
         hidden_size=case.hidden_size,
         ffn_hidden_size=moe.expert_ffn_hidden_size,
         bias=False,
@@ -96,7 +97,7 @@ def build_dmoe(case: LayerCase, weights: LayerWeights, *, device: str) -> Any:
         shared_expert_hidden_size=moe.shared_expert_ffn_hidden_size or None,
         fc_kwargs={"dtype": dtype},
     )
-    layer = obstacles.imported("megablocks.layers.dmoe").dMoE(arguments)
+    layer = import_module("megablocks.layers.dmoe").dMoE(arguments)
     gate, linear = weights.fc1.chunk(2, dim=1)
     layer.router.layer.weight = nn.Parameter(weights.router)
     experts = layer.experts.mlp

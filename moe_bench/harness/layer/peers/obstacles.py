@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
-from moe_bench.errors import MissingRequirementError
 from moe_bench.spec.layer_case import LayerCase
 
 PLAIN_PRECISIONS = ("fp32", "bf16")
@@ -21,18 +18,6 @@ def first_problem(problems: Iterable[tuple[bool, str]]) -> str | None:
 def not_installed(module: str, pip_line: str) -> str | None:
     """That a package is absent, with the line that installs it; it is not imported."""
     return None if find_spec(module) is not None else f"not installed: {pip_line}"
-
-
-def imported(module: str) -> Any:
-    """A module of other people's.
-
-    Raises MissingRequirementError where it does not import; some packages look for a compiler then, and raise
-    classes of their own, as DeepSpeed's MissingCUDAException.
-    """
-    try:
-        return import_module(module)
-    except Exception as error:
-        raise MissingRequirementError(f"{module} does not import: {type(error).__name__}: {error}") from error
 
 
 def not_plain(case: LayerCase) -> str | None:
