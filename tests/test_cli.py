@@ -157,6 +157,31 @@ def test_a_node_needs_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> No
     assert "--num-gpus: a tiny_slice is one rank" in capsys.readouterr().err
 
 
+def test_what_is_chosen_of_a_slice_belongs_to_slices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", "qwen3_30b_a3b", "--kernels", "quack"]) == 2
+    assert "are of a slice; add --scale slice" in capsys.readouterr().err
+    sliced = ["show", "qwen3_30b_a3b", "--scale", "slice"]
+    assert main([*sliced, "--routing", "skewed"]) == 2
+    assert (
+        "--routing skewed: unknown; write balanced, random, natural, or a JSON file"
+        in capsys.readouterr().err
+    )
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps([[1] * 64]))
+    assert main([*sliced, "--routing", str(trace)]) == 2
+    assert "routing.trace: at slice scale 64 experts in layer 0: " in capsys.readouterr().err
+    trace.write_text(json.dumps([[1] * 128]))
+    assert main([*sliced, "--routing", str(trace), "--kernels", "torch_native", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["recipe"]["routing"]["mode"], shown["recipe"]["kernels"]["family"]) == (
+        "recorded",
+        "torch_native",
+    )
+    assert shown["whole"]["routing"]["mode"] != "recorded"
+
+
 def test_report_reads_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(tmp_path, record())
     assert main(["report", str(tmp_path), "--format", "csv"]) == 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from moe_bench.projection.slice_step import project_from_slice
-from moe_bench.projection.step import Projection
 from moe_bench.report.show import GIB
 from moe_bench.results.metrics import COUNTING
 from moe_bench.results.record import Record
 from moe_bench.results.slice_metrics import Bound, SliceMetrics, bound_of, slice_metrics
+
+if TYPE_CHECKING:
+    from moe_bench.projection.step import Projection
 
 MAX_TRANSFERS_SHOWN = 3
 _TFLOPS = 1e12
@@ -92,6 +94,8 @@ def _projected(record: Record, metrics: SliceMetrics) -> Projection | None:
     plan = record.plan
     if plan.whole is None or plan.whole.system.gpu is None:
         return None
+    from moe_bench.projection.slice_step import project_from_slice  # numpy, which most readers do not need
+
     return project_from_slice(plan, micro_batch_s=metrics.micro_batch_s, optimizer_s=metrics.optimizer_s)
 
 

@@ -77,7 +77,7 @@ def routing_bias(recipe: Recipe) -> Iterator[Found]:
 
 
 @rule(
-    "a token chooses an expert once, so no expert of a recording has more than the k-th part of a layer's",
+    "a layer's recording counts every expert, none more than the k-th part of their sum: a token chooses it once",
     "moe_bench/spec/routing_trace.py",
 )
 def routing_trace(recipe: Recipe) -> Iterator[Found]:
