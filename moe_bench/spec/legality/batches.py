@@ -77,7 +77,7 @@ def routing_bias(recipe: Recipe) -> Iterator[Found]:
 
 
 @rule(
-    "a layer's recording counts every expert, none more than the k-th part of their sum: a token chooses it once",
+    "a recording counts every expert of a layer, none above the k-th part of the sum: a token takes it once",
     "moe_bench/spec/routing_trace.py",
 )
 def routing_trace(recipe: Recipe) -> Iterator[Found]:
