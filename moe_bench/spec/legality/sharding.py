@@ -126,7 +126,7 @@ def op_fuser(recipe: Recipe) -> Iterator[Found]:
 
 
 @rule(
-    "the weight gradient is added inside the product by Transformer Engine or by the torch-native experts",
+    "the weight gradient is added inside the product by Transformer Engine, or by the experts of others",
     "megatron/core/tensor_parallel/layers.py; moe_bench/harness/kernels/fused/weight_gradient.py",
 )
 def accumulation_fusion(recipe: Recipe) -> Iterator[Found]:
@@ -134,7 +134,7 @@ def accumulation_fusion(recipe: Recipe) -> Iterator[Found]:
     if not kernels.fusions.gradient_accumulation or kernels.family == "transformer_engine":
         return
     key = "kernels.fusions.gradient_accumulation"
-    if kernels.family != "torch_native" or recipe.model.moe is None:
+    if recipe.model.moe is None:
         yield key, f"true with {kernels.family}", "write false"
     elif _is_fsdp(recipe):
         yield key, f"true with {kernels.family} under megatron_fsdp", "write false"

@@ -49,10 +49,14 @@ class QuackExperts(GroupedExperts):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
+        *,
+        accumulates: bool = False,
     ) -> None:
+        """Build them; `accumulates` lets the products add weight gradients to the gradient buffer."""
         _refuse_what_quack_lacks(config)
         super().__init__(num_local_experts, config, pg_collection, name)
-        self.implementation = IMPLEMENTATION
+        self.accumulates = accumulates
+        self.implementation = IMPLEMENTATION + ("+gemm_add_inplace" if accumulates else "")
         if self.linear_fc2.activation != GatedActivation(alpha=1.0):
             raise MissingRequirementError(
                 "kernels.family: quack: its experts are gated by SiLU, without offset or clamp; "
@@ -77,8 +81,9 @@ class QuackExperts(GroupedExperts):
             num_rows = hidden_states.shape[0]
             rows = rows_in_order(rows, num_rows=num_rows, device=hidden_states.device)
         up, down = self.linear_fc1.weights[0], self.linear_fc2.weights[0]
-        accumulates = self.config.gradient_accumulation_fusion
-        return gathered_experts(hidden_states, probabilities, up, down, rows, accumulates=accumulates), None
+        return gathered_experts(
+            hidden_states, probabilities, up, down, rows, accumulates=self.accumulates
+        ), None
 
 
 def _refuse_what_quack_lacks(config: TransformerConfig) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.quack import products
 from moe_bench.harness.kernels.quack.gather_sum import gather_sum
 from moe_bench.harness.kernels.quack.rows import ExpertRows
@@ -47,10 +48,11 @@ def gathered_experts(
 
     Returns:
         [tokens, H].
+
+    Raises:
+        MissingRequirementError: `accumulates`, and a weight has no `main_grad`.
     """
-    up_grad, down_grad = (
-        getattr(weight, "main_grad", None) if accumulates else None for weight in (up, down)
-    )
+    up_grad, down_grad = (_buffer_of(weight) if accumulates else None for weight in (up, down))
     pre_activation, activated = _Up.apply(x, up, up_grad, rows)
     return _Down.apply(pre_activation, activated, probabilities, down, down_grad, rows)
 
@@ -122,6 +124,16 @@ class _Down(torch.autograd.Function):
         with range_named("fc2 wgrad"):
             products.down_weight_gradient(grad, weighted, rows, into)
         return grad_pre, None, grad_probabilities.to(probabilities.dtype), grad_weight, None, None
+
+
+def _buffer_of(weight: Tensor) -> Tensor:
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        raise MissingRequirementError(
+            "kernels.fusions.gradient_accumulation: the experts' weights have no main_grad to add to; wrap the "
+            "model in DistributedDataParallel, or set it to false"
+        )
+    return buffer
 
 
 def _keep(ctx: Any, rows: ExpertRows, *tensors: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,4 +34,4 @@ class QuackSpecProvider(TorchNativeSpecProvider):
                 "parallel.data_sharding: megatron_fsdp gives each expert a weight of its own and quack's "
                 "experts share one; use distributed_optimizer, or torch_native"
             )
-        return QuackExperts
+        return partial(QuackExperts, accumulates="gradient_accumulation" in self.fusions)

@@ -28,9 +28,9 @@ def _plain_products() -> Iterator[None]:
         yield
 
 
-def experts(groups: Groups, **changes: Any) -> QuackExperts:
+def experts(groups: Groups, *, accumulates: bool = False, **changes: Any) -> QuackExperts:
     config = small_config(num_moe_experts=4, params_dtype=torch.float64, **changes)
-    module = QuackExperts(4, config, pg_collection=groups)
+    module = QuackExperts(4, config, pg_collection=groups, accumulates=accumulates)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return module
@@ -122,7 +122,7 @@ def test_a_rank_without_tokens_gives_every_parameter_zeros(groups: Groups) -> No
 
 
 def test_weight_gradients_are_added_to_the_buffer_where_that_is_asked_for(groups: Groups) -> None:
-    separate, added = experts(groups), experts(groups, gradient_accumulation_fusion=True)
+    separate, added = experts(groups), experts(groups, accumulates=True)
     added.load_state_dict(separate.state_dict())
     for parameter in added.parameters():
         parameter.main_grad = torch.ones_like(parameter, dtype=torch.float32)

@@ -2,6 +2,10 @@
 
 import importlib.util
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,25 @@ def parameters(function: Any) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("name", ["gemm", "gemm_gated", "gemm_dgated", "gemm_add_inplace"])
 def test_the_stand_in_has_the_signature_of_the_package(name: str) -> None:
     assert parameters(getattr(plain_interface, name)) == parameters(getattr(products.interface(), name))
+
+
+@needs_quack
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["90", "100"], ids=["hopper", "blackwell"])
+def test_every_call_compiles_for_the_gpu(arch: str, tmp_path: Path) -> None:
+    """Eight kernels for gathered rows and eight for rows in order; two minutes of one core, without a GPU."""
+    target = {"QUACK_ARCH": arch, "CUTE_DSL_ARCH": f"sm_{arch}a", "QUACK_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.harness.kernels.quack.compiled"],
+        env={**os.environ, **target, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = run.stdout.splitlines()
+    assert len(names) == 16
+    assert "gathered: up weight gradient, written" in names
+    assert len(list(tmp_path.rglob("*.o"))) >= 8
 
 
 def routed(device: str) -> tuple[ExpertRows, torch.Tensor]:
