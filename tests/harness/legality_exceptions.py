@@ -41,6 +41,7 @@ BEYOND = {
     "ncclep_capacity": "asked behind the import of Transformer Engine's NCCL EP",
     "p2p_overlap": SILENT,
     "routing_bias": OURS,
+    "routing_trace": OURS,
     "format_of_the_gpu": IN_A_KERNEL,
     "format_needs_a_gpu": IN_A_KERNEL,
     "format_needs_transformer_engine": "refused when the grouped MLP of Transformer Engine is built",
