@@ -189,6 +189,12 @@ def read_layer_record(path: Path) -> LayerRecord:
     return read_versioned(path, LayerRecord, what="layer record", version=SCHEMA_VERSION)
 
 
+def layer_records(root: Path) -> tuple[LayerRecord, ...]:
+    """All records of layers under `root`, by GPU and then in the order in which they were started."""
+    paths = sorted((root / LAYER_FOLDER).glob("*/*.json"), key=lambda path: (path.parent.name, path.name))
+    return tuple(map(read_layer_record, paths))
+
+
 def _new_file(folder: Path, stem: str) -> TextIO:
     """`<stem>.json` opened for writing, or the first of `<stem>-2.json`, ... that nobody has."""
     number, path = 1, folder / f"{stem}.json"

@@ -12,6 +12,7 @@ from moe_bench.results.layer_record import (
     HeldSamples,
     LayerRecord,
     PartSamples,
+    layer_records,
     read_layer_record,
     write_layer_record,
 )
@@ -119,3 +120,5 @@ def test_a_second_record_of_the_same_name_gets_a_number_and_none_is_taken_for_a_
     assert paths[0].parent == tmp_path / "layer" / "nvidia_h100_80gb_hbm3"
     assert read_layer_record(paths[2]) == record
     assert list(record_files(str(tmp_path))) == []
+    assert layer_records(tmp_path) == (record,) * 3
+    assert layer_records(tmp_path / "nowhere") == ()
