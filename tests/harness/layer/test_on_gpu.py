@@ -45,4 +45,5 @@ def test_a_real_layer_runs_on_every_family_that_is_installed_on_its_fast_path(tm
         for total_s, *parts_s in zip(
             one.marked.total_s, *(part.samples_s for part in one.parts), strict=True
         ):
-            assert sum(parts_s) <= total_s
+            # events count in steps of half a microsecond
+            assert sum(parts_s) <= 1.01 * total_s
