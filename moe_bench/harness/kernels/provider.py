@@ -92,6 +92,10 @@ class TorchNativeSpecProvider(BackendSpecProvider):
         """FP8 is loaded where it is asked for: it needs Triton, which not every torch comes with."""
         if not self.experts_are_fp8:
             return PLAIN
+        if self.device_type != "cuda":
+            raise MissingRequirementError(
+                "precision: fp8_rowwise needs a Hopper GPU; torch's scaled_grouped_mm has no code for a CPU"
+            )
         if find_spec("triton") is None:
             raise MissingRequirementError("precision: fp8_rowwise needs the package triton, not installed")
         from moe_bench.harness.kernels.fp8_grouped import RowwiseFp8Products

@@ -39,6 +39,9 @@ def test_experts_in_fp8_are_torch_native_alone(groups: Groups) -> None:
     config = small_config(params_dtype=torch.bfloat16, bf16=True)
     experts = provider.grouped_mlp_modules(True)(4, config, pg_collection=groups)
     assert experts.implementation == "torch:scaled_grouped_mm:rowwise"
+    on_host = provider_for("torch_native", device_type="cpu", experts_are_fp8=True)
+    with pytest.raises(MissingRequirementError, match="fp8_rowwise needs a Hopper GPU"):
+        on_host.grouped_mlp_modules(True)
     with pytest.raises(MissingRequirementError, match=r"fp8_rowwise needs kernels\.family: torch_native"):
         provider_for("transformer_engine", device_type="cuda", experts_are_fp8=True)
 
