@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -15,27 +16,31 @@ from moe_bench.results.verification import (
     Verification,
 )
 
+MAX_SUSPECTS = 6
+"""Tensors that a difference names."""
 
-def verification_view(verification: Verification, path: Path) -> RenderableType:
-    """One line per layout, then what the toy departs in and where the record lies."""
-    model = verification.model
-    title = f"{verification.asked}: {model.display_name} beside Hugging Face's {model.hf_model_type}"
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    headings = ("layout", "processes", "logits", "gradients", "worst gradient", "loss", "verdict")
-    for heading in headings:
-        right = heading in ("processes", "logits", "gradients", "loss")
+
+def verifications_view(found: Mapping[Path, Verification]) -> RenderableType:
+    """One line per model and layout, then what was compared and where the records lie."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("model", "layout", "logits", "gradients", "worst gradient", "loss", "verdict"):
+        right = heading in ("logits", "gradients", "loss")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
-    for proof in verification.proofs:
-        table.add_row(*_row(proof))
-    packages = verification.provenance.packages
+    for verification in found.values():
+        for proof in verification.proofs:
+            table.add_row(verification.model.key, *_row(proof))
+    packages = next(iter(found.values())).provenance.packages
     notes = [
-        f"largest errors, logits of their standard deviation (at most {LOGIT_TOLERANCE_FRACTION:g}), "
-        f"gradients of the tensor's largest (at most {GRADIENT_TOLERANCE_FRACTION:g}); FP32, CPU, toy of "
-        f"{model.key}'s structure",
-        f"megatron-core {packages['megatron-core']}, transformers {packages['transformers']}, "
-        f"torch {packages['torch']}",
-        *(f"departs from the class: {departure}" for departure in verification.departures),
-        f"written to {path}",
+        f"largest errors: logits over their standard deviation (at most {LOGIT_TOLERANCE_FRACTION:g}), "
+        f"gradients over the tensor's largest (at most {GRADIENT_TOLERANCE_FRACTION:g})",
+        f"toys of the models' structure, FP32 on CPU: megatron-core {packages['megatron-core']}, "
+        f"transformers {packages['transformers']}, torch {packages['torch']}",
+        *(
+            f"{verification.model.key} departs from its class: {departure}"
+            for verification in found.values()
+            for departure in verification.departures
+        ),
+        *(f"written to {path}" for path in found),
     ]
     return Group(table, *(Text(note) for note in notes))
 
@@ -44,7 +49,6 @@ def _row(proof: LayoutProof) -> tuple[str, ...]:
     worst = proof.worst_gradient
     return (
         proof.layout,
-        str(proof.num_processes),
         f"{proof.logit_error_fraction:.1e}",
         f"{worst.error_fraction:.1e}",
         worst.tensor,
@@ -53,13 +57,23 @@ def _row(proof: LayoutProof) -> tuple[str, ...]:
     )
 
 
-def verification_json(verification: Verification, path: Path) -> dict[str, object]:
-    """The record itself, with what is derived from it."""
-    return {
-        "path": str(path),
-        "is_proven": verification.is_proven,
-        **verification.model_dump(mode="json"),
-    }
+def verifications_json(found: Mapping[Path, Verification]) -> list[dict[str, object]]:
+    """The records themselves, with the verdict."""
+    return [
+        {"path": str(path), "is_proven": verification.is_proven, **verification.model_dump(mode="json")}
+        for path, verification in found.items()
+    ]
+
+
+def difference(verification: Verification) -> str:
+    """Of a model that is not equal, where to look: the first layout, part and tensors that differ."""
+    proof = next(proof for proof in verification.proofs if not proof.is_equal)
+    worst = ", ".join(f"{error.tensor} {error.error_fraction:.1e}" for error in proof.suspects[:MAX_SUSPECTS])
+    model = verification.model
+    return (
+        f"{model.key}: not Hugging Face's {model.hf_model_type} under {proof.layout}: first differs in "
+        f"{proof.first_difference or 'the logits'}; look at the rules of {worst}"
+    )
 
 
 def evidence_line(verification: Verification | None) -> str:

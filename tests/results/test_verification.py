@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.cli import main
-from moe_bench.report.verify_view import evidence_line, verification_json
+from moe_bench.report.verify_view import evidence_line, verifications_json
 from moe_bench.results.record import GitState
 from moe_bench.results.store import record_files
 from moe_bench.results.verification import (
@@ -144,7 +144,8 @@ def test_the_verb_prints_records_and_ends_with_the_verdict(
         code
     )
     (path,) = (tmp_path / "verify" / "mixtral_8x7b").glob("*.json")
-    assert verification_json(read_verification(path), path)["is_proven"] is (code == 0)
+    (shown,) = verifications_json({path: read_verification(path)})
+    assert shown["is_proven"] is (code == 0)
 
 
 def test_a_model_without_a_map_is_refused_in_one_line(
