@@ -35,6 +35,7 @@ def test_a_smoke_recipe_needs_nothing_more() -> None:
     ("sections", "words"),
     [
         ({"training": {"kernel_family": "transformer_engine"}}, "kernels.family: transformer_engine is not"),
+        ({"training": {"kernel_family": "quack"}}, "kernels.family: quack needs the package quack-kernels"),
         ({"transformer": {"fp8": "e4m3"}}, "precision: e4m3 needs kernels.family: transformer_engine"),
         ({"training": {"experts_are_fp8": True}}, "precision: fp8_rowwise runs on Hopper alone"),
         ({"transformer": {"fp4": "e2m1"}}, "precision: e2m1 needs kernels.family: transformer_engine"),

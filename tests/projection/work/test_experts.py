@@ -1,0 +1,38 @@
+"""What the experts' rows move between router and products, counted by hand."""
+
+from __future__ import annotations
+
+from moe_bench.projection.work.lowering import lower
+from moe_bench.projection.work.operations import MemoryBound, Part, Pass
+from moe_bench.spec.catalogue import find_recipe, recipes_root
+from moe_bench.spec.load import Loader
+
+TOKENS, HIDDEN, TOP_K = 4 * 4096, 2048, 8
+BF16_BYTES = 2
+
+
+def permuted_bytes(*changes: str) -> float:
+    """Bytes that one layer moves forward to put tokens in rows and rows in tokens."""
+    loader = Loader(root=recipes_root(), rules=())
+    recipe = loader.recipe(find_recipe("olmoe_1b_7b/h100_sxm_8g_bf16_quack", loader), changes=changes)
+    (layer,) = lower(recipe).kinds.values()
+    return sum(
+        operation.num_bytes
+        for operation in layer.operations
+        if isinstance(operation, MemoryBound)
+        and operation.part is Part.PERMUTATION
+        and operation.in_pass is Pass.FORWARD
+    )
+
+
+def test_experts_that_gather_read_their_rows_once_and_write_the_tokens() -> None:
+    assert permuted_bytes() == BF16_BYTES * HIDDEN * TOKENS * (TOP_K + 1)
+
+
+def test_what_is_permuted_is_read_and_written_both_ways() -> None:
+    assert permuted_bytes("kernels.family=torch_native") == BF16_BYTES * HIDDEN * 2 * TOKENS * (TOP_K + 1)
+
+
+def test_rows_that_arrive_from_others_are_added_up_in_their_order() -> None:
+    sent = BF16_BYTES * HIDDEN * 2 * TOKENS * (TOP_K + 1)
+    assert permuted_bytes("parallel.expert=8") == sent + BF16_BYTES * HIDDEN * 2 * TOKENS * TOP_K
