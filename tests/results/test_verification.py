@@ -19,7 +19,8 @@ from moe_bench.results.verification import (
     read_verification,
     write_verification,
 )
-from moe_bench.spec.catalogue import recipes_root
+from moe_bench.spec.catalogue import data_root, recipes_root
+from moe_bench.spec.derive_verify import LAYOUTS
 from moe_bench.spec.load import Loader
 
 LAYER = "decoder.layers.1"
@@ -153,3 +154,14 @@ def test_a_model_without_a_map_is_refused_in_one_line(
 ) -> None:
     assert main(["verify", "mixtral_8x7b", "--set", "model.hf_model_type=llama"]) == 2
     assert "hf_model_type" in capsys.readouterr().err
+
+
+SHIPPED = sorted(path.parent.name for path in recipes_root().glob("*/model.yaml"))
+
+
+@pytest.mark.parametrize("key", SHIPPED)
+def test_every_shipped_model_is_proven_as_it_is(key: str) -> None:
+    found = latest_verification(data_root() / "results", Loader(root=recipes_root()).model(key))
+    assert found is not None, f"{key} has changed since it was proven: run `moe-bench verify {key}`"
+    assert found.is_proven
+    assert [proof.layout for proof in found.proofs] == list(LAYOUTS)
