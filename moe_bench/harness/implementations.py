@@ -26,6 +26,7 @@ def implementations(training: Training) -> Implementations:
         attention=_joined(_name(attention.core_attention) for attention in attentions),
         experts=_joined(_name(layer.experts) for layer in expert_layers),
         dispatcher=_joined(_dispatcher(layer.token_dispatcher) for layer in expert_layers),
+        router=_joined(type(layer.router).__name__ for layer in expert_layers),
         normalization=_joined(_name(layer.input_layernorm) for layer in layers),
         optimizer=_joined(_optimizers(training.optimizer)),
     )

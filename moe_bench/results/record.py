@@ -74,6 +74,7 @@ class Implementations(Spec):
     attention: Text
     experts: Text
     dispatcher: Text
+    router: Text = "not recorded"
     normalization: Text
     optimizer: Text
 

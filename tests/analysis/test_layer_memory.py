@@ -204,7 +204,24 @@ def test_only_torch_pads_the_values_of_latent_attention(
         for kernels in (TORCH, TRANSFORMER_ENGINE)
     )
     # values and output at the keys' width and the output cut, instead of values and output
-    assert torch.kept_bytes - engine.kept_bytes == 2 * TOKENS * 128 * (2 * 192 + 128 - 2 * 128)
+    maps = ("row_map", "aux_scores")
+    kept = [sum(size for name, size in one.kept.items() if name not in maps) for one in (torch, engine)]
+    assert kept[0] - kept[1] == 2 * TOKENS * 128 * (2 * 192 + 128 - 2 * 128)
+
+
+def test_our_permutation_and_router_keep_what_their_kernels_read(
+    models: dict[str, ModelSpec], make_recipe: RecipeMaker
+) -> None:
+    torch, engine = (
+        walked(make_recipe(models["deepseek_v3"], ONE_NODE, kernels=kernels), is_moe=True).kept
+        for kernels in (TORCH, TRANSFORMER_ENGINE)
+    )
+    # 8 rows and 8 experts of each token, the order of its 8 rows and their probabilities: int32 and FP32
+    assert torch["row_map"] == 4 * TOKENS * (8 + 8 + 8 + 8)
+    # TE: 2 x 256 + 1 of each token, orders and probabilities of its 8 rows on both ways
+    assert engine["row_map"] == 4 * TOKENS * (2 * 256 + 1 + 4 * 8)
+    assert engine["scores"] == torch["scores"] == engine["aux_scores"] == 4 * TOKENS * 256
+    assert "aux_scores" not in torch
 
 
 def test_attention_that_is_not_fused_keeps_every_score(

@@ -67,12 +67,14 @@ def test_one_rank_computes_what_megatron_core_does(groups: Any, host: str) -> No
         assert_alike(theirs, ours)
 
 
+@pytest.mark.slow
 def test_balancing_losses_reach_the_routers_weight(groups: Any, host: str) -> None:
     without = {**SWITCH, "moe_aux_loss_coeff": [0.0, 0.0], "moe_z_loss_coeff": None}
     plain, with_losses = (ours["router.weight"] for _, ours in both(groups, without, SWITCH))
     assert not torch.allclose(plain, with_losses, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_two_expert_ranks_compute_what_megatron_core_does(run_ranks: Any, host: str) -> None:
     sizes = {"expert_model_parallel_size": 2}
     for found in run_ranks(both, 2, sizes, sizes, {**ALLGATHER, **sizes}):
@@ -80,6 +82,7 @@ def test_two_expert_ranks_compute_what_megatron_core_does(run_ranks: Any, host: 
             assert_alike(theirs, ours)
 
 
+@pytest.mark.slow
 def test_two_expert_tensor_ranks_compute_what_megatron_core_does(run_ranks: Any, host: str) -> None:
     sizes = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
     for found in run_ranks(both, 2, sizes, {**sizes, "sequence_parallel": True}):
