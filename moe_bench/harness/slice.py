@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from moe_bench.harness.loopback import Ledger, loopback_groups
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.rank import RankReport, machine, measured
 from moe_bench.harness.settings import settings_of
+from moe_bench.harness.substitution import Substitution, substituted
 from moe_bench.harness.timing import CudaMarks, DeviceMarks, HostClock
 from moe_bench.harness.trainer import StepReport, Watch
 from moe_bench.results.record import AloneSamples
@@ -22,6 +24,10 @@ from moe_bench.spec.rendezvous import Rendezvous
 
 _OUTSIDE = "outside"
 _COUNTED = "counted"
+
+
+def _unasked(tensor: object) -> None:
+    """Megatron-FSDP asks whether all ranks' shards reach both ends of a weight; here all are this one's."""
 
 
 class _Watched:
@@ -104,12 +110,15 @@ def run_slice_rank(
             HostClock() if device == "cpu" else CudaMarks(),
             counted_step=settings.num_warmup_steps + 1,
         )
-        with loopback_groups(
-            world_size=settings.world_size,
-            rank=rank,
-            sizes=arguments.parallel_state,
-            on_transfer=watched.ledger.record,
-            around_copies=watched.around_copies,
+        with (
+            substituted(Substitution(param_and_grad_buffer, "validate_uneven_dtensor", _unasked)),
+            loopback_groups(
+                world_size=settings.world_size,
+                rank=rank,
+                sizes=arguments.parallel_state,
+                on_transfer=watched.ledger.record,
+                around_copies=watched.around_copies,
+            ),
         ):
             try:
                 report = measured(

@@ -58,7 +58,7 @@ def num_copies(recipe: Recipe) -> int:
     return recipe.tokens_per_step // num_sharing * recipe.model.moe.top_k
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "mixtral_8x22b/h100_sxm_128g_bf16_fsdp"])
 def test_one_rank_of_every_model_trains(zygote: Zygote, model: str) -> None:
     plan = tiny_plan(model)
     recipe = plan.recipe
