@@ -38,7 +38,8 @@ class Quantized(NamedTuple):
 
 
 def quantize_rows(x: Tensor) -> Quantized:
-    """x [..., rows, columns], contiguous, with a scale for each row."""
+    """x [..., rows, columns] with a scale for each row; copied first where it is not contiguous."""
+    x = x.contiguous()
     columns = x.shape[-1]
     values = torch.empty_like(x, dtype=E4M3)
     scales = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -50,6 +51,7 @@ def quantize_rows(x: Tensor) -> Quantized:
 
 def quantize_columns(x: Tensor) -> Quantized:
     """The transposes [matrices, columns, rows] of x [matrices, rows, columns], a scale for each column."""
+    x = x.contiguous()
     matrices, rows, columns = x.shape
     values = x.new_empty((matrices, columns, rows), dtype=E4M3)
     scales = x.new_empty((matrices, columns), dtype=torch.float32)

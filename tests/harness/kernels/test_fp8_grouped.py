@@ -148,9 +148,11 @@ def test_products_on_the_device_are_those_of_the_references() -> None:
     output, grad_x = products.output(x, weight, ends), products.input_gradient(grad, weight, ends)
     on_host = [one.cpu() for one in (x, weight, grad)]
     expected = product_reference(rows_reference(on_host[0]), rows_reference(on_host[1]), offsets())
-    torch.testing.assert_close(output.cpu().double(), expected, rtol=2e-2, atol=1e-2)
     backward = product_reference(rows_reference(on_host[2]), columns_reference(on_host[1]), offsets())
-    torch.testing.assert_close(grad_x.cpu().double(), backward, rtol=2e-2, atol=1e-2)
+    # BF16 outputs are off by 2^-9; fast accumulation drops bits below the largest term of a sum
+    for found, truth in ((output, expected), (grad_x, backward)):
+        rows = zip(found.cpu(), truth, strict=True)
+        assert max(off_by(row, true_row) for row, true_row in rows) < 0.01
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ def inputs() -> dict[str, torch.Tensor]:
         "rows of bf16": torch.randn(6, 96).bfloat16(),
         "rows of matrices": torch.randn(3, 4, 33),
         "rows that are odd": odd,
+        "rows that are not contiguous": torch.randn(40, 6).t(),
         "columns of bf16": spread.bfloat16(),
         "columns over several tiles": torch.randn(2, 200, 130),
     }
