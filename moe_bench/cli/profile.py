@@ -53,13 +53,17 @@ def profile_of(
     """
     if choice is None:
         return None
-    from moe_bench.launch.nsys import require_nsys, start_under_nsys
+    from moe_bench.launch.environment import current_environment
+    from moe_bench.launch.nsys import require_nsys, runs_under_nsys, start_under_nsys
     from moe_bench.spec.profile import Profile, is_profiled
 
     tools: dict[ProfileChoice, ProfileTool] = {ProfileChoice.TORCH: "torch", ProfileChoice.NSYS: "nsys"}
     stem = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-pid{os.getpid()}"
-    profile = Profile(tool=tools[choice], num_steps=num_steps, stem=traced or str(stem))
-    if choice is ProfileChoice.NSYS:
+    is_theirs = traced is None and runs_under_nsys(current_environment())
+    profile = Profile(
+        tool=tools[choice], num_steps=num_steps, stem=traced or str(stem), has_own_file=not is_theirs
+    )
+    if choice is ProfileChoice.NSYS and not is_theirs:
         require_nsys(plan)
         if place is not None and traced is None and is_profiled(plan, place.rank):
             folder.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def profiled(
             run_steps()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        return (Path(profile.file(rank, NSYS_SUFFIX)).name,)
+        return (Path(profile.file(rank, NSYS_SUFFIX)).name,) if profile.has_own_file else ()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with (
         parts_of_step_named(built),

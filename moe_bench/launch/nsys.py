@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.launch.local import MODULE
@@ -14,8 +14,15 @@ from moe_bench.spec.scale import Plan
 
 TRACED_OPTION = "--traced"
 """Hidden option of `run`: this process was started by nsys, and this is the stem of its files."""
+_SESSION = "NSYS_PROFILING_SESSION_ID"
+"""Set by nsys in what it starts."""
 Execute = Callable[[str, tuple[str, ...]], object]
 Which = Callable[[str], str | None]
+
+
+def runs_under_nsys(env: Mapping[str, str]) -> bool:
+    """Whether somebody started this process under nsys, which then writes a file of their naming."""
+    return _SESSION in env
 
 
 def require_nsys(plan: Plan, *, which: Which = shutil.which) -> None:

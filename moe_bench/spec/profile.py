@@ -17,6 +17,8 @@ class Profile(Spec):
     num_steps: PositiveInt
     stem: Text
     """Path and beginning of the name of every file."""
+    has_own_file: bool = True
+    """False under an nsys that somebody else started and named the file of."""
 
     def of_repeat(self, repeat: int) -> Profile:
         """The same for one of several runs of one process, whose files have names of their own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.errors import BadInputError, MissingRequirementError
-from moe_bench.launch.nsys import nsys_command, require_nsys, start_under_nsys
+from moe_bench.launch.nsys import nsys_command, require_nsys, runs_under_nsys, start_under_nsys
 from moe_bench.spec.profile import Profile
 from tests.results.records import full, smoke
 
@@ -19,6 +19,11 @@ def test_the_rank_runs_again_under_nsys_with_its_own_file() -> None:
         "--capture-range=cudaProfilerApi --capture-range-end=stop --output=results/run-rank64.nsys-rep "
         "python -m moe_bench run qwen3_30b_a3b --profile nsys --traced results/run"
     )
+
+
+def test_an_nsys_that_somebody_started_is_known_by_its_session() -> None:
+    assert runs_under_nsys({"NSYS_PROFILING_SESSION_ID": "7"})
+    assert not runs_under_nsys({"PATH": "/usr/bin"})
 
 
 def test_the_process_is_replaced() -> None:
