@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class MegatronReader:
         self._files = FileSystemReader(source)
         try:
             metadata = self._files.read_metadata()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, UnpicklingError) as error:
             raise BadInputError(
                 f"{source}: its .metadata cannot be read ({error}); it is not whole"
             ) from error
@@ -139,7 +140,7 @@ class MegatronReader:
         into = torch.empty(sizes, dtype=entry.properties.dtype)
         try:
             self._files.read_data(LoadPlan(items), _IntoOneTensor(into)).wait()
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise BadInputError(
                 f"{self._source}: {key}: cannot be read ({reason}); use another copy"

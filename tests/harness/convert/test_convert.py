@@ -224,6 +224,10 @@ def test_a_distributed_checkpoint_that_is_damaged_is_told_by_a_tensor(tmp_path: 
     file.unlink()
     with pytest.raises(BadInputError, match="cannot be read"):
         back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
+    metadata = tmp_path / "ours" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-100])
+    with pytest.raises(BadInputError, match=r"ours: its \.metadata cannot be read"):
+        back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
     assert not (tmp_path / "again").exists()
 
 
