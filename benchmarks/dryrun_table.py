@@ -36,11 +36,11 @@ dry run has been compared with a GPU**; the closed form of memory has, with 23 p
 (accounting.md).
 
 Written by `python benchmarks/dryrun_table.py`, in the form that the dry run builds: torch-native kernels in
-BF16 or FP8 with a scale per row, all-to-all dispatch, balanced routing, states on the device. `=` is equal to the last parameter, byte
-or operation, by collective, group and phase, by kernel, layer and pass; otherwise the dry run's total over
-the closed form's. Memory is in GiB at the fullest moment of the step, closed form / dry run, by the pass that
-takes it: *states* are weights, gradients and optimizer states, *rest* is everything else, *peak* is the
-closed form's total over the dry run's.
+BF16 or FP8 with a scale per row, all-to-all dispatch, balanced routing, states on the device. `=` is equal to
+the last parameter, byte or operation, by collective, group and phase, by kernel, layer and pass; otherwise
+the dry run's total over the closed form's. Memory is in GiB at the fullest moment of the step, closed form /
+dry run, by the pass that takes it: *states* are weights, gradients and optimizer states, *rest* is everything
+else, *peak* is the closed form's total over the dry run's.
 
 {counts}
 

@@ -15,7 +15,7 @@ from moe_bench.spec.legality.structure import built_model
 from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
 from moe_bench.spec.problem import Problem
-from moe_bench.spec.recipe import KernelSpec, Recipe
+from moe_bench.spec.recipe import Recipe
 
 Plain = bool | int | float | str | None | tuple["Plain", ...]
 Arguments = dict[str, Plain]
@@ -290,11 +290,8 @@ def _router(moe: MixtureOfExperts) -> Arguments:
 def _precision(recipe: Recipe) -> Arguments:
     low = recipe.low_precision
     dtype = "fp32" if recipe.precision == "fp32" else "bf16"
-    arguments: Arguments = {
-        "bf16": dtype == "bf16",
-        **dict.fromkeys(("params_dtype", "pipeline_dtype"), dtype),
-        **dict.fromkeys(("fp8", "fp4")),
-    }
+    arguments: Arguments = {"bf16": dtype == "bf16", "params_dtype": dtype, "pipeline_dtype": dtype}
+    arguments |= {"fp8": None, "fp4": None}
     if recipe.precision in _FP8_FORMATS:
         arguments["fp8"], arguments["fp8_recipe"] = _FP8_FORMATS[recipe.precision]
     elif recipe.precision == "nvfp4":
@@ -443,7 +440,7 @@ def _training(recipe: Recipe) -> Arguments:
     return {
         "kernel_family": recipe.kernels.family,
         "experts_are_fp8": recipe.precision == "fp8_rowwise",
-        "triton_fusions": triton_fusions(recipe.kernels),
+        "triton_fusions": recipe.kernels.triton_fusions,
         "qk_norm": attention.qk_norm if isinstance(attention, GroupedQueryAttention) else "latent",
         "seq_length": recipe.seq_len,
         "micro_batch_size": recipe.micro_batch_size,

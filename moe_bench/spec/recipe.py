@@ -109,6 +109,14 @@ class KernelSpec(Spec):
     fusions: Fusions = Fusions()
 
     @property
+    def triton_fusions(self) -> tuple[str, ...]:
+        """What our own kernels fuse: without Transformer Engine, what Megatron-Core leaves to it."""
+        if self.family == "transformer_engine":
+            return ()
+        names = ("router", "permute", "activation", "gradient_accumulation")
+        return tuple(name for name in names if getattr(self.fusions, name))
+
+    @property
     def is_torch_native(self) -> bool:
         """Whether all but the routed experts is made of torch's own kernels."""
         return self.family != "transformer_engine"
