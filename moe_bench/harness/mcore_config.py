@@ -331,14 +331,6 @@ def _kernels(recipe: Recipe) -> Arguments:
     }
 
 
-def triton_fusions(kernels: KernelSpec) -> tuple[str, ...]:
-    """What our own kernels fuse: in the other families, what Megatron-Core leaves to Transformer Engine."""
-    if kernels.family == "transformer_engine":
-        return ()
-    names = ("router", "permute", "activation", "gradient_accumulation")
-    return tuple(name for name in names if getattr(kernels.fusions, name))
-
-
 def _schedule(recipe: Recipe) -> Arguments:
     overlap = recipe.overlap
     return {
