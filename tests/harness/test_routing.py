@@ -11,7 +11,13 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.routing import ExpertLoad, RoundRobinRouter, round_robin_logits, use_router
+from moe_bench.harness.routing import (
+    ExpertLoad,
+    RoundRobinRouter,
+    dealt_experts,
+    round_robin_logits,
+    use_router,
+)
 from moe_bench.spec.recipe import Recompute, Routing, RoutingMode
 from tests.harness.toys import laid_out, parity_recipe
 from tests.harness.zygote import Zygote
@@ -116,3 +122,11 @@ def test_every_token_copy_is_counted_once_over_all_ranks(zygote: Zygote, mode: R
     counts = zygote.train(megatron_arguments(recipe)).samples.tokens_per_expert
     assert [[sum(layer) for layer in step] for step in counts] == [[recipe.tokens_per_step * 2] * 4] * 5
     assert any(max(layer) > min(layer) for step in counts for layer in step)
+
+
+def test_a_recording_is_dealt_so_that_no_token_takes_an_expert_twice() -> None:
+    counts = (4, 2, 1, 1)
+    chosen = dealt_experts(counts, top_k=2)
+    # four tokens: the list 0 0 0 0 1 1 2 3 is laid in two columns
+    assert chosen.tolist() == [[0, 1], [0, 1], [0, 2], [0, 3]]
+    assert chosen.flatten().bincount().tolist() == list(counts)
