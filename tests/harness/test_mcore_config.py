@@ -62,6 +62,7 @@ NOT_ARGUMENTS = {
     "model.key": "file name",
     "model.display_name": "for tables",
     "model.hf_id": "for people",
+    "model.hf_model_type": "chooses the map to Hugging Face's checkpoints",
     "model.default_run": "resolves the bare model name",
     "model.num_mtp_layers": "what the model has; the recipe's num_mtp_layers is what runs",
     "model.published": "published counts",
