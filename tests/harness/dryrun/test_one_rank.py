@@ -19,7 +19,16 @@ from moe_bench.harness.dryrun.outcome import RankDryRun
 from moe_bench.harness.kernels import grouped_linear
 from moe_bench.spec.catalogue import find_recipe
 from moe_bench.spec.derive_dryrun import dryrun_plan
-from moe_bench.spec.recipe import Dispatcher, DispatchSpec, OptimizerSpec, Overlap, Recipe, Recompute
+from moe_bench.spec.recipe import (
+    Dispatcher,
+    DispatchSpec,
+    Fusions,
+    KernelSpec,
+    OptimizerSpec,
+    Overlap,
+    Recipe,
+    Recompute,
+)
 from tests.harness.dryrun.conftest import LOADER, NUM_LAYERS, SEQ_LEN, first_rank, toy
 
 TP2 = {"tensor": 2, "sequence_parallel": True}
@@ -307,6 +316,27 @@ def test_memory_held_past_its_use_is_found() -> None:
     vector_bytes = 32_768 * recipe.model.hidden_size * 2
     # the layer's input and its gradient, besides scores and masks of the router
     assert probs.num_bytes > 3 * 2 * vector_bytes
+
+
+def test_adding_weight_gradients_in_the_product_moves_no_byte_of_the_peak_and_no_operation() -> None:
+    """A placeholder goes to autograd where a gradient did (harness/kernels/grouped_linear.py)."""
+    layout = {"num_gpus": 4, "expert": 2}
+    separate, added = (
+        toy(
+            "qwen3_30b_a3b",
+            parallel=layout,
+            kernels=KernelSpec(
+                family="torch_native",
+                fusions=Fusions(permute=True, router=True, activation=True, gradient_accumulation=is_added),
+            ),
+        )
+        for is_added in (False, True)
+    )
+    assert added.kernels.fusions.gradient_accumulation
+    assert rank_memory(added, 0) == rank_memory(separate, 0)
+    runs = first_rank(separate, 0), first_rank(added, 0)
+    assert runs[0].peak.num_bytes == runs[1].peak.num_bytes
+    assert runs[0].flops == runs[1].flops
 
 
 def test_weights_are_gathered_twice_where_the_gather_is_not_overlapped() -> None:
