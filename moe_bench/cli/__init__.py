@@ -21,6 +21,7 @@ from moe_bench.cli import (
     results,
     run,
     search,
+    train,
 )
 from moe_bench.cli.app import PANELS, app
 from moe_bench.errors import BadInputError, MoeBenchError
@@ -42,6 +43,7 @@ _VERBS = (
     results,
     data,
     model,
+    train,
 )
 """Modules whose import registers the verbs."""
 

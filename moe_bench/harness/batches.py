@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 Device = Literal["cuda", "cpu"]
 MicroBatch = dict[str, torch.Tensor]
 """`tokens`, `labels`, `position_ids`: int64 [micro batch, sequence]; `loss_mask`: float32, same shape."""
+Draw = Callable[[int], torch.Tensor]
+"""Sample i of a global batch: tokens of one sequence and the one after its end, int64 [seq_len + 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +34,19 @@ class BatchPlan:
     device: Device
 
 
-def step_batches(plan: BatchPlan, step: int) -> list[MicroBatch]:
-    """The micro batches of one step, on the device.
+def step_batches(plan: BatchPlan, step: int, *, draw: Draw | None = None) -> list[MicroBatch]:
+    """The micro batches of one step, on the device, of random tokens or of those that `draw` gives.
 
     Micro batch i of data rank r begins at global sample (i * data_size + r) * micro_batch_size: with
     micro batches of one sequence a step sees the same micro batches in all layouts.
     """
-    return [_micro_batch(plan, step, index) for index in range(plan.num_micro_batches)]
+    given = draw or partial(_sample, plan, step)
+    return [_micro_batch(plan, index, given) for index in range(plan.num_micro_batches)]
 
 
-def _micro_batch(plan: BatchPlan, step: int, index: int) -> MicroBatch:
+def _micro_batch(plan: BatchPlan, index: int, draw: Draw) -> MicroBatch:
     first = (index * plan.data_size + plan.data_rank) * plan.micro_batch_size
-    samples = torch.stack([_sample(plan, step, first + offset) for offset in range(plan.micro_batch_size)])
+    samples = torch.stack([draw(first + offset) for offset in range(plan.micro_batch_size)])
     positions = torch.arange(plan.seq_len).expand(plan.micro_batch_size, -1).contiguous()
     batch = {
         "tokens": samples[:, :-1].contiguous(),

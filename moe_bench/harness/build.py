@@ -26,8 +26,11 @@ from moe_bench.harness.batches import Device
 from moe_bench.harness.kernels.adam import low_precision_adam
 from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
 from moe_bench.harness.mcore_config import MegatronArguments
-from moe_bench.harness.routing import RouterBuilder, forced_router, use_router
+from moe_bench.harness.routers import chosen_router, tell_dispatchers
+from moe_bench.harness.routing import RouterBuilder, use_router
 from moe_bench.harness.settings import Settings
+from moe_bench.harness.training.learning_rate import expert_overrides
+from moe_bench.spec.training import LearningRate
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 _DTYPE_FIELDS = frozenset(
@@ -94,7 +97,7 @@ def model_chunks(
     )
     num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))
-    chunk = partial(_model_chunk, arguments, config, choice, forced_router(settings))
+    chunk = partial(_model_chunk, arguments, config, choice, chosen_router(settings, config))
     return tuple(chunk(stage) for stage in stages)
 
 
@@ -117,7 +120,7 @@ def _model_chunk(
     if router is not None:
         use_router((block, mtp), router)
     ends = {"ignore_virtual": False, "vp_stage": vp_stage}
-    return GPTModel(
+    chunk = GPTModel(
         config=config,
         transformer_layer_spec=block,
         mtp_block_spec=mtp,
@@ -126,6 +129,8 @@ def _model_chunk(
         vp_stage=vp_stage,
         **arguments.model,
     )
+    tell_dispatchers(chunk.modules())
+    return chunk
 
 
 def training(
@@ -135,8 +140,12 @@ def training(
     chunks: tuple[torch.nn.Module, ...],
     *,
     device: Device,
+    rates: LearningRate | None = None,
 ) -> Training:
-    """Wrap the chunks for data parallelism, make the optimizer, and connect both to the schedule."""
+    """Wrap the chunks for data parallelism, make the optimizer, and connect both to the schedule.
+
+    `rates` is what a schedule of the learning rate wants of the optimizer; None keeps it constant.
+    """
     for chunk in chunks:
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -146,7 +155,10 @@ def training(
     ddp_config = DistributedDataParallelConfig(**_objects(arguments.ddp))
     wrapped = _wrap(chunks, config, ddp_config, device=device)
     optimizer = _optimizer(
-        arguments, list(wrapped), has_fused_adam=settings.kernel_family == "transformer_engine"
+        arguments,
+        list(wrapped),
+        has_fused_adam=settings.kernel_family == "transformer_engine",
+        rates=rates,
     )
     if settings.experts_are_fp8:
         from moe_bench.harness.kernels.fp8_grouped import forget_after_steps  # imports Triton
@@ -186,17 +198,28 @@ def _wrap(
     )
 
 
-def _optimizer(arguments: MegatronArguments, chunks: list[torch.nn.Module], *, has_fused_adam: bool) -> Any:
+def _optimizer(
+    arguments: MegatronArguments,
+    chunks: list[torch.nn.Module],
+    *,
+    has_fused_adam: bool,
+    rates: LearningRate | None,
+) -> Any:
     """Megatron-Core's optimizer; with state in low precision its own needs Transformer Engine's FusedAdam."""
     options = _objects(arguments.optimizer)
+    groups: dict[str, Any] = {}
+    if rates is not None:
+        options["min_lr"] = options["lr"] * rates.minimum_fraction
+        groups["config_overrides"] = expert_overrides(options["lr"], rates)
     if has_fused_adam or not options["use_precision_aware_optimizer"]:
-        return get_megatron_optimizer(OptimizerConfig(**options), chunks)
+        return get_megatron_optimizer(OptimizerConfig(**options), chunks, **groups)
     plain = dict.fromkeys(("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32)
     return low_precision_adam(
         OptimizerConfig(**options | plain | {"use_precision_aware_optimizer": False}),
         chunks,
         exp_avg_dtype=options["exp_avg_dtype"],
         exp_avg_sq_dtype=options["exp_avg_sq_dtype"],
+        **groups,
     )
 
 

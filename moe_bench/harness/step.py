@@ -42,18 +42,8 @@ def train_step(
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    micro_batch_size, seq_len = micro_batches[0]["tokens"].shape
-    iterators = [iter(micro_batches) for _ in training.chunks]
     on_schedule()
-    losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(training.chunks),
-        num_microbatches=len(micro_batches),
-        seq_length=seq_len * parallel_state.get_context_parallel_world_size(),
-        micro_batch_size=micro_batch_size,
-        forward_only=False,
-    )
+    losses = _scheduled(training, micro_batches, forward_only=False)
     on_schedule()
     was_applied, grad_norm, _ = training.optimizer.step()
     return StepOutcome(
@@ -61,6 +51,39 @@ def train_step(
         grad_norm=float(grad_norm) if training.optimizer.config.clip_grad > 0 else None,
         was_applied=bool(was_applied),
     )
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def loss_of(training: Training, micro_batches: list[MicroBatch]) -> torch.Tensor | None:
+    """Mean language-model loss over a global batch, without dropout and without learning from it.
+
+    A scalar; None but on the last pipeline stage. A collective call of all ranks.
+    """
+    for chunk in training.chunks:
+        chunk.eval()
+    try:
+        return _mean_loss(_scheduled(training, micro_batches, forward_only=True))
+    finally:
+        for chunk in training.chunks:
+            chunk.train()
+
+
+def _scheduled(
+    training: Training, micro_batches: list[MicroBatch], *, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    """What the losses of the micro batches report, through Megatron-Core's pipeline schedule."""
+    micro_batch_size, seq_len = micro_batches[0]["tokens"].shape
+    iterators = [iter(micro_batches) for _ in training.chunks]
+    losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(training.chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=seq_len * parallel_state.get_context_parallel_world_size(),
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    return losses
 
 
 def _forward_step(

@@ -1,0 +1,155 @@
+"""The verb that teaches a recipe's model real text: train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_bench.cli.app import MODEL, app
+from moe_bench.cli.options import (
+    JsonOption,
+    NumGpusOption,
+    RecipeArgument,
+    ScaleOption,
+    ScaleOptionType,
+    SetOption,
+    make_console,
+    plan_of,
+    print_view,
+)
+from moe_bench.errors import BadInputError
+from moe_bench.spec.derive_training import DEFAULT_STEPS
+
+if TYPE_CHECKING:
+    from moe_bench.spec.rendezvous import Rendezvous
+    from moe_bench.spec.training import TrainingJob
+
+
+@app.command(rich_help_panel=MODEL)
+def train(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run: log, checkpoints, job.json.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="PREFIX", help="A dataset of `data build`.")
+    ] = None,
+    scale: ScaleOptionType = ScaleOption.FULL,
+    num_gpus: NumGpusOption = None,
+    changes: SetOption = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help=f"All of the run; {DEFAULT_STEPS} if not said.")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option("--warmup-steps", min=0, help="Of the learning rate; a hundredth.")
+    ] = None,
+    decay_steps: Annotated[
+        int | None, typer.Option("--decay-steps", min=1, help="To its minimum, by a cosine; all steps.")
+    ] = None,
+    min_lr_fraction: Annotated[
+        float | None, typer.Option("--min-lr-fraction", min=0, max=1, help="The minimum; 0.1.")
+    ] = None,
+    expert_lr_factor: Annotated[
+        float | None, typer.Option("--expert-lr-factor", min=0.001, help="Of the experts' rate; 1.")
+    ] = None,
+    valid_fraction: Annotated[
+        float | None, typer.Option("--valid-fraction", help="Of the documents, the last ones; 0.05.")
+    ] = None,
+    valid_every: Annotated[
+        int | None, typer.Option("--valid-every", min=1, help="Steps between two validations; a tenth.")
+    ] = None,
+    valid_batches: Annotated[
+        int | None, typer.Option("--valid-batches", min=1, help="Global batches of each; 4.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option("--save-every", min=1, help="Steps between two checkpoints; a tenth.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints, the newest; 2.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, also with changes.")
+    ] = False,
+    start_from: Annotated[
+        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
+    from moe_bench.results.training_run import begin_run, newest_checkpoint, read_job
+    from moe_bench.spec.derive_training import Wishes, training_job
+
+    if resume and start_from is not None:
+        raise BadInputError("--from begins a run and --resume goes on with one: leave one of the two out")
+    before = read_job(out) if resume else None
+    if before is None and data is None:
+        raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
+    wishes = Wishes(
+        data=None if data is None else str(data),
+        num_steps=steps,
+        num_warmup_steps=warmup_steps,
+        num_decay_steps=decay_steps,
+        minimum_fraction=min_lr_fraction,
+        expert_factor=expert_lr_factor,
+        validation_fraction=valid_fraction,
+        validate_every=valid_every,
+        num_validation_batches=valid_batches,
+        save_every=save_every,
+        num_kept=keep,
+    )
+    all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes)
+    job = training_job(plan, wishes, before=before)
+    place = _place()
+    is_speaker = place is None or place.rank == 0
+    if before is None:
+        checkpoint = start_from
+        if is_speaker:
+            begin_run(out, job)
+    else:
+        checkpoint = newest_checkpoint(out)
+    _train(job, out, checkpoint, place, goes_on=before is not None, as_json=as_json)
+
+
+def _place() -> Rendezvous | None:
+    from moe_bench.launch.environment import current_environment
+    from moe_bench.launch.rendezvous import rendezvous_from
+    from moe_bench.launch.runner import run_captured
+
+    return rendezvous_from(current_environment(), run_captured)
+
+
+def _train(
+    job: TrainingJob,
+    folder: Path,
+    checkpoint: Path | None,
+    place: Rendezvous | None,
+    *,
+    goes_on: bool,
+    as_json: bool,
+) -> None:
+    from moe_bench.harness.start import load_training
+    from moe_bench.report.progress import announce
+    from moe_bench.report.training_view import training_json, training_progress, training_view
+    from moe_bench.results.training_log import LogLine, append_line, read_log
+    from moe_bench.results.training_run import go_on
+
+    console = make_console(stderr=True)
+    is_speaker = place is None or place.rank == 0
+    if is_speaker:
+        announce(job.plan, console)
+    harness = load_training()
+    start = harness.Start(checkpoint=checkpoint, with_optimizer=goes_on)
+    with training_progress(job, console, is_alone=place is None) as on_line:
+        seen_steps: list[int] = []
+
+        def seen(line: LogLine) -> None:
+            if goes_on and not seen_steps:
+                # only now is it known that the checkpoint could be read under the changed job
+                go_on(folder, job, num_steps=line.step - 1)
+            seen_steps.append(line.step)
+            append_line(folder, line)
+            on_line(line)
+
+        harness.train(job, folder, start, rendezvous=place, on_line=seen)
+    if is_speaker:
+        lines = tuple(read_log(folder))
+        print_view(training_view(job, lines, folder), training_json(job, lines, folder), as_json)

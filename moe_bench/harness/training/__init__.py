@@ -1,0 +1,1 @@
+"""Training proper: real text, schedules, validation, checkpoints."""

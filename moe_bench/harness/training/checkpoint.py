@@ -1,0 +1,257 @@
+"""Checkpoints of a training run: saved beside the training, whole or not at all, loaded into any layout."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.utils import unwrap_model
+from torch import distributed
+from torch.distributed.checkpoint import FileSystemReader
+
+from moe_bench.errors import BadInputError, MeasurementError
+from moe_bench.harness.build import Training
+from moe_bench.harness.kernels.adam import StoredBf16Adam
+from moe_bench.results.training_run import checkpoint_path, saved_steps
+
+_UNFINISHED = ".unfinished"
+_RESHARDABLE = "fully_reshardable"
+"""Of the distributed optimizer's forms the one that every layout can read (distrib_optimizer.py)."""
+ASYNC_STRATEGY = "mcore"
+"""A forked writer of Megatron-Core's own; the default, nvrx, is a package of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    num_steps: int
+    """Steps that the saved weights have taken."""
+
+
+class CheckpointWriter:
+    """Saves on the side: the state is copied, and a process of its own writes while training goes on.
+
+    A checkpoint is written under a name that begins with a dot and gets its own, `step-<n>`, when all ranks
+    have written. Then those beyond the newest `num_kept` are removed.
+    """
+
+    def __init__(self, folder: Path, *, num_kept: int) -> None:
+        self._folder, self._num_kept = folder, num_kept
+        self._queue = AsyncCallsQueue()
+
+    def save(self, training: Training, progress: Progress) -> None:
+        """Begin to save; waits for the checkpoint before it. A collective call of all ranks."""
+        self.finish()
+        final = checkpoint_path(self._folder, progress.num_steps)
+        unfinished = final.with_name(f".{final.name}{_UNFINISHED}")
+        if distributed.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        distributed.barrier()
+        request = dist_checkpointing.save(
+            _state(training, progress, is_loading=False),
+            str(unfinished),
+            content_metadata={"distrib_optim_sharding_type": _RESHARDABLE},
+            async_sharded_save=True,
+            async_strategy=ASYNC_STRATEGY,
+            verify_integrity=True,
+        )
+        request.add_finalize_fn(lambda: self._name(unfinished, final))
+        self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Give a checkpoint its name if all ranks have written it by now. A collective call of all ranks."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for what is being saved. A collective call of all ranks."""
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+        except (OSError, RuntimeError, CheckpointingException) as error:
+            raise MeasurementError(
+                f"{self._folder}: a checkpoint could not be written ({error}); those before it are whole"
+            ) from error
+
+    def close(self) -> None:
+        """Wait, and end the writer."""
+        self.finish()
+        self._queue.close()
+
+    def _name(self, unfinished: Path, final: Path) -> None:
+        if distributed.get_rank() == 0:
+            unfinished.rename(final)
+            for old in saved_steps(self._folder)[: -self._num_kept]:
+                shutil.rmtree(checkpoint_path(self._folder, old))
+        distributed.barrier()
+
+
+def load_checkpoint(training: Training, path: Path, *, with_optimizer: bool = True) -> Progress:
+    """Put what was saved in `path` into a model and its optimizer, whatever their layout is.
+
+    A collective call of all ranks. Learning rate, weight decay and betas stay those of the optimizer as it
+    was built. Without the optimizer its state is that of a fresh one over these weights.
+
+    Raises BadInputError with the tensor's name where the checkpoint has none of that name or another shape,
+    and where a file of it is damaged.
+    """
+    _require_same_tensors(training, path)
+    if with_optimizer:
+        for part in _parts(training.optimizer):
+            _make_state(part.optimizer)
+    wanted = _state(training, Progress(num_steps=0), is_loading=True, with_optimizer=with_optimizer)
+    try:
+        state = dist_checkpointing.load(wanted, str(path), verify_integrity=True)
+    except (CheckpointingException, OSError, RuntimeError, ValueError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadInputError(f"{path}: damaged or not whole ({first}); use another checkpoint") from error
+    for index, model in enumerate(_models(training)):
+        model.load_state_dict(state[_model_key(training, index)], strict=True)
+    progress = Progress(num_steps=int(state["num_steps"]))
+    if with_optimizer:
+        _load_optimizer(training.optimizer, state["optimizer"], progress)
+    else:
+        training.optimizer.reload_model_params()
+    return progress
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers of dense weights and of experts, or the only one."""
+    return list(getattr(optimizer, "chained_optimizers", (optimizer,)))
+
+
+def _make_state(inner: Any) -> None:
+    """Zero moments for an Adam that has taken no step: DistributedOptimizer reads them before it loads."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if len(inner.state[parameter]) == 0:
+                if isinstance(inner, StoredBf16Adam):
+                    inner.initialize_state(parameter)
+                else:
+                    inner.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _load_optimizer(optimizer: Any, saved: dict[Any, Any], progress: Progress) -> None:
+    """Take up the moments and main weights; groups of parameters stay as they were built.
+
+    Megatron-Core looks for each group among those that were saved by its rates and by whether its experts
+    are spread (optimizer.py, param_group_identifier_keys), and would not find it where one has changed.
+    """
+    parts = _parts(optimizer)
+    for index, part in enumerate(parts):
+        own = part.state_dict()
+        there = saved if len(parts) == 1 else saved[index]
+        for group in own["optimizer"]["param_groups"]:
+            if "step" in group:
+                group["step"] = progress.num_steps
+        if "param_state" not in there:
+            own["optimizer"]["state"] = there["optimizer"]["state"]
+        part.load_state_dict(own)
+        if "param_state" in there:
+            with _without_steps(part.optimizer):
+                part.load_parameter_state_from_fully_reshardable(there["param_state"])
+
+
+@contextlib.contextmanager
+def _without_steps(inner: Any) -> Iterator[None]:
+    """Hide torch Adam's counts of steps while moments are loaded, then give each parameter one of its own.
+
+    Megatron-Core's loader looks for every tensor of a parameter's state in the checkpoint, which has none of
+    these (distrib_optimizer.py, _set_main_param_and_optimizer_states), and load_state_dict has left one
+    tensor to all parameters, each of which would count it up. FusedAdam counts in its groups.
+    """
+    steps = [(state, state.pop("step")) for state in inner.state.values() if "step" in state]
+    try:
+        yield
+    finally:
+        for state, step in steps:
+            state["step"] = step.clone()
+
+
+def _models(training: Training) -> list[Any]:
+    """The chunks without what wraps them, whose names would stand in those of the tensors."""
+    return list(unwrap_model(list(training.chunks)))
+
+
+def _model_key(training: Training, index: int) -> str:
+    """As Megatron-LM's own checkpoints have them: one key, or one for each virtual stage."""
+    return "model" if len(training.chunks) == 1 else f"model{index}"
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": _RESHARDABLE,
+        # expert and dense weights are in one optimizer or in two, by the layout
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(training: Training) -> dict[str, Any]:
+    metadata = _metadata()
+    return {
+        _model_key(training, index): model.sharded_state_dict(metadata=metadata)
+        for index, model in enumerate(_models(training))
+    }
+
+
+def _state(
+    training: Training, progress: Progress, *, is_loading: bool, with_optimizer: bool = True
+) -> dict[str, Any]:
+    state: dict[str, Any] = _model_state(training)
+    if with_optimizer:
+        state["optimizer"] = training.optimizer.sharded_state_dict(
+            _flat(state), is_loading=is_loading, metadata=_metadata()
+        )
+    state["num_steps"] = progress.num_steps
+    return state
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The model as the optimizer wants it: the state of its only chunk, or those of all by their keys."""
+    models = {key: value for key, value in state.items() if key.startswith("model")}
+    return models["model"] if set(models) == {"model"} else models
+
+
+def _require_same_tensors(training: Training, path: Path) -> None:
+    """Compare names and global shapes of the model's weights with those that were saved."""
+    try:
+        # not load_tensors_metadata of Megatron-Core 0.19, which trips over a field of torch 2.15's metadata
+        saved = FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    except (OSError, UnpicklingError, EOFError) as error:
+        raise BadInputError(f"{path}: no whole checkpoint ({error}); name the folder of one") from error
+    for tensor in _tensors(_model_state(training)):
+        there = saved.get(tensor.key)
+        if there is None:
+            raise BadInputError(f"{path}: {tensor.key}: the model has it and the checkpoint does not")
+        if tuple(there.size) != tuple(tensor.global_shape):
+            raise BadInputError(
+                f"{path}: {tensor.key}: {list(there.size)} was saved and the model has "
+                f"{list(tensor.global_shape)}; weights cannot follow that change"
+            )
+
+
+def _tensors(tree: Any) -> list[ShardedTensor]:
+    if isinstance(tree, ShardedTensorFactory):
+        tree = tree.build()
+    if isinstance(tree, ShardedTensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [tensor for branch in tree for tensor in _tensors(branch)]
+    return []

@@ -1,0 +1,140 @@
+"""What one rank of a training run does: build, restore, train, validate, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from moe_bench.harness import sanity
+from moe_bench.harness.batches import BatchPlan, Device
+from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
+from moe_bench.harness.data.build import read_manifest
+from moe_bench.harness.data.tokenizer import tokenizer_of
+from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
+from moe_bench.harness.process_groups import process_groups
+from moe_bench.harness.rank import batch_plan, machine
+from moe_bench.harness.settings import Settings, settings_of
+from moe_bench.harness.step import loss_of, train_step
+from moe_bench.harness.trainer import speaks_for_job
+from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from moe_bench.harness.training.data import Text, read_text
+from moe_bench.harness.training.learning_rate import learning_rate_now, scheduler
+from moe_bench.harness.weights import initialise_by_name
+from moe_bench.results.training_log import LogLine
+from moe_bench.results.training_run import CACHE, CHECKPOINTS
+from moe_bench.spec.rendezvous import Rendezvous
+from moe_bench.spec.training import TrainingJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a run begins."""
+
+    checkpoint: Path | None
+    """None begins with fresh weights."""
+    with_optimizer: bool = True
+    """Whether the optimizer's state and the count of steps are taken up too, or the weights alone."""
+
+
+def train_rank(
+    job: TrainingJob,
+    folder: Path,
+    start: Start,
+    rendezvous: Rendezvous,
+    on_line: Callable[[LogLine], None],
+    *,
+    listen_fd: int | None = None,
+) -> int | None:
+    """Train as one rank of `job` in `folder`; the number of steps on the rank that speaks for the job.
+
+    `on_line` is called there after each step. Raises MeasurementError where a loss is not finite or a
+    checkpoint cannot be written, BadInputError where data or checkpoint do not fit the model.
+    """
+    arguments = megatron_arguments(job.plan.recipe)
+    settings = settings_of(arguments)
+    with (
+        machine(settings, rendezvous) as (device, _),
+        process_groups(
+            rendezvous,
+            backend="nccl" if device == "cuda" else "gloo",
+            sizes=arguments.parallel_state,
+            listen_fd=listen_fd,
+        ),
+    ):
+        built = _built(arguments, settings, job, device=device)
+        progress = Progress(num_steps=0)
+        if start.checkpoint is not None:
+            progress = load_checkpoint(built, start.checkpoint, with_optimizer=start.with_optimizer)
+        tokenizer = tokenizer_of(read_manifest(Path(job.data)).tokenizer)
+        text = read_text(job, tokenizer, cache=folder / CACHE)
+        plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
+        run = _Run(job=job, built=built, text=text, plan=plan, rank=rendezvous.rank, on_line=on_line)
+        writer = CheckpointWriter(folder / CHECKPOINTS, num_kept=job.checkpoints.num_kept)
+        run.steps(progress, writer)
+        return job.num_steps if speaks_for_job() else None
+
+
+def _built(arguments: MegatronArguments, settings: Settings, job: TrainingJob, *, device: Device) -> Training:
+    config = transformer_config(arguments)
+    set_seeds(settings.seed)
+    chunks = model_chunks(arguments, settings, config, device=device)
+    if device == "cpu":
+        initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
+    return training(arguments, settings, config, chunks, device=device, rates=job.learning_rate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """The steps of one rank."""
+
+    job: TrainingJob
+    built: Training
+    text: Text
+    plan: BatchPlan
+    rank: int
+    on_line: Callable[[LogLine], None]
+
+    def steps(self, progress: Progress, writer: CheckpointWriter) -> None:
+        """Train from `progress` to the end, saving on the way and at the end."""
+        job, rates = self.job, scheduler(self.built.optimizer, self.job.learning_rate)
+        rates.step(progress.num_steps)
+        for step in range(progress.num_steps, job.num_steps):
+            rates.step(1)
+            outcome = train_step(self.built, self.text.train_batches(self.plan, step))
+            loss = None if outcome.loss is None else float(outcome.loss)
+            sanity.require_finite(
+                rank=self.rank,
+                step=step + 1,
+                loss=loss,
+                grad_norm=outcome.grad_norm or 0.0,
+                was_applied=outcome.was_applied,
+            )
+            num_done = step + 1
+            is_last = num_done == job.num_steps
+            is_due = num_done % job.validation.every_steps == 0
+            validation_loss = self.validation_loss() if is_due or is_last else None
+            if loss is not None and speaks_for_job():
+                self.on_line(
+                    LogLine(
+                        step=num_done,
+                        loss=loss,
+                        grad_norm=outcome.grad_norm,
+                        learning_rate=learning_rate_now(self.built.optimizer),
+                        validation_loss=validation_loss,
+                    )
+                )
+            writer.poll()
+            if num_done % job.checkpoints.every_steps == 0 or is_last:
+                writer.save(self.built, Progress(num_steps=num_done))
+        writer.close()
+
+    def validation_loss(self) -> float | None:
+        """Mean over the validation batches; None but on the last pipeline stage."""
+        losses = [
+            loss_of(self.built, self.text.valid_batches(self.plan, batch))
+            for batch in range(self.job.validation.num_batches)
+        ]
+        known = [float(loss) for loss in losses if loss is not None]
+        return sum(known) / len(known) if known else None

@@ -1,0 +1,64 @@
+"""A training run: its ranks, forked from here without a GPU, or the one rank that this process is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.harness.data.build import read_manifest
+from moe_bench.harness.mcore_config import megatron_arguments
+from moe_bench.harness.requirements import require_runnable
+from moe_bench.harness.settings import settings_of
+from moe_bench.harness.training.program import Start, train_rank
+from moe_bench.harness.workers import Message, Seat, run_forked
+from moe_bench.results.training_log import LogLine
+from moe_bench.spec.derive_training import require_vocabulary
+from moe_bench.spec.rendezvous import Rendezvous
+from moe_bench.spec.training import TrainingJob
+
+__all__ = ["Start", "train"]
+
+
+def train(
+    job: TrainingJob,
+    folder: Path,
+    start: Start,
+    *,
+    rendezvous: Rendezvous | None,
+    on_line: Callable[[LogLine], None],
+) -> None:
+    """Train `job` in `folder`; `on_line` is called after each step where the loss is known.
+
+    With a `rendezvous` this process is one rank. Without one, and without a GPU, the ranks are forked from
+    this process, which must have one thread and must have run no tensor operation.
+
+    Raises MeasurementError where a loss is not finite or a checkpoint cannot be written, BadInputError where
+    data or checkpoint do not fit the model, MissingRequirementError where something is not here.
+    """
+    require_vocabulary(job.plan, read_manifest(Path(job.data)).tokenizer, job.data)
+    arguments = megatron_arguments(job.plan.recipe)
+    require_runnable(arguments)
+    settings = settings_of(arguments)
+    if rendezvous is not None:
+        if rendezvous.world_size != settings.world_size:
+            raise BadInputError(
+                f"{rendezvous.world_size} ranks were started and the recipe has {settings.world_size}; "
+                "start as many, or name the member of its family with --num-gpus"
+            )
+        train_rank(job, folder, start, rendezvous, on_line)
+        return
+    if settings.device is not None:
+        raise MissingRequirementError(
+            f"{settings.world_size} GPU ranks need a launcher: start them with torchrun or srun"
+        )
+    run_forked(settings.world_size, partial(_forked, job, folder, start), on_progress=on_line)
+
+
+def _forked(job: TrainingJob, folder: Path, start: Start, seat: Seat) -> int | None:
+    def on_line(line: LogLine) -> None:
+        seat.send(Message(kind="step", content=line.step))
+        seat.send(Message(kind="progress", content=line))
+
+    return train_rank(job, folder, start, seat.rendezvous, on_line, listen_fd=seat.listen_fd)

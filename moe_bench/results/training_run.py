@@ -1,0 +1,70 @@
+"""A training run on disk: what was asked, what each step said, and where its checkpoints are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_bench.errors import BadInputError
+from moe_bench.results.training_log import cut_log
+from moe_bench.spec.training import TrainingJob
+
+JOB = "job.json"
+CHECKPOINTS = "checkpoints"
+CACHE = "cache"
+"""Megatron-Core's indices of the dataset."""
+_STEP = re.compile(r"step-(\d+)")
+
+
+def saved_steps(folder: Path) -> tuple[int, ...]:
+    """Steps of the whole checkpoints in `folder`, oldest first."""
+    found = (_STEP.fullmatch(path.name) for path in folder.glob("step-*"))
+    return tuple(sorted(int(match[1]) for match in found if match is not None))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """`<folder>/step-<n>`, seven digits at least."""
+    return folder / f"step-{step:07d}"
+
+
+def begin_run(folder: Path, job: TrainingJob) -> None:
+    """Make the folder of a new run. Raises BadInputError where there is a run in it."""
+    if (folder / JOB).exists():
+        raise BadInputError(f"{folder}: a run is in it; go on with --resume, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_job(folder, job)
+
+
+def write_job(folder: Path, job: TrainingJob) -> None:
+    """Write what the run in `folder` is, in one step."""
+    unfinished = folder / f".{JOB}"
+    unfinished.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / JOB)
+
+
+def read_job(folder: Path) -> TrainingJob:
+    """What the run in `folder` is; BadInputError where there is none."""
+    path = folder / JOB
+    if not path.is_file():
+        raise BadInputError(f"{folder}: no run in it; name the folder of one, or leave --resume off")
+    try:
+        return TrainingJob.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise BadInputError(f"{path}: not a training run of this release; start a new one") from error
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Of the run in `folder`; None before its first one is whole."""
+    steps = saved_steps(folder / CHECKPOINTS)
+    return checkpoint_path(folder / CHECKPOINTS, steps[-1]) if steps else None
+
+
+def go_on(folder: Path, job: TrainingJob, *, num_steps: int) -> None:
+    """Make the run in `folder` one of `job` from the checkpoint of step `num_steps` on.
+
+    What the log says of later steps is dropped: they are taken again.
+    """
+    cut_log(folder, num_steps=num_steps)
+    write_job(folder, job)

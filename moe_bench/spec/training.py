@@ -1,0 +1,59 @@
+"""A training run: a recipe, the data it learns from, and what a benchmark of a few steps does not need."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from moe_bench.spec.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+from moe_bench.spec.scale import Plan
+
+
+class LearningRate(Spec):
+    """Linear warm-up to the optimizer's learning rate, then half a cosine down to a fraction of it."""
+
+    num_warmup_steps: NonNegativeInt = 0
+    num_decay_steps: PositiveInt
+    """Steps, those of the warm-up included, after which the rate stays at its minimum."""
+    minimum_fraction: Fraction = 0.1
+    expert_factor: PositiveFloat = 1.0
+    """The experts' rate over that of all other weights."""
+
+    @model_validator(mode="after")
+    def _require_decay(self) -> Self:
+        if self.num_warmup_steps >= self.num_decay_steps:
+            raise ValueError(
+                f"{self.num_warmup_steps} warm-up steps leave nothing of {self.num_decay_steps} to decay in"
+            )
+        return self
+
+
+class Validation(Spec):
+    """How often, and on how much, the loss of held-out text is taken."""
+
+    every_steps: PositiveInt
+    num_batches: PositiveInt
+    """Global batches; each time the same ones."""
+
+
+class Checkpoints(Spec):
+    """What is kept of the model and the optimizer."""
+
+    every_steps: PositiveInt
+    num_kept: PositiveInt
+    """The newest; older ones are removed once a newer one is whole."""
+
+
+class TrainingJob(Spec):
+    """Everything that decides what a training run computes."""
+
+    plan: Plan
+    data: Text
+    """Prefix of the dataset."""
+    validation_fraction: Fraction
+    """Of the documents, the last ones, which are not trained on."""
+    num_steps: PositiveInt
+    learning_rate: LearningRate
+    validation: Validation
+    checkpoints: Checkpoints

@@ -1,0 +1,187 @@
+"""A toy learns real text, stops, and goes on: to the same losses, in another layout, or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_bench.cli.options import ScaleOption, plan_of
+from moe_bench.errors import BadInputError
+from moe_bench.harness.data.build import Wish, build_dataset
+from moe_bench.harness.data.tokenizer import byte_tokenizer
+from moe_bench.harness.training.program import Start, train_rank
+from moe_bench.harness.workers import Seat
+from moe_bench.results.training_log import LogLine
+from moe_bench.results.training_run import CHECKPOINTS, checkpoint_path, saved_steps
+from moe_bench.spec.derive_training import Wishes, training_job
+from moe_bench.spec.training import TrainingJob
+from tests.harness.zygote import Zygote
+
+TEXT = Path(__file__).parents[2] / "data" / "moby_dick.txt"
+FP32 = (
+    "precision=fp32",
+    "optimizer.gradient_dtype=fp32",
+    "overlap.expert_parallel=false",
+    "optimizer.learning_rate=0.003",
+)
+"""So that two layouts can be told from two models."""
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text as a dataset, a paragraph a document."""
+    prefix = tmp_path_factory.mktemp("data") / "moby"
+    wish = Wish(inputs=(TEXT,), prefix=prefix, documents="paragraph", jsonl_key=None)
+    build_dataset(wish, byte_tokenizer(), on_bytes=lambda done, total: None)
+    return prefix
+
+
+def job(prefix: Path, recipe: str, *changes: str, **wishes: Any) -> TrainingJob:
+    plan = plan_of(recipe, scale=ScaleOption.SMOKE, num_gpus=None, changes=list(changes))
+    kept = {"num_steps": 6, "save_every": 3, "validate_every": 3, "num_validation_batches": 1} | wishes
+    return training_job(plan, Wishes(data=str(prefix), **kept), before=None)
+
+
+def trained_lines(job: TrainingJob, folder: Path, start: Start, seat: Seat) -> list[LogLine]:
+    """What a rank says of its steps; only one rank says anything."""
+    lines: list[LogLine] = []
+    train_rank(job, folder, start, seat.rendezvous, lines.append, listen_fd=seat.listen_fd)
+    return lines
+
+
+def train(zygote: Zygote, job: TrainingJob, folder: Path, start: Start | None = None) -> list[LogLine]:
+    work = partial(trained_lines, job, folder, start or Start(checkpoint=None))
+    (lines,) = filter(None, zygote.fork(job.plan.recipe.parallel.num_gpus, work))
+    return list(lines)
+
+
+TWO_EXPERT_RANKS = ("qwen3_30b_a3b", *FP32)
+SPREAD = (
+    "parallel.tensor=2",
+    "parallel.sequence_parallel=true",
+    'env.CUDA_DEVICE_MAX_CONNECTIONS="1"',
+)
+
+
+@pytest.fixture(scope="module")
+def first_run(
+    prefix: Path, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote
+) -> tuple[Path, list[LogLine]]:
+    """Six steps over two expert ranks, and the checkpoints of the third and the last."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(zygote, job(prefix, *TWO_EXPERT_RANKS), folder)
+
+
+def checkpoint(run: tuple[Path, list[LogLine]], step: int) -> Path:
+    return checkpoint_path(run[0] / CHECKPOINTS, step)
+
+
+def test_a_run_validates_and_saves_when_it_is_to(first_run: tuple[Path, list[LogLine]]) -> None:
+    folder, lines = first_run
+    assert [line.step for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line.step for line in lines if line.validation_loss is not None] == [3, 6]
+    assert saved_steps(folder / CHECKPOINTS) == (3, 6)
+    assert lines[-1].loss < lines[0].loss
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_very_same_losses(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    start = Start(checkpoint=checkpoint(first_run, 3))
+    again = train(zygote, job(prefix, *TWO_EXPERT_RANKS, num_kept=1), tmp_path, start)
+    assert again == first_run[1][3:]
+    assert saved_steps(tmp_path / CHECKPOINTS) == (6,)
+
+
+def test_it_goes_on_under_another_layout(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    start = Start(checkpoint=checkpoint(first_run, 3))
+    spread = job(prefix, *TWO_EXPERT_RANKS, *SPREAD)
+    assert spread.plan.recipe.parallel.tensor == 2
+    for mine, before in zip(train(zygote, spread, tmp_path, start), first_run[1][3:], strict=True):
+        assert mine.step == before.step
+        assert mine.loss == pytest.approx(before.loss, rel=2e-6)
+        if before.validation_loss is not None:
+            assert mine.validation_loss == pytest.approx(before.validation_loss, rel=2e-6)
+
+
+def test_rates_may_change_on_the_way(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    changed = job(prefix, *TWO_EXPERT_RANKS, "optimizer.learning_rate=0.001", expert_factor=0.5)
+    lines = train(zygote, changed, tmp_path, Start(checkpoint=checkpoint(first_run, 3)))
+    for mine, before in zip(lines, first_run[1][3:], strict=True):
+        assert mine.learning_rate == pytest.approx(before.learning_rate / 3)
+
+
+def test_weights_that_cannot_follow_a_change_are_named(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    changed = job(prefix, *TWO_EXPERT_RANKS, "model.attention.num_query_groups=32")
+    with pytest.raises(BadInputError, match=r"linear_qkv\.weight: \[128, 64\] was saved .* \[192, 64\]"):
+        train(zygote, changed, tmp_path, Start(checkpoint=checkpoint(first_run, 3)))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "metadata gone"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote, damage: str
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in checkpoint(first_run, 6).iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    if damage == "cut short":
+        shard = max(broken.glob("*.distcp"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        (broken / ".metadata").unlink()
+    with pytest.raises(BadInputError, match="broken: ") as caught:
+        train(zygote, job(prefix, *TWO_EXPERT_RANKS), tmp_path, Start(checkpoint=broken))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_text_is_refused(prefix: Path, tmp_path: Path, zygote: Zygote) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A paragraph.\n\nAnother.\n")
+    wish = Wish(inputs=(short,), prefix=tmp_path / "short", documents="paragraph", jsonl_key=None)
+    build_dataset(wish, byte_tokenizer(), on_bytes=lambda done, total: None)
+    with pytest.raises(BadInputError, match="too few documents for sequences of 64 tokens"):
+        train(zygote, job(wish.prefix, *TWO_EXPERT_RANKS), tmp_path)
+
+
+def unigram_entropy(data: bytes) -> float:
+    """Loss in nats per token of who knows how often each byte comes, and nothing else."""
+    counts = Counter(data)
+    return -sum(count / len(data) * math.log(count / len(data)) for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "qwen3_30b_a3b",
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+        pytest.param("gpt_oss_20b", marks=pytest.mark.slow),
+    ],
+)
+def test_a_toy_of_the_recipe_learns_more_than_how_often_letters_come(
+    recipe: str, prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    num_steps = 30
+    lines = train(
+        zygote,
+        job(
+            prefix, recipe, "optimizer.learning_rate=0.005",
+            num_steps=num_steps, num_validation_batches=4, save_every=num_steps,
+        ),
+        tmp_path,
+    )  # fmt: skip
+    paragraphs = TEXT.read_bytes().split(b"\n\n")
+    held_out = b"\n".join(paragraphs[int(len(paragraphs) * 0.95) :])
+    assert lines[-1].validation_loss is not None
+    assert lines[-1].validation_loss < unigram_entropy(held_out)

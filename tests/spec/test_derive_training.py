@@ -1,0 +1,72 @@
+"""What a training run is made of: defaults, what was said before, what contradicts itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_bench.cli.options import ScaleOption, plan_of
+from moe_bench.errors import BadInputError
+from moe_bench.spec.dataset import TokenizerSpec
+from moe_bench.spec.derive_training import TOY_BATCH_SIZE, Wishes, require_vocabulary, training_job
+from moe_bench.spec.scale import Plan
+
+
+def plan(*changes: str, name: str = "qwen3_30b_a3b") -> Plan:
+    return plan_of(name, scale=ScaleOption.SMOKE, num_gpus=None, changes=list(changes))
+
+
+def test_a_router_is_set_free_and_that_is_listed() -> None:
+    job = training_job(plan(), Wishes(data="set"), before=None)
+    assert job.plan.recipe.routing.mode == "natural"
+    (row,) = [row for row in job.plan.substitutions if row.field == "routing"]
+    assert (row.asked, row.used) == ("random_logits", "natural")
+
+
+def test_a_toys_batch_is_the_same_in_every_layout() -> None:
+    layouts = (
+        [],
+        ["parallel.tensor=2", "parallel.sequence_parallel=true", 'env.CUDA_DEVICE_MAX_CONNECTIONS="1"'],
+    )
+    for changes in layouts:
+        recipe = training_job(plan(*changes), Wishes(data="set"), before=None).plan.recipe
+        assert recipe.global_batch_size == TOY_BATCH_SIZE
+
+
+def test_defaults_follow_the_number_of_steps() -> None:
+    job = training_job(plan(), Wishes(data="set", num_steps=200), before=None)
+    assert job.learning_rate.num_warmup_steps == 2
+    assert job.learning_rate.num_decay_steps == 200
+    assert job.validation.every_steps == job.checkpoints.every_steps == 20
+
+
+def test_what_was_said_before_holds_until_it_is_said_anew() -> None:
+    before = training_job(
+        plan(), Wishes(data="set", num_steps=50, num_kept=7, expert_factor=0.5), before=None
+    )
+    job = training_job(plan(), Wishes(num_steps=80), before=before)
+    assert (job.data, job.num_steps, job.checkpoints.num_kept) == ("set", 80, 7)
+    assert job.learning_rate == before.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("wishes", "problem"),
+    [
+        (Wishes(data="set", num_warmup_steps=9, num_decay_steps=9), "9 warm-up steps leave nothing of 9"),
+        (Wishes(data="set", validation_fraction=1.5), "less than or equal to 1"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(wishes: Wishes, problem: str) -> None:
+    with pytest.raises(BadInputError, match=problem):
+        training_job(plan(), wishes, before=None)
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with() -> None:
+    before = training_job(plan(), Wishes(data="set"), before=None)
+    with pytest.raises(BadInputError, match="the run in the folder is one of qwen3_30b_a3b"):
+        training_job(plan(name="mixtral_8x7b"), Wishes(), before=before)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused() -> None:
+    tokenizer = TokenizerSpec(kind="bytes", vocab_size=513, end_of_document=256)
+    with pytest.raises(BadInputError, match=r"has 513 tokens and qwen3_30b_a3b knows 512"):
+        require_vocabulary(plan(), tokenizer, "set")
