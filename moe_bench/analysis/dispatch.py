@@ -31,12 +31,12 @@ def dispatch_exchanges(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchange,
 
 
 def dispatched_rows(recipe: Recipe, moe: MixtureOfExperts) -> int:
-    """Token copies that a rank sends: t k, or E ceil(t k c / E) where experts are padded to capacity c."""
+    """Token copies that a rank sends: t k, or E C where experts are padded to their capacity C."""
     copies = token_counts(recipe).sharded * moe.top_k
     drop = recipe.token_drop
     if drop is None or not drop.pad_to_capacity:
         return copies
-    return moe.num_experts * math.ceil(copies / moe.num_experts * drop.capacity_factor)
+    return moe.num_experts * drop.capacity(num_choices=copies, num_experts=moe.num_experts)
 
 
 def probability_bytes(recipe: Recipe) -> int:

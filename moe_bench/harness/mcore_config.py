@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_bench.harness.mcore_fields import complaint_about, megatron_fields
+from moe_bench.spec.legality.dispatch import FLEX
 from moe_bench.spec.legality.structure import built_model
 from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
@@ -29,8 +30,6 @@ _FP8_FORMATS = {
 """Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them. Scales
 per row are not among its own (core/enums.py, Fp8Recipe): its model is BF16, and our experts quantize.
 """
-
-_FLEX_BACKENDS = ("deepep", "hybridep", "ncclep")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +246,7 @@ def _experts(recipe: Recipe) -> Arguments:
     if moe is None:
         return {}
     dispatch, drop = recipe.dispatch, recipe.token_drop
-    is_flex = dispatch.dispatcher in _FLEX_BACKENDS
+    is_flex = dispatch.dispatcher in FLEX
     return {
         "num_moe_experts": moe.num_experts,
         "moe_ffn_hidden_size": moe.expert_ffn_hidden_size,
@@ -281,7 +280,7 @@ def _router(moe: MixtureOfExperts) -> Arguments:
         "moe_router_topk_scaling_factor": router.scaling_factor,
         "moe_router_enable_expert_bias": router.expert_bias,
         "moe_router_bias_update_rate": router.expert_bias_update_rate,
-        "moe_router_load_balancing_type": router.aux_loss,
+        "moe_router_load_balancing_type": "sinkhorn" if router.choice == "sinkhorn" else router.aux_loss,
         "moe_aux_loss_coeff": router.aux_loss_coefficient,
         "moe_z_loss_coeff": router.z_loss_coefficient or None,
     }
@@ -440,6 +439,9 @@ def _training(recipe: Recipe) -> Arguments:
         "world_size": recipe.parallel.num_gpus,
         "routing_mode": recipe.routing.mode,
         "routing_trace": recipe.routing.trace,
+        "router_choice": "top_k" if recipe.model.moe is None else recipe.model.moe.router.choice,
+        "eval_capacity_factor": recipe.token_drop and recipe.token_drop.eval_capacity_factor,
+        "min_capacity": 0 if recipe.token_drop is None else recipe.token_drop.min_capacity,
         "num_warmup_steps": recipe.steps.num_warmup,
         "num_timed_steps": recipe.steps.num_timed,
         "seed": recipe.seed,

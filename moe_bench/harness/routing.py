@@ -13,7 +13,6 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import distributed
 
-from moe_bench.harness.settings import Settings
 from moe_bench.spec.routing_trace import Trace, dealt_counts
 
 RouterBuilder = Callable[..., TopKRouter]
@@ -109,13 +108,6 @@ def dealt_experts(counts: Sequence[int], *, top_k: int) -> torch.Tensor:
     """
     experts = torch.repeat_interleave(torch.tensor(counts))
     return experts.view(top_k, -1).T.contiguous()
-
-
-def forced_router(settings: Settings) -> RouterBuilder | None:
-    """What builds the routers of a recipe that forces their choice; None leaves it to Megatron-Core."""
-    if settings.routing_mode == "recorded":
-        return functools.partial(RecordedRouter, trace=settings.routing_trace)
-    return RoundRobinRouter if settings.routing_mode == "round_robin" else None
 
 
 def use_router(spec: Any, router: RouterBuilder) -> None:

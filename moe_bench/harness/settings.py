@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from moe_bench.harness.mcore_config import MegatronArguments
-from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
+from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+from moe_bench.spec.model import RouterChoice
 from moe_bench.spec.recipe import KernelFamily, RoutingMode
 from moe_bench.spec.routing_trace import Trace
 
@@ -29,6 +30,9 @@ class Settings(Spec):
     routing_mode: RoutingMode
     routing_trace: Trace
     """Read with `recorded`."""
+    router_choice: RouterChoice
+    eval_capacity_factor: PositiveFloat | None
+    min_capacity: NonNegativeInt
     num_warmup_steps: PositiveInt
     num_timed_steps: PositiveInt
     seed: NonNegativeInt

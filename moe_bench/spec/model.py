@@ -196,9 +196,17 @@ class Activation(Spec):
         return self.kind not in ("gelu", "squared_relu")
 
 
-class Router(Spec):
-    """How tokens choose experts."""
+RouterChoice = Literal["top_k", "sinkhorn", "expert_choice"]
 
+
+class Router(Spec):
+    """How tokens choose experts, or experts tokens."""
+
+    choice: RouterChoice = "top_k"
+    """`top_k`: a token takes its best experts. `sinkhorn`: its best after the scores of a rank's micro batch
+    were balanced (arXiv:2103.16716; Megatron-Core's). `expert_choice`: every expert takes its best tokens of
+    a rank's micro batch, T k / E of T (arXiv:2202.09368).
+    """
     score_function: Literal["softmax", "sigmoid", "sqrt_softplus"]
     renormalise: bool
     """Whether the chosen experts' probabilities are made to sum to one."""
@@ -212,6 +220,11 @@ class Router(Spec):
     aux_loss: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "none"
     aux_loss_coefficient: NonNegativeFloat = 0.0
     z_loss_coefficient: NonNegativeFloat = 0.0
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token's experts depend on no later token while it trains, capacities aside."""
+        return self.choice == "top_k"
 
 
 class MixtureOfExperts(Spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -135,11 +136,31 @@ class DispatchSpec(Spec):
 
 
 class TokenDrop(Spec):
-    """Capacity: an expert that gets more than its share drops tokens."""
+    """Capacity: an expert that gets more than its share of a rank's micro batch drops tokens."""
 
     capacity_factor: PositiveFloat
+    eval_capacity_factor: PositiveFloat | None = None
+    """The factor while a model is evaluated; null for that of training."""
+    min_capacity: NonNegativeInt = 0
+    """Tokens that an expert takes whatever its share; 4 by default in DeepSpeed."""
     pad_to_capacity: bool = False
     policy: Literal["probs", "position"] = "probs"
+    """Who stays: those with the largest probabilities, or the first of the sequence."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether Megatron-Core's own capacity does not do this (harness/routers.py)."""
+        return self.policy == "position" or self.min_capacity > 0 or self.eval_capacity_factor is not None
+
+    def capacity(self, *, num_choices: int, num_experts: int, is_training: bool = True) -> int:
+        """Tokens of one rank's micro batch that an expert takes: C = max(ceil(T k / E c), minimum).
+
+        `num_choices` is T k (arXiv:2101.03961, 2.2; megatron-core moe_utils.py, get_capacity).
+        """
+        factor = self.capacity_factor
+        if not is_training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        return max(math.ceil(num_choices / num_experts * factor), self.min_capacity)
 
 
 class Recompute(Spec):
@@ -301,6 +322,16 @@ class Recipe(Spec):
         return pipeline_chunks(
             self.parallel, num_layers=self.model.num_layers, num_mtp_layers=self.num_mtp_layers
         )
+
+    @property
+    def routing_is_causal(self) -> bool:
+        """Whether no token's experts depend on tokens behind it; False where their loss is not causal.
+
+        A capacity that keeps the largest probabilities lets a later token push an earlier one out.
+        """
+        drop, moe = self.token_drop, self.model.moe
+        drops_by_score = drop is not None and drop.policy == "probs"
+        return moe is None or (moe.router.is_causal and not drops_by_score)
 
     @property
     def tokens_per_step(self) -> int:

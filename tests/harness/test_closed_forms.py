@@ -51,11 +51,21 @@ def selective(*modules: str) -> Recompute:
 
 
 def toy(
-    key: str, layout: Mapping[str, object], *, model: Mapping[str, object] = {}, **fields: object
+    key: str,
+    layout: Mapping[str, object],
+    *,
+    model: Mapping[str, object] = {},
+    router: Mapping[str, object] = {},
+    **fields: object,
 ) -> Recipe:
     """Four layers of a model's structure on a layout; two micro batches."""
     asked = LOADER.recipe(find_recipe(key, LOADER))
     smoke = smoke_plan(asked, host=LOADER.system("cpu_host"), modified=()).recipe
+    if router and smoke.model.moe is not None:
+        fields = {"kernels": KernelSpec(family="torch_native"), **fields}
+        no_loss = {"aux_loss": "none", "aux_loss_coefficient": 0.0}
+        changed = smoke.model.moe.router.model_copy(update={**no_loss, **router})
+        model = {**model, "moe": smoke.model.moe.model_copy(update={"router": changed})}
     parallel = ParallelSpec.model_validate({"context_comm": "allgather", **layout})
     defaults = {
         "system": LOADER.system("h100_sxm"),
@@ -130,6 +140,20 @@ CASES: Mapping[str, Recipe] = {
         "mixtral_8x7b",
         {"num_gpus": 4, "expert": 2},
         token_drop=TokenDrop(capacity_factor=1.25, pad_to_capacity=True),
+    ),
+    "balanced by Sinkhorn": toy(
+        "mixtral_8x7b", {"num_gpus": 4, "expert": 2}, router={"choice": "sinkhorn", "renormalise": False}
+    ),
+    "expert choice": toy(
+        "mixtral_8x7b",
+        {**SPLIT, "num_gpus": 4, "expert": 2},
+        router={"choice": "expert_choice", "renormalise": False},
+        token_drop=TokenDrop(capacity_factor=1.25, pad_to_capacity=True),
+    ),
+    "padded to a minimum, the first of the sequence": toy(
+        "mixtral_8x7b",
+        {"num_gpus": 4, "expert": 2},
+        token_drop=TokenDrop(capacity_factor=0.5, pad_to_capacity=True, min_capacity=40, policy="position"),
     ),
     "tokens gathered over ETP2 x EP2": toy(
         "mixtral_8x7b",

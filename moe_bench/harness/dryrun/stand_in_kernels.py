@@ -140,3 +140,11 @@ class NoKernel:
 
 def _launch_nothing(*args: object, **kwargs: object) -> None:
     del args, kwargs
+
+
+def one_sinkhorn_round(cost: Tensor, tol: float = 0.0) -> Tensor:
+    """The first round of Megatron-Core's `sinkhorn`, [tokens, experts]; the others need values."""
+    scores = torch.exp(cost)
+    rows = 1 / torch.sum(scores, 1)
+    columns = 1 / torch.sum(rows.unsqueeze(1) * scores, 0)
+    return columns * scores * rows.unsqueeze(1)

@@ -105,6 +105,10 @@ def _is_quack(recipe: Recipe) -> bool:
     return recipe.kernels.family == "quack" and recipe.model.moe is not None
 
 
+def _balances_by_sinkhorn(recipe: Recipe) -> bool:
+    return recipe.model.moe is not None and recipe.model.moe.router.choice == "sinkhorn"
+
+
 def _is_fsdp(recipe: Recipe) -> bool:
     return recipe.parallel.data_sharding == "megatron_fsdp"
 
@@ -437,6 +441,14 @@ _MEGATRON = (
         module="megatron.core.tensor_parallel.random",
         replacements=_share_storage,
         used_by=_recomputes_parts,
+    ),
+    StandIn(
+        kernel="rounds of Sinkhorn's algorithm, as many as the scores need",
+        keeps="nothing; every round makes the tensors of the first",
+        source="megatron-core 0.19.2 transformer/moe/moe_utils.py:178, sinkhorn",
+        module="megatron.core.transformer.moe.router",
+        replacements=lambda on_flops: {"sinkhorn": kernels.one_sinkhorn_round},
+        used_by=_balances_by_sinkhorn,
     ),
     StandIn(
         kernel="offsets of Megatron-FSDP's shards in a checkpoint",

@@ -164,7 +164,9 @@ def _senders(dispatcher: Any, counts: SenderCounts | None, *, num_tokens: int) -
         _require_counts(senders, num_ranks=num_ranks, num_experts=num_experts, num_choices=num_tokens * top_k)
     if config.moe_expert_capacity_factor is None:
         return tuple(senders)
-    capacity = math.ceil(num_tokens * top_k / num_experts * config.moe_expert_capacity_factor)
+    # A router with a capacity of its own has told the dispatcher (harness/routers.py).
+    factor = getattr(dispatcher, "moe_expert_capacity_factor", config.moe_expert_capacity_factor)
+    capacity = math.ceil(num_tokens * top_k / num_experts * factor)
     return tuple(tuple(min(count, capacity) for count in row) for row in senders)
 
 

@@ -26,11 +26,12 @@ _SEED = 20_250_101
 def recipe_load(recipe: Recipe) -> float:
     """The load of the busiest rank that the recipe's routing mode leads to; 1 for a dense model.
 
-    `round_robin` is balanced exactly, `random_logits` up to chance, `biased` follows its logits' spread,
+    `round_robin` is balanced exactly, as is expert choice; `random_logits` up to chance, `biased` follows its logits' spread,
     `recorded` its trace, and `natural` has the inequality of experts that real text shows.
     """
     moe = recipe.model.moe
-    if moe is None or recipe.routing.mode == "round_robin" or recipe.parallel.expert == 1:
+    is_even = recipe.routing.mode == "round_robin" or recipe.parallel.expert == 1
+    if moe is None or is_even or moe.router.choice == "expert_choice":
         return 1.0
     if recipe.routing.mode == "recorded":
         return recorded_load(recipe, recipe.routing.trace)
@@ -100,7 +101,11 @@ def _capped(recipe: Recipe, popularity: Floats) -> Floats:
         return shares
     if drop.pad_to_capacity:
         return np.ones_like(shares)
-    return np.minimum(shares, drop.capacity_factor)
+    floor = 0.0
+    if drop.min_capacity and recipe.model.moe is not None:
+        moe = recipe.model.moe
+        floor = drop.min_capacity * moe.num_experts / (token_counts(recipe).sharded * moe.top_k)
+    return np.minimum(shares, max(drop.capacity_factor, floor))
 
 
 def _require_experts(recipe: Recipe, num_given: int) -> None:

@@ -13,6 +13,7 @@ from moe_bench.spec.legality import (
     overlap,
     precision,
     quack,
+    routers,
     saving,
     sharding,
     structure,
@@ -22,8 +23,8 @@ from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 
 GROUPS = (
-    structure, grid, attention, layers, experts, dispatch, batches, precision, overlap, saving, graphs,
-    sharding, quack,
+    structure, grid, attention, layers, experts, routers, dispatch, batches, precision, overlap, saving,
+    graphs, sharding, quack,
 )  # fmt: skip
 """The modules of rules, in the order in which they are asked; the docstring of each says what it is about."""
 

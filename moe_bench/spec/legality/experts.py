@@ -80,6 +80,8 @@ def sigmoid_renormalises(recipe: Recipe) -> Iterator[Found]:
     moe = recipe.model.moe
     if moe is None or moe.router.score_function != "sigmoid" or moe.router.renormalise or moe.top_k == 1:
         return
+    if moe.router.choice != "top_k":
+        return
     yield "model.moe.router.renormalise", "false with sigmoid", "write true"
 
 
@@ -88,14 +90,16 @@ def single_expert(recipe: Recipe) -> Iterator[Found]:
     moe = recipe.model.moe
     if moe is None or moe.top_k > 1 or moe.router.score_function != "softmax":
         return
-    if moe.router.renormalise:
+    if moe.router.renormalise and moe.router.choice == "top_k":
         yield "model.moe.router.renormalise", "true with softmax and top-1", "write false"
 
 
 @rule("the bias of aux-loss-free balancing is added to sigmoid scores", f"{_CONFIG}:2288")
 def expert_bias(recipe: Recipe) -> Iterator[Found]:
     moe = recipe.model.moe
-    if moe is not None and moe.router.expert_bias and moe.router.score_function != "sigmoid":
+    if moe is None or moe.router.choice != "top_k":
+        return
+    if moe.router.expert_bias and moe.router.score_function != "sigmoid":
         yield (
             "model.moe.router.expert_bias",
             f"true with {moe.router.score_function}",

@@ -10,6 +10,10 @@ from torch import Tensor
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.fused.class_of import with_methods_of
 from moe_bench.harness.kernels.fused.routing import Choice, route, scores_for_losses
+from moe_bench.harness.routers import CapacityRouter
+
+_KNOWN = (TopKRouter.routing, CapacityRouter.routing)
+"""Megatron-Core's, and what calls the class behind it."""
 
 
 def fuse_router(router: TopKRouter) -> None:
@@ -22,7 +26,7 @@ def fuse_router(router: TopKRouter) -> None:
     problems = (
         (router.routing_type in ("sinkhorn", "quantile_balancing"), f"{router.routing_type}"),
         (config.moe_enable_routing_replay, "moe_enable_routing_replay"),
-        (type(router).routing is not TopKRouter.routing, f"{type(router).__name__}.routing"),
+        (type(router).routing not in _KNOWN, f"{type(router).__name__}.routing"),
     )
     for is_problem, what in problems:
         if is_problem:

@@ -1,0 +1,113 @@
+"""What Sinkhorn's balancing, expert choice and capacities ask of the rest of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_bench.spec.legality.rule import Found, rule
+from moe_bench.spec.recipe import Recipe
+
+_ROUTER = "megatron/core/transformer/moe/router.py"
+_CONFIG = "megatron/core/transformer/transformer_config.py"
+_OURS = "moe_bench/harness/routers.py"
+_KEY = "model.moe.router"
+
+
+@rule("Sinkhorn's balancing weighs by plain scores, and knows no other limit or loss", f"{_ROUTER}:277")
+def sinkhorn(recipe: Recipe) -> Iterator[Found]:
+    moe = recipe.model.moe
+    if moe is None or moe.router.choice != "sinkhorn":
+        return
+    score = "sigmoid" if moe.top_k == 1 else "softmax"
+    if moe.router.score_function != score:
+        what = f"{moe.router.score_function} with sinkhorn and top-{moe.top_k}"
+        yield f"{_KEY}.score_function", what, f"write {score}"
+    yield from _plain_scores(recipe, "sinkhorn")
+
+
+@rule("a capacity works beside balancing losses, or none", f"{_CONFIG}:1680")
+def sinkhorn_capacity(recipe: Recipe) -> Iterator[Found]:
+    if recipe.token_drop is not None and _choice(recipe) == "sinkhorn":
+        yield "token_drop", "a capacity with sinkhorn", "remove the block"
+
+
+@rule("Sinkhorn's rounds go on until the host has read that they change little", f"{_ROUTER}:295")
+def sinkhorn_and_graphs(recipe: Recipe) -> Iterator[Found]:
+    graphs = recipe.cuda_graphs
+    if graphs.implementation == "none" or _choice(recipe) != "sinkhorn":
+        return
+    if graphs.implementation == "full_iteration" or not graphs.modules:
+        yield "cuda_graphs.implementation", f"{graphs.implementation} of whole layers", "capture attn alone"
+    elif {"moe", "moe_router"} & set(graphs.modules):
+        yield "cuda_graphs.modules", "the router with sinkhorn", "capture attn alone"
+
+
+@rule("experts weigh tokens by their softmax, and are balanced without a loss", "arXiv:2202.09368, 3.2")
+def expert_choice(recipe: Recipe) -> Iterator[Found]:
+    moe = recipe.model.moe
+    if moe is None or moe.router.choice != "expert_choice":
+        return
+    if moe.router.score_function != "softmax":
+        yield f"{_KEY}.score_function", f"{moe.router.score_function} with expert_choice", "write softmax"
+    yield from _plain_scores(recipe, "expert_choice")
+
+
+@rule("every expert takes its whole capacity", "arXiv:2202.09368, 3.2")
+def expert_choice_capacity(recipe: Recipe) -> Iterator[Found]:
+    if _choice(recipe) == "expert_choice" and not (recipe.token_drop and recipe.token_drop.pad_to_capacity):
+        what = "null" if recipe.token_drop is None else "not padded"
+        yield (
+            "token_drop",
+            f"{what} with expert_choice",
+            "write {capacity_factor: 1.0, pad_to_capacity: true}",
+        )
+
+
+@rule("tokens are dealt out through their own choice", _OURS)
+def recorded_choice(recipe: Recipe) -> Iterator[Found]:
+    choice = _choice(recipe)
+    if recipe.routing.mode == "recorded" and choice not in (None, "top_k"):
+        yield "routing.mode", f"recorded with {choice}", "use natural"
+
+
+@rule("an expert cannot be filled with more tokens than a rank has", f"{_OURS}")
+def padded_capacity(recipe: Recipe) -> Iterator[Found]:
+    moe, drop = recipe.model.moe, recipe.token_drop
+    if moe is None or drop is None or not drop.pad_to_capacity:
+        return
+    limit = moe.num_experts / moe.top_k
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(drop, name)
+        if factor is not None and factor > limit:
+            what = f"{factor} x top-{moe.top_k} of {moe.num_experts} experts, padded"
+            yield f"token_drop.{name}", what, f"use at most {limit:g}"
+
+
+def _plain_scores(recipe: Recipe, choice: str) -> Iterator[Found]:
+    """Options of top-k that a router of another choice does not read."""
+    moe = recipe.model.moe
+    if moe is None:
+        return
+    router = moe.router
+    asked = (
+        ("renormalise", router.renormalise, "true", "false"),
+        ("num_groups", router.num_groups is not None, f"{router.num_groups}", "null"),
+        ("scaling_factor", router.scaling_factor != 1.0, f"{router.scaling_factor}", "1.0"),
+        ("expert_bias", router.expert_bias, "true", "false"),
+        ("aux_loss", router.aux_loss != "none", router.aux_loss, "none"),
+    )
+    for name, is_asked, value, fix in asked:
+        if is_asked:
+            yield f"{_KEY}.{name}", f"{value} with {choice}", f"write {fix}"
+    if recipe.kernels.fusions.router:
+        yield "kernels.fusions.router", f"true with {choice}", "write false"
+
+
+def _choice(recipe: Recipe) -> str | None:
+    return None if recipe.model.moe is None else recipe.model.moe.router.choice
+
+
+RULES = (
+    sinkhorn, sinkhorn_capacity, sinkhorn_and_graphs, expert_choice, expert_choice_capacity, recorded_choice,
+    padded_capacity,
+)  # fmt: skip
