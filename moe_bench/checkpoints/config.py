@@ -89,5 +89,6 @@ def _flat(config: Mapping[str, Any]) -> Config:
     if kind == "yarn":
         known |= {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
         known |= {"mscale", "mscale_all_dim"}
+        # what transformers takes where a config leaves it open (modeling_rope_utils.py)
         rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **rope}
     return flat | {f"rope.{key}": value for key, value in rope.items() if key in known}

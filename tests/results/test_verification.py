@@ -165,3 +165,10 @@ def test_every_shipped_model_is_proven_as_it_is(key: str) -> None:
     assert found is not None, f"{key} has changed since it was proven: run `moe-bench verify {key}`"
     assert found.is_proven
     assert [proof.layout for proof in found.proofs] == list(LAYOUTS)
+
+
+def test_show_names_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "olmoe_1b_7b"]) == 0
+    assert "equal to Hugging Face's olmoe: logits" in capsys.readouterr().out
+    assert main(["show", "olmoe_1b_7b", "--set", "model.norm_epsilon=1.0e-6"]) == 0
+    assert "not verified against Hugging Face in this state" in capsys.readouterr().out
