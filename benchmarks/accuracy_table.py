@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from moe_bench.projection.accuracy.memory import load_evidence, memory_record
+from moe_bench.projection.accuracy.memory import as_they_ran, load_evidence, memory_record
 from moe_bench.projection.accuracy.step_time import accuracy_of, projectable
 from moe_bench.projection.rows.folds import FoldBy
 from moe_bench.projection.rows.inference import load_catalogue
@@ -43,12 +43,13 @@ def main() -> None:
     is_written = parser.parse_args().write
     published = ROOT / "results" / "published"
     rows, catalogue = load_rows(published), load_catalogue(ROOT / "recipes")
-    found = projectable(rows, catalogue)
+    evidence = load_evidence(published / "known")
+    found = projectable(as_they_ran(rows, evidence), catalogue)
     by_fold = {
         fold: Accuracy(found=found, results=accuracy_of(found, left_out=fold), left_out=fold)
         for fold in get_args(FoldBy)
     }
-    memory = memory_record_markdown(memory_record(rows, load_evidence(published / "known"), catalogue))
+    memory = memory_record_markdown(memory_record(rows, evidence, catalogue))
     for path, table, marks in (
         (ROOT / "docs" / "projection.md", accuracy_page(by_fold), (BEGIN, END)),
         (ROOT / "docs" / "projection.md", memory, MEMORY_MARKS),

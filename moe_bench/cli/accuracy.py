@@ -29,6 +29,7 @@ def accuracy(
     as_json: JsonOption = False,
 ) -> None:
     """How far projections are from what was published, by row and group, beside a naive predictor."""
+    from moe_bench.projection.accuracy.memory import as_they_ran, load_evidence, memory_record
     from moe_bench.projection.accuracy.step_time import accuracy_of, projectable
     from moe_bench.projection.rows.inference import load_catalogue
     from moe_bench.report.accuracy_json import accuracy_json
@@ -43,14 +44,14 @@ def accuracy(
     root = data_root()
     rows = load_rows(root / "results" / "published") if registry is None else read_registry(registry)
     catalogue = load_catalogue(root / "recipes")
+    evidence = load_evidence(root / "results" / "published" / "known")
     if memory:
-        from moe_bench.projection.accuracy.memory import load_evidence, memory_record
         from moe_bench.report.memory_record_view import memory_record_json, memory_record_view
 
-        record = memory_record(rows, load_evidence(root / "results" / "published" / "known"), catalogue)
+        record = memory_record(rows, evidence, catalogue)
         print_view(memory_record_view(record), memory_record_json(record), as_json)
         return
-    found = projectable(rows, catalogue)
+    found = projectable(as_they_ran(rows, evidence), catalogue)
     made = Accuracy(
         found=found,
         results=accuracy_of(found, left_out=cross_validate),

@@ -49,8 +49,8 @@ class Scale(StrEnum):
     """Large plain streaming kernels: optimizer, copies."""
 
 
-_ADDED_BYTES = 6
-"""Per element of an FP32 gradient, read and written, beyond the two of a BF16 product."""
+_PRODUCT_BYTES = 2
+"""Per element of a BF16 product, which the tables hold."""
 
 _HBM_FRACTION: Mapping[Scale, float] = MappingProxyType(
     {
@@ -128,6 +128,11 @@ class Efficiency:
         self._unanswered: dict[Unanswered, None] = {}
 
     @property
+    def sustained_ratio(self) -> float:
+        """What long work leaves of the rate of this GPU's products, over what it leaves of an H100's."""
+        return self._rates.sustained_ratio
+
+    @property
     def unanswered(self) -> tuple[Unanswered, ...]:
         """Lookups so far that the law answered although better evidence was asked for; empty without any."""
         return tuple(self._unanswered)
@@ -200,7 +205,7 @@ class Efficiency:
     def _gemm_law(self, operation: Gemm) -> Cost:
         """hypot(F / limit, B / (fraction x HBM bandwidth)) + start, and a start of each group of several.
 
-        The fraction of a low-precision kernel is that of the bytes in the tables; what an FP32 gradient adds
+        The fraction of a low-precision kernel is that of the bytes in the tables; what a gradient adds
         to them is a stream, as in BF16.
         """
         rates = self._rates
@@ -210,7 +215,12 @@ class Efficiency:
             grouped = group_rate(operation.in_pass)
             rate = rate.times(grouped.limit_factor)
             overhead_s += operation.num_groups * grouped.start_s
-        added_bytes = _ADDED_BYTES * operation.num_rows * operation.num_columns * operation.num_groups
+        added_bytes = (
+            (2 * operation.gradient_bytes - _PRODUCT_BYTES)
+            * operation.num_rows
+            * operation.num_columns
+            * operation.num_groups
+        )
         added_bytes *= operation.accumulates
         fitted_bytes = (operation.num_bytes - added_bytes) * GEMM_HBM_FRACTION / rate.hbm_fraction
         return Cost(

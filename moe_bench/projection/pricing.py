@@ -128,7 +128,8 @@ class Pricer:
 
     def _cost(self, operation: Operation) -> Cost:
         if isinstance(operation, Gemm):
-            return self.efficiency.gemm(operation)
+            cost = self.efficiency.gemm(operation)
+            return replace(cost, compute_s=cost.compute_s / self.efficiency.sustained_ratio)
         if isinstance(operation, AttentionCore):
             cost = self.efficiency.attention(operation)
             return replace(cost, compute_s=cost.compute_s / self.traits.attention_fraction)

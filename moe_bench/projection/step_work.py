@@ -79,9 +79,7 @@ def step_work(
     efficiency = Efficiency(recipe.system) if efficiency is None else efficiency
     if schedule is not None:
         recipe = placed(recipe, schedule)
-    lowered = lower(
-        recipe, load=recipe_load(recipe) if load is None else load, stops_early=traits.stops_recompute_early
-    )
+    lowered = lower(recipe, load=recipe_load(recipe) if load is None else load, traits=traits)
     fabric = Fabric(recipe.system, recipe.parallel)
     pricer = Pricer(efficiency, fabric, traits)
     setting = layer_setting(recipe, kind)

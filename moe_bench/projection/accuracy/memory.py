@@ -141,6 +141,12 @@ class MemoryRecord:
         return sum(abs(row.peak_error or 0.0) <= TOLERANCE_FRACTION for row in self.peaks)
 
 
+def as_they_ran(rows: Iterable[PublishedRow], evidence: Evidence) -> tuple[PublishedRow, ...]:
+    """`rows` with the columns of `evidence` in the place of those that their source has wrong."""
+    by_row = {row_id: correction for correction in evidence.corrections for row_id in correction.rows}
+    return tuple(_as_it_ran(row, by_row.get(row.id)) for row in rows)
+
+
 def memory_record(rows: Iterable[PublishedRow], evidence: Evidence, catalogue: Catalogue) -> MemoryRecord:
     """Every training row of `rows` that can be configured, and every failed run, judged.
 

@@ -77,6 +77,8 @@ class GpuRates:
     attention_start_s: float
     """Of a forward call; backward none was seen."""
     quantization_hbm_fraction: float
+    sustained_ratio: float
+    """Share of its burst rate that long work leaves of matrix products, over that of an H100."""
     grade: Grade
     gemm_source: str
     attention_source: str
@@ -220,6 +222,12 @@ _GROUPED: Mapping[Pass, GroupRate] = MappingProxyType(
 )
 """108 grouped products on a B200 beside its dense ones (MooreThreads/SimuMax 4dcaae5, Apache-2.0)."""
 
+_SUSTAINED: Mapping[str, float] = MappingProxyType(
+    {_H100: 705 / 765, _H200: 705 / 765, _B200: 1228 / 1471, _GB200: 1344 / 1567, _GB300: 1662 / 1812}
+)
+"""BF16 products of more than 100 TFLOP over those of 0.1 to 1: the longer, the lower the clock under the
+power limit (medians of aiconfigurator-core 0.12.0's tables, docs/projection.md). An H200 as an H100."""
+
 _SAME_CHIP: Mapping[str, str] = MappingProxyType({"NVIDIA H800": _H100})
 """GPUs with the SMs, clocks, power and memory of another; their links are their own (recipes/systems)."""
 _REFERENCE: Mapping[Architecture, tuple[str, float, float]] = MappingProxyType(
@@ -248,6 +256,7 @@ def gpu_rates(gpu: GpuSpec) -> GpuRates:
         architecture=gpu.architecture,
         attention_start_s=_ATTENTION_START_S[gpu.architecture],
         quantization_hbm_fraction=_QUANTIZATION_HBM_FRACTION[gpu.architecture],
+        sustained_ratio=_SUSTAINED[name] / _SUSTAINED[_H100],
         grade=grade,
         gemm_source=f"law of aiconfigurator-core 0.12.0's products on {where}",
         attention_source=f"laws of arXiv:2603.07685 and aiconfigurator-core 0.12.0 on {where}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moe_bench.projection.rows.inference import InferredRun
 from moe_bench.projection.rows.stack import Engine
@@ -16,11 +17,27 @@ TRAITS: Mapping[Engine, Traits] = {
     Engine.OTHER: MEGATRON,
 }
 _TRUSTED = ("A", "B")
+_FUSED_LATENT_ATTENTION = (2025, 7)
+"""Year and month of the first release whose cuDNN may have it."""
 
 
 def traits_of(run: InferredRun) -> Traits:
-    """How the engine of `run` runs a layer; an unknown one as Megatron-Core does."""
-    return TRAITS[run.stack.engine]
+    """How the engine of `run` runs a layer; an unknown one as Megatron-Core does.
+
+    Latent attention has a fused backward pass on Blackwell from cuDNN 9.11 of mid-2025 on, and no other one
+    in Transformer Engine (common/fused_attn/fused_attn.cpp: d_qk = 192, d_v = 128; issue #2285 with 9.10):
+    before, it runs unfused, and dgxc-benchmarking 25.05 recomputes `core_attn` on GB200 and not on H100.
+    torch's own attention has but its memory-efficient kernel for it (pytorch/torchtitan #1610), half as fast
+    as FlashAttention 2 (arXiv:2307.08691, figures 4 and 5: xformers).
+    """
+    traits = TRAITS[run.stack.engine]
+    gpu, attention = run.recipe.system.gpu, run.recipe.model.attention
+    if attention.kind == "mla" and run.stack.engine is Engine.TORCHTITAN:
+        return replace(traits, attention_fraction=traits.attention_fraction / 2)
+    is_blackwell = gpu is not None and gpu.architecture == "blackwell"
+    if is_blackwell and attention.kind == "mla" and run.stack.is_before(*_FUSED_LATENT_ATTENTION):
+        return replace(traits, fuses_attention=False)
+    return traits
 
 
 def is_scored(row: PublishedRow) -> bool:

@@ -162,6 +162,16 @@ BATCH_RULES: tuple[Rule, ...] = (
         value=lambda case: case.number("global_batch_size") // _ranks_per_batch(case),
     ),
     Rule(
+        name="micro batch of Folding's FSDP with expert parallelism",
+        field="micro_batch_size",
+        when="Parallel Folding, Mixtral-8x22B-G8T8, method FSDP+EP",
+        then="2",
+        evidence="with micro batches of one, gathering and reducing the experts' weights at the full rate of "
+        "the network card takes longer than the published step (arXiv:2504.14960, table 3)",
+        applies=lambda case: case.model.key == "mixtral_8x22b_g8t8" and case.row.method == "FSDP+EP",
+        value=constant(2),
+    ),
+    Rule(
         name="micro batch of one",
         field="micro_batch_size",
         when="Megatron-Core, micro batch not printed",

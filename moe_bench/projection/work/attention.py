@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.flops import core_attention_flops
-from moe_bench.projection.work.operations import AttentionCore, Part, Pass
+from moe_bench.projection.work.operations import AttentionCore, Gemm, Part, Pass
 from moe_bench.projection.work.sparse_core import add_sparse_latent_core
 from moe_bench.projection.work.tally import Modules, Tally
 from moe_bench.spec.model import GroupedQueryAttention, LayerStructure, MultiLatentAttention
@@ -18,6 +18,9 @@ _BYTES = 2
 _UNFUSED_ROPE = 3.0
 """Times as many bytes as the fused kernel moves: cosine and sine products and their sum, each read and
 written (megatron/core/models/common/embeddings/rope_utils.py, _apply_rotary_pos_emb_bshd)."""
+
+_SOFTMAX_FORWARD, _SOFTMAX_BACKWARD = 2, 3
+"""Times that softmax reads or writes the scores in BF16: in and out; probabilities, their gradient, out."""
 
 _GQA_LAUNCHES = 70
 _MLA_LAUNCHES = 95
@@ -121,6 +124,9 @@ def _add_core(
         )
         return whole / (parallel.tensor * parallel.context)
 
+    if not tally.fuses_attention:
+        _add_unfused_core(tally, num_heads=num_heads / parallel.tensor, qk_dim=qk_dim, v_dim=v_dim)
+        return
     seq_len = min(recipe.seq_len, window_tokens or recipe.seq_len, chunk_tokens or recipe.seq_len)
     backward = (Pass.DGRAD, flops(3 * qk_dim, 2 * v_dim))
     forward = [(in_pass, flops(qk_dim, v_dim)) for in_pass in tally.forward_passes(_CORE)]
@@ -135,3 +141,34 @@ def _add_core(
                 v_head_dim=v_dim,
             )
         )
+
+
+def _add_unfused_core(tally: Tally, *, num_heads: float, qk_dim: int, v_dim: int) -> None:
+    """Scores, softmax and values as kernels of their own, over the whole score matrix of every head; backward
+    the four products of its gradients (Transformer Engine's UnfusedDotProductAttention).
+    """
+    recipe = tally.recipe
+    keys = recipe.seq_len // recipe.parallel.context
+    rows = recipe.micro_batch_size * num_heads * keys
+    forward = [(qk_dim, recipe.seq_len), (recipe.seq_len, v_dim)]
+    backward = [
+        (v_dim, recipe.seq_len),
+        (recipe.seq_len, qk_dim),
+        (recipe.seq_len, qk_dim),
+        (recipe.seq_len, v_dim),
+    ]
+    passes = [(in_pass, forward) for in_pass in tally.forward_passes(_CORE)] + [(Pass.DGRAD, backward)]
+    for in_pass, products in passes:
+        for inner, columns in products:
+            tally.operations.append(
+                Gemm(
+                    part=Part.ATTENTION, in_pass=in_pass, num_rows=rows, num_inner=inner, num_columns=columns
+                )
+            )
+    scores = _BYTES * rows * recipe.seq_len
+    tally.move(
+        Part.ATTENTION,
+        forward_bytes=_SOFTMAX_FORWARD * scores,
+        backward_bytes=_SOFTMAX_BACKWARD * scores,
+        repeated_by=_CORE,
+    )

@@ -25,6 +25,7 @@ from moe_bench.projection.work.experts import add_dense_mlp, add_experts
 from moe_bench.projection.work.operations import LayerWork, Message, Number, Part, Pass
 from moe_bench.projection.work.state_space import add_gated_delta_net, add_mamba
 from moe_bench.projection.work.tally import NUMBERS, Tally
+from moe_bench.projection.work.traits import MEGATRON, Traits
 from moe_bench.spec.model import LayerStructure
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
@@ -73,9 +74,8 @@ class Lowered:
     """In model order."""
 
 
-def lower(recipe: Recipe, *, load: float = 1.0, stops_early: bool = False) -> Lowered:
-    """The work of `recipe` per micro batch; `load` is what the slowest rank receives over the mean,
-    `stops_early` as in `Tally`.
+def lower(recipe: Recipe, *, load: float = 1.0, traits: Traits = MEGATRON) -> Lowered:
+    """The work of `recipe` per micro batch; `load` is what the slowest rank receives over the mean.
 
     Raises BadInputError for what has no rates (FP32).
     """
@@ -94,7 +94,7 @@ def lower(recipe: Recipe, *, load: float = 1.0, stops_early: bool = False) -> Lo
     kinds = {kind for work in works for kind in work.layers}
     return Lowered(
         recipe=recipe,
-        kinds={kind: _layer_work(recipe, kind, load, stops_early) for kind in sorted(kinds, key=repr)},
+        kinds={kind: _layer_work(recipe, kind, load, traits) for kind in sorted(kinds, key=repr)},
         loss=_loss_work(recipe),
         chunks=works,
     )
@@ -118,12 +118,13 @@ def _kinds(recipe: Recipe, chunk: Chunk) -> Iterator[LayerKind]:
         )
 
 
-def _layer_work(recipe: Recipe, kind: LayerKind, load: float, stops_early: bool) -> LayerWork:
+def _layer_work(recipe: Recipe, kind: LayerKind, load: float, traits: Traits) -> LayerWork:
     tally = Tally(
         recipe=recipe,
         number=NUMBERS[recipe.precision] if kind.is_quantized else Number.BF16,
         is_whole_recomputed=kind.is_recomputed,
-        stops_early=stops_early,
+        stops_early=traits.stops_recompute_early,
+        fuses_attention=traits.fuses_attention,
     )
     if kind.is_mtp:
         rows, hidden = token_counts(recipe).gathered, recipe.model.hidden_size

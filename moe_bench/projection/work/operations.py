@@ -71,7 +71,9 @@ class Gemm:
     num_groups: int = 1
     number: Number = Number.BF16
     accumulates: bool = False
-    """Whether the product is added to an FP32 gradient, which is read and written."""
+    """Whether the product is added to a gradient, which is read and written."""
+    gradient_bytes: int = 4
+    """Of an element of that gradient: 4 in FP32, 2 in BF16."""
 
     @property
     def num_flops(self) -> float:
@@ -80,9 +82,9 @@ class Gemm:
 
     @property
     def num_bytes(self) -> float:
-        """Both factors read once; the product written in BF16, or read and written in FP32."""
+        """Both factors read once; the product written in BF16, or the gradient read and written."""
         factors = (self.num_rows + self.num_columns) * self.num_inner * self.number.element_bytes
-        product = self.num_rows * self.num_columns * (8 if self.accumulates else 2)
+        product = self.num_rows * self.num_columns * (2 * self.gradient_bytes if self.accumulates else 2)
         return self.num_groups * (factors + product)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe_bench.analysis.activations import keeps_experts_row_wise, multiplies_experts_row_wise
+from moe_bench.analysis.state_comms import gradient_bytes
 from moe_bench.projection.work.operations import Gemm, MemoryBound, Number, Operation, Part, Pass
 from moe_bench.spec.recipe import GraphModule, Precision, Recipe, RecomputeModule
 
@@ -29,9 +30,9 @@ product before: the dispatched tokens at its start."""
 
 _BF16_BYTES = 2
 
-_COLLECTIVE_LAUNCHES = 15
+_COLLECTIVE_LAUNCHES = 20
 """Kernels that one tensor-parallel collective costs the host as much time as: its process group, events and
-waits, and the order that CUDA_DEVICE_MAX_CONNECTIONS=1 forces on all streams. Chosen between 0 and 20 by rows
+waits, and the order that CUDA_DEVICE_MAX_CONNECTIONS=1 forces on all streams. Chosen between 0 and 22 by rows
 left out of the fit (docs/projection.md, what was tried)."""
 _REPLAY_LAUNCHES = 12
 """The same of one recomputed module, whose checkpoint saves and restores the generators' states: 0.35 to
@@ -55,6 +56,8 @@ class Tally:
     stops_early: bool = False
     """Whether that ends where the last saved tensor is back, as torch's own checkpointing does: the products
     and messages behind it do not run again."""
+    fuses_attention: bool = True
+    """As in `Traits`."""
     operations: list[Operation] = field(default_factory=list)
     num_launches: float = 0.0
     replayed: set[RecomputeModule] = field(default_factory=set)
@@ -114,6 +117,7 @@ class Tally:
                 num_groups=num_groups,
                 number=weight_form,
                 accumulates=True,
+                gradient_bytes=gradient_bytes(self.recipe),
             )
         )
         if is_row_wise:

@@ -17,6 +17,8 @@ class Traits:
     (torchtitan's `fsdp_reshard_after_forward`)."""
     attention_fraction: float = 1.0
     """Rate of its attention kernels over that of the best public ones (cuDNN, FlashAttention 3)."""
+    fuses_attention: bool = True
+    """Whether scores stay inside of one kernel, or are written, normalised and read as a matrix."""
 
 
 MEGATRON = Traits()

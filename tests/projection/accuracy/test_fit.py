@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_bench.projection.accuracy.fit import Observations, fitted, left_out, projected_tokens_per_s
+from moe_bench.projection.accuracy.memory import as_they_ran, load_evidence
 from moe_bench.projection.accuracy.step_time import Projectable, observations, projectable, refitted
 from moe_bench.projection.constants import FITTED, PRIOR, PRIOR_SPREAD, Constants
 from moe_bench.projection.rows.inference import load_catalogue
@@ -27,7 +28,9 @@ PLANTED = replace(
 @pytest.fixture(scope="module")
 def found() -> Projectable:
     root = data_root()
-    return projectable(load_rows(root / "results" / "published"), load_catalogue(root / "recipes"))
+    published = root / "results" / "published"
+    rows = as_they_ran(load_rows(published), load_evidence(published / "known"))
+    return projectable(rows, load_catalogue(root / "recipes"))
 
 
 @pytest.fixture(scope="module")
