@@ -46,6 +46,11 @@ def is_number(annotation: object) -> bool:
     )
 
 
+def type_parameters(kind: type) -> dict[str, object]:
+    """The type parameters in scope of a class by name; Python 3.12 does not resolve them by itself."""
+    return {one.__name__: one for base in kind.__mro__ for one in getattr(base, "__type_params__", ())}
+
+
 def float_fields() -> Iterator[str]:
     for name in light_modules():
         module = importlib.import_module(name)
@@ -55,7 +60,7 @@ def float_fields() -> Iterator[str]:
             if issubclass(kind, BaseModel):
                 fields = {key: field.annotation for key, field in kind.model_fields.items()}
             elif dataclasses.is_dataclass(kind):
-                fields = typing.get_type_hints(kind)
+                fields = typing.get_type_hints(kind, localns=type_parameters(kind))
             else:
                 continue
             for key, annotation in fields.items():

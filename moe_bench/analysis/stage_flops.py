@@ -11,9 +11,9 @@ from moe_bench.analysis.flops import (
     latent_width,
     layer_flops,
     lm_head_flops,
-    mtp_projection_flops,
     norm_flops_as_product,
 )
+from moe_bench.analysis.projection_flops import mtp_projection_flops
 from moe_bench.spec.recipe import Recipe
 
 

@@ -26,8 +26,9 @@ _SEED = 20_250_101
 def recipe_load(recipe: Recipe) -> float:
     """The load of the busiest rank that the recipe's routing mode leads to; 1 for a dense model.
 
-    `round_robin` is balanced exactly, as is expert choice; `random_logits` up to chance, `biased` follows its logits' spread,
-    `recorded` its trace, and `natural` has the inequality of experts that real text shows.
+    `round_robin` is balanced exactly, as is expert choice; `random_logits` up to chance, `biased` follows
+    its logits' spread, `recorded` its trace, and `natural` has the inequality of experts that real text
+    shows.
     """
     moe = recipe.model.moe
     is_even = recipe.routing.mode == "round_robin" or recipe.parallel.expert == 1

@@ -130,8 +130,8 @@ def _buffer_of(weight: Tensor) -> Tensor:
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:
         raise MissingRequirementError(
-            "kernels.fusions.gradient_accumulation: the experts' weights have no main_grad to add to; wrap the "
-            "model in DistributedDataParallel, or set it to false"
+            "kernels.fusions.gradient_accumulation: the experts' weights have no main_grad to add to; "
+            "wrap the model in DistributedDataParallel, or set it to false"
         )
     return buffer
 
