@@ -63,10 +63,10 @@ class MegatronReader:
 
     def require_match(self, rules: Sequence[Rule]) -> None:
         """Raise BadInputError, naming the first tensor that is missing, of another shape, or unknown."""
-        used = set()
+        used: dict[str, set[Shape]] = {}
         for rule in rules:
             key, leading = self._place(rule.megatron)
-            used.add(key)
+            used.setdefault(key, set()).add(leading)
             if key not in self._entries:
                 raise BadInputError(
                     f"{self._source}: {rule.megatron}: the model has this tensor, the checkpoint does not; "
@@ -78,7 +78,14 @@ class MegatronReader:
                     f"{self._source}: {rule.megatron}: shape {list(found)}, but the model says "
                     f"{list(rule.global_shape)}; name the model that it is of"
                 )
-        for key in self._entries.keys() - used:
+        for key, places in used.items():
+            size = self._entries[key].size
+            if () not in places and size[0] != len(places):
+                raise BadInputError(
+                    f"{self._source}: {key}: of {size[0]} layers, but the model has {len(places)}; "
+                    "name the model that it is of"
+                )
+        for key in self._entries.keys() - used.keys():
             if key.startswith(_MODEL_KEYS):
                 raise BadInputError(
                     f"{self._source}: {key}: the checkpoint has this tensor and the model does not; "
@@ -101,7 +108,7 @@ class MegatronReader:
             self._held.pop(place, None)
             while len(self._held) >= _NUM_HELD_STACKS:
                 self._held.pop(next(iter(self._held)))
-            self._held[place] = self._saved_together(key, leading, rule)
+            self._held[place] = self._saved_together(key, leading, rule.shape, expert=rule.expert)
         experts, stack = self._held[place]
         return stack[rule.expert - experts.start]
 
@@ -117,17 +124,17 @@ class MegatronReader:
         stacked = match[1] + match[3]
         return (stacked, (int(match[2]),)) if stacked in self._entries else (key, ())
 
-    def _saved_together(self, key: str, leading: Shape, rule: Rule) -> tuple[range, Tensor]:
-        """The experts that one rank saved together with that of the rule."""
+    def _saved_together(self, key: str, leading: Shape, shape: Shape, *, expert: int) -> tuple[range, Tensor]:
+        """The experts that one rank saved together with `expert`, each of `shape`."""
         axis = len(leading)
-        saved = next(
+        ranges = (
             range(chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis])
             for chunk in self._entries[key].chunks
-            if chunk.offsets[axis] <= rule.expert < chunk.offsets[axis] + chunk.sizes[axis]
         )
-        offsets = (*leading, saved.start, *(0,) * len(rule.shape))
-        sizes = (*(1,) * axis, len(saved), *rule.shape)
-        return saved, self._part(key, offsets, sizes).view(len(saved), *rule.shape)
+        saved = next((one for one in ranges if expert in one), range(expert, expert + 1))
+        offsets = (*leading, saved.start, *(0,) * len(shape))
+        sizes = (*(1,) * axis, len(saved), *shape)
+        return saved, self._part(key, offsets, sizes).view(len(saved), *shape)
 
     def _part(self, key: str, offsets: Shape, sizes: Shape) -> Tensor:
         entry = self._entries[key]

@@ -94,12 +94,15 @@ def test_layers_that_were_saved_in_one_tensor_are_found(tmp_path: Path) -> None:
     tensors = write_toy(tmp_path / "theirs", "mixtral_8x7b")
     whole = {key: make() for key, make in global_tensors(rules_of(recipe), tensors.__getitem__).items()}
     layers = [{k.split(".", 3)[3]: v for k, v in whole.items() if f"layers.{n}." in k} for n in range(2)]
-    stacked = {f"decoder.layers.{name}": torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     rest = {key: value for key, value in whole.items() if ".layers." not in key}
-    dcp.save(rest | stacked, checkpoint_id=tmp_path / "ours", no_dist=True)
-    save_config(CheckpointingConfig("torch_dist", 1), str(tmp_path / "ours"))
+    for name, saved in {"ours": layers, "deeper": [*layers, layers[0]]}.items():
+        stacked = {f"decoder.layers.{key}": torch.stack([layer[key] for layer in saved]) for key in saved[0]}
+        dcp.save(rest | stacked, checkpoint_id=tmp_path / name, no_dist=True)
+        save_config(CheckpointingConfig("torch_dist", 1), str(tmp_path / name))
     back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
     assert same_bits(read_folder(tmp_path / "again"), tensors)
+    with pytest.raises(BadInputError, match="of 3 layers, but the model has 2"):
+        back(tmp_path / "deeper", tmp_path / "other", "mixtral_8x7b")
 
 
 @pytest.mark.parametrize("key", ["deepseek_v3", "gpt_oss_20b"])
