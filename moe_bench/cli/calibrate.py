@@ -62,11 +62,13 @@ def calibrate(
     """Measure what single operations achieve on this GPU; the projection reads the file."""
     operations = _operations(only)
     loader = make_loader()
-    found = _recipes(recipes, loader, tiny=tiny)
+    found = calibrated_recipes(recipes, loader, tiny=tiny)
     if plan:
         from moe_bench.report.calibration_view import plan_json, plan_view
 
-        planned = _plan(found, system_for_plan(system, loader), loader, operations, tiny, budget_seconds)
+        planned = planned_calibration(
+            found, system_for_plan(system, loader), loader, operations, tiny, budget_seconds
+        )
         print_view(plan_view(planned), plan_json(planned), as_json)
         return
     if system is not None:
@@ -78,7 +80,7 @@ def calibrate(
             "command on the CPU with --tiny"
         )
     here = system_of_gpu(gpu, loader) if gpu is not None else loader.system(DEFAULT_SYSTEM)
-    planned = _plan(found, here, loader, operations, tiny, budget_seconds)
+    planned = planned_calibration(found, here, loader, operations, tiny, budget_seconds)
     toys_on = here if gpu is not None else loader.system("cpu_host")
     _measure(
         planned,
@@ -106,7 +108,7 @@ def _operations(only: str | None) -> tuple[OperationName, ...]:
     return tuple(name for name in OPERATIONS if name in named)
 
 
-def _recipes(names: list[str] | None, loader: Loader, *, tiny: bool) -> list[Recipe]:
+def calibrated_recipes(names: list[str] | None, loader: Loader, *, tiny: bool) -> list[Recipe]:
     from moe_bench.spec.derive_calibration import calibration_toy
 
     if names or tiny:
@@ -147,7 +149,7 @@ def system_for_plan(key: str | None, loader: Loader) -> SystemSpec:
     return loader.system(DEFAULT_SYSTEM) if gpu is None else system_of_gpu(gpu, loader)
 
 
-def _plan(
+def planned_calibration(
     recipes: list[Recipe],
     system: SystemSpec,
     loader: Loader,

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,33 +44,32 @@ def run_campaign(
     *,
     run: Run,
     budget_s: float | None,
+    retries: bool = False,
     on_start: Callable[[Due], None],
     on_end: Callable[[StepOutcome], None],
-    now_s: Callable[[], float] = time.monotonic,
 ) -> int:
     """Run those of `due` that `journal` has no outcome for; how many the budget has left.
 
-    A step starts only where its estimate still fits the budget; a smaller one behind it may. `root` is the
-    results' root that the steps write below.
+    With `retries` those that failed before are run too, once. A step starts only where its estimate still
+    fits the budget; a smaller one behind it may. `root` is the results' root that the steps write below.
     """
-    start_s, num_left = now_s(), 0
+    start_s, num_left = time.monotonic(), 0
+    done = journal.done - journal.failed if retries else journal.done
     for one in due:
-        if one.step.key in journal.done:
+        if one.step.key in done:
             continue
         needed_s = 0.0 if one.absent else one.estimated_s
-        if budget_s is not None and now_s() - start_s + needed_s > budget_s:
+        if budget_s is not None and time.monotonic() - start_s + needed_s > budget_s:
             num_left += 1
             continue
         on_start(one)
-        outcome = _outcome(one, journal, root, run=run, now_s=now_s)
+        outcome = _outcome(one, journal, root, run=run)
         journal.append(outcome)
         on_end(outcome)
     return num_left
 
 
-def _outcome(
-    due: Due, journal: CampaignJournal, root: Path, *, run: Run, now_s: Callable[[], float]
-) -> StepOutcome:
+def _outcome(due: Due, journal: CampaignJournal, root: Path, *, run: Run) -> StepOutcome:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     if due.absent is not None:
         return StepOutcome(
@@ -78,9 +77,9 @@ def _outcome(
         )
     log = journal.log_folder / f"{_file_name(due.step.key)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    before, start_s = _files(root), now_s()
+    before, start_s = _files(root), time.monotonic()
     exit_code = run(command_of(due.step, root), log, due.limit_s)
-    wall_s = now_s() - start_s
+    wall_s = time.monotonic() - start_s
     return StepOutcome(
         step=due.step,
         exit_code=exit_code,
@@ -150,9 +149,3 @@ def _files(root: Path) -> frozenset[str]:
 
 def _file_name(key: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", key.lower())
-
-
-def absent_packages(needs: Mapping[str, str], installed: Callable[[str], bool]) -> str | None:
-    """The packages of `needs` that are missing, with how each is installed; None where all are here."""
-    missing = [f"{name} ({how})" for name, how in needs.items() if not installed(name)]
-    return f"not installed: {', '.join(missing)}" if missing else None

@@ -16,11 +16,11 @@ from moe_bench.results.journal import (
     require_alike,
 )
 from moe_bench.results.record import GitState
+from moe_bench.results.store import CAMPAIGN_FOLDER
 from moe_bench.results.versioned import read_versioned
 from moe_bench.spec.base import NonNegativeFloat, PositiveFloat, Spec, Text
 
 SCHEMA_VERSION = 1
-CAMPAIGN_FOLDER = "campaigns"
 
 
 class Step(Spec):
@@ -110,9 +110,19 @@ class CampaignJournal(LineJournal[CampaignHeader, StepOutcome]):
         return cls(path, header, outcomes)
 
     @property
+    def outcomes(self) -> tuple[StepOutcome, ...]:
+        """The last of each step."""
+        return tuple({outcome.step.key: outcome for outcome in self.entries}.values())
+
+    @property
     def done(self) -> frozenset[str]:
         """Keys of the steps that have an outcome, good or bad."""
         return frozenset(outcome.step.key for outcome in self.entries)
+
+    @property
+    def failed(self) -> frozenset[str]:
+        """Keys of the steps that did not end well, those that were not started among them."""
+        return frozenset(outcome.step.key for outcome in self.outcomes if not outcome.is_done)
 
     @property
     def log_folder(self) -> Path:
@@ -121,7 +131,7 @@ class CampaignJournal(LineJournal[CampaignHeader, StepOutcome]):
 
     def finish(self) -> Path:
         """Write the campaign file beside the journal, and drop the journal."""
-        return self.close_into(Campaign(header=self.header, outcomes=tuple(self.entries)))
+        return self.close_into(Campaign(header=self.header, outcomes=self.outcomes))
 
 
 _OUTCOMES = TypeAdapter(StepOutcome)

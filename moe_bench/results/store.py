@@ -15,8 +15,12 @@ CALIBRATION_FOLDER = "calibration"
 """Folder beside the models' that holds measurements of single operations (results/calibration.py)."""
 LAYER_FOLDER = "layer"
 """The same of single MoE layers (results/layer_record.py)."""
+CAMPAIGN_FOLDER = "campaigns"
+"""Holds what came of lists of measurements (results/campaign.py)."""
 VERIFY_FOLDER = "verify"
 """The same of proofs that models are Hugging Face's (results/verification.py)."""
+NOT_RUNS = frozenset({CALIBRATION_FOLDER, LAYER_FOLDER, CAMPAIGN_FOLDER, VERIFY_FOLDER})
+"""Folders beside the models' whose files are no records of runs."""
 WHAT = "result file"
 
 
@@ -86,15 +90,15 @@ def parse_record(text: bytes, path: Path) -> Record:
 def record_files(place: str) -> Iterator[os.DirEntry[str]]:
     """The JSON files below the folder `place`, in no order.
 
-    Calibrations, layers and proofs are passed over, and what begins with a dot: the index, submitted jobs,
-    unfinished records.
+    What lies in NOT_RUNS is passed over, and what begins with a dot: the index, submitted jobs, unfinished
+    records.
     """
     with os.scandir(place) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if entry.name not in (CALIBRATION_FOLDER, LAYER_FOLDER, VERIFY_FOLDER):
+                if entry.name not in NOT_RUNS:
                     yield from record_files(entry.path)
             elif entry.name.endswith(".json"):
                 yield entry

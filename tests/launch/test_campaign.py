@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.errors import BadInputError
-from moe_bench.launch.campaign import TIMED_OUT, Due, absent_packages, command_of, run_campaign, run_logged
+from moe_bench.launch.campaign import TIMED_OUT, Due, command_of, run_campaign, run_logged
 from moe_bench.results.campaign import (
     CampaignHeader,
     CampaignJournal,
@@ -44,7 +44,12 @@ def due(key: str, *, estimated_s: float = 1.0, absent: str | None = None) -> Due
 
 
 def ran(
-    root: Path, journal: CampaignJournal, steps: Sequence[Due], *, budget_s: float | None = None
+    root: Path,
+    journal: CampaignJournal,
+    steps: Sequence[Due],
+    *,
+    budget_s: float | None = None,
+    retries: bool = False,
 ) -> tuple[list[str], int]:
     """Keys in the order in which they ran, and how many were left; `broken` fails, others write a file."""
     keys: list[str] = []
@@ -59,7 +64,14 @@ def ran(
         return 0
 
     num_left = run_campaign(
-        steps, journal, root, run=run, budget_s=budget_s, on_start=lambda _: None, on_end=lambda _: None
+        steps,
+        journal,
+        root,
+        run=run,
+        budget_s=budget_s,
+        retries=retries,
+        on_start=lambda _: None,
+        on_end=lambda _: None,
     )
     return keys, num_left
 
@@ -86,6 +98,15 @@ def test_a_campaign_goes_on_behind_the_last_step_that_was_noted(tmp_path: Path) 
     resumed = CampaignJournal.resume(path, HEADER)
     assert ran(tmp_path, resumed, [due("first"), due("broken"), due("third")]) == (["third"], 0)
     assert resumed.done == {"first", "broken", "third"}
+
+
+def test_a_step_that_failed_is_run_again_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    journal = CampaignJournal.start(tmp_path, HEADER)
+    steps = [due("first"), due("broken")]
+    ran(tmp_path, journal, steps)
+    assert ran(tmp_path, journal, steps) == ([], 0)
+    assert ran(tmp_path, journal, steps, retries=True) == (["broken"], 0)
+    assert [one.step.key for one in read_campaign(journal.finish()).outcomes] == ["first", "broken"]
 
 
 @pytest.mark.parametrize(
@@ -153,15 +174,6 @@ def _has_ended(pid: int) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def test_what_is_missing_is_named_with_how_to_get_it() -> None:
-    needs = {"quack": "pip install quack-kernels", "torch": "pip install torch"}
-    assert (
-        absent_packages(needs, lambda name: name == "torch")
-        == "not installed: quack (pip install quack-kernels)"
-    )
-    assert absent_packages(needs, lambda name: True) is None
 
 
 def test_an_outcome_is_done_only_where_its_command_ended_well() -> None:

@@ -1,0 +1,230 @@
+"""The verb that measures everything one GPU can tell, in the order of its value: h100."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moe_bench.cli.app import RUN, app
+from moe_bench.cli.calibrate import (
+    INTERRUPTED,
+    calibrated_recipes,
+    gpu_here,
+    planned_calibration,
+    system_for_plan,
+    system_of_gpu,
+)
+from moe_bench.cli.options import (
+    JsonOption,
+    KernelsOption,
+    OneRank,
+    ScaleOption,
+    make_console,
+    make_loader,
+    plan_of,
+    print_view,
+    results_root,
+)
+from moe_bench.errors import BadInputError, MeasurementError, MissingRequirementError
+from moe_bench.spec.catalogue import data_root, find_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_bench.projection.calibration.plan import CalibrationPlan
+    from moe_bench.projection.campaign.plan import CampaignPlan, PlannedStep
+    from moe_bench.projection.campaign.wishes import CalibrateWish, LayerWish, SliceWish
+    from moe_bench.results.campaign import CampaignHeader, CampaignJournal
+    from moe_bench.spec.layer_case import LayerCase
+    from moe_bench.spec.load import Loader
+    from moe_bench.spec.scale import Plan
+    from moe_bench.spec.system import SystemSpec
+
+DEFAULT_BUDGET_S = 25 * 60.0
+_LIMIT_FACTOR, _LIMIT_MARGIN_S = 3.0, 60.0
+"""A step is ended after so many times its estimate and so much more."""
+
+
+@app.command(rich_help_panel=RUN)
+def h100(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print every step with its seconds and memory; no torch.")
+    ] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="The whole list with toys, without a GPU on the CPU.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="KIND,...", help="As slice,layer,calibrate.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest campaign that was not finished here.")
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="With --resume: also the steps that failed.")
+    ] = False,
+    budget_seconds: Annotated[
+        float, typer.Option("--budget-seconds", min=1, help="The most valuable that fit into it.")
+    ] = DEFAULT_BUDGET_S,
+    system: Annotated[
+        str | None, typer.Option("--system", help="With --plan: the system to estimate for.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what one GPU tells of the whole cluster: kernels, layers, slices, peers, in order of value."""
+    loader = make_loader()
+    if plan:
+        from moe_bench.report.campaign_view import campaign_plan_json, campaign_plan_view
+
+        planned = _plan(system_for_plan(system, loader), loader, only, tiny, budget_seconds)
+        print_view(campaign_plan_view(planned), campaign_plan_json(planned), as_json)
+        return
+    if system is not None:
+        raise BadInputError("--system estimates without a GPU; add --plan, or drop it")
+    if retry and not resume:
+        raise BadInputError("--retry takes up steps of a campaign that was begun; add --resume, or drop it")
+    gpu = gpu_here()
+    if gpu is None and not tiny:
+        raise MissingRequirementError(
+            "h100 needs a GPU and this machine has none; see what would run with --plan, or run the list "
+            "with toys on the CPU with --tiny"
+        )
+    here = system_for_plan(None, loader) if gpu is None else system_of_gpu(gpu, loader)
+    planned = _plan(here, loader, only, tiny, budget_seconds)
+    root = out or results_root()
+    journal = _journal(root, _header(planned, gpu=gpu, budget_s=budget_seconds), resume=resume)
+    _measure(planned, root, journal, retries=retry, budget_s=budget_seconds, as_json=as_json)
+
+
+def _plan(system: SystemSpec, loader: Loader, only: str | None, tiny: bool, budget_s: float) -> CampaignPlan:
+    from importlib.util import find_spec
+
+    from moe_bench.projection.campaign.plan import Sources, campaign_plan
+    from moe_bench.results.calibration_tasks import OPERATIONS
+    from moe_bench.results.sonicmoe import SHAPES
+    from moe_bench.spec.layer_case import layer_case_of
+
+    def slice_of(wish: SliceWish) -> Plan:
+        return plan_of(
+            wish.recipe,
+            scale=ScaleOption.SLICE,
+            num_gpus=None,
+            changes=list(wish.changes),
+            one_rank=OneRank(kernels=KernelsOption(wish.kernels)),
+        )
+
+    def layers_of(wish: LayerWish) -> Sequence[LayerCase]:
+        if wish.recipe is None:
+            return [shape.case(scale_down=1) for shape in SHAPES]
+        return [layer_case_of(loader.recipe(find_recipe(wish.recipe, loader)))]
+
+    def calibration_of(wish: CalibrateWish) -> CalibrationPlan:
+        recipes = calibrated_recipes(None, loader, tiny=tiny)
+        return planned_calibration(recipes, system, loader, wish.only or OPERATIONS, tiny, wish.budget_s)
+
+    sources = Sources(
+        slice_of=slice_of,
+        layers_of=layers_of,
+        calibration_of=calibration_of,
+        installed=lambda module: find_spec(module) is not None,
+        has_tests=(data_root() / "tests").is_dir(),
+    )
+    kinds = None if only is None else [part.strip() for part in only.split(",")]
+    return campaign_plan(system, sources, only=kinds, is_tiny=tiny, budget_s=budget_s)
+
+
+def _measure(
+    plan: CampaignPlan,
+    root: Path,
+    journal: CampaignJournal,
+    *,
+    retries: bool,
+    budget_s: float,
+    as_json: bool,
+) -> None:
+    """Run the plan, or the rest of it, write the campaign's file and print it.
+
+    Raises MeasurementError where a step failed.
+    """
+    from moe_bench.launch.campaign import Due, run_campaign, run_logged
+    from moe_bench.report.campaign_view import campaign_json, campaign_progress, campaign_view
+    from moe_bench.results.campaign import read_campaign
+
+    def due(one: PlannedStep) -> Due:
+        limit_s = _LIMIT_FACTOR * one.estimated_s + _LIMIT_MARGIN_S
+        return Due(step=one.step, estimated_s=one.estimated_s, limit_s=limit_s, absent=one.absent)
+
+    wanted = [due(one) for one in (*plan.steps, *plan.over_budget)]
+    num_done = len(journal.done)
+    try:
+        with campaign_progress(len(wanted), num_done, make_console(stderr=True)) as (on_start, on_end):
+            num_left = run_campaign(
+                wanted,
+                journal,
+                root,
+                run=run_logged,
+                budget_s=budget_s,
+                retries=retries,
+                on_start=lambda one: on_start(one.step, one.estimated_s),
+                on_end=on_end,
+            )
+    except KeyboardInterrupt:
+        num_done = len(journal.done)
+        typer.echo(f"stopped after {num_done} of {len(wanted)} steps; go on with --resume", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if num_left:
+        typer.echo(f"the budget ended before {num_left} of {len(wanted)}; go on with --resume", err=True)
+        return
+    path = journal.finish()
+    campaign = read_campaign(path)
+    print_view(campaign_view(campaign), campaign_json(campaign, str(path)), as_json)
+    failed = [one.step.key for one in campaign.outcomes if one.exit_code not in (0, None)]
+    if failed:
+        raise MeasurementError(f"{path}: {len(failed)} steps failed: {', '.join(failed)}")
+
+
+def _header(plan: CampaignPlan, *, gpu: str | None, budget_s: float) -> CampaignHeader:
+    from moe_bench.launch.environment import current_environment
+    from moe_bench.results.calibration import CPU
+    from moe_bench.results.campaign import CampaignHeader
+    from moe_bench.results.provenance import git_state, installed_packages, job_id_here
+
+    return CampaignHeader(
+        is_tiny=plan.is_tiny,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=tuple(sys.argv),
+        job_id=job_id_here(current_environment()),
+        git=git_state(data_root()),
+        packages=installed_packages(),
+        gpu_name=gpu or CPU,
+        driver_version=None if gpu is None else _driver_version(),
+        budget_s=budget_s,
+    )
+
+
+def _driver_version() -> str:
+    from moe_bench.launch.runner import run_captured
+
+    answer = run_captured(("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
+    return answer.stdout.strip().splitlines()[0].strip()
+
+
+def _journal(root: Path, here: CampaignHeader, *, resume: bool) -> CampaignJournal:
+    """A new journal, or with `resume` the newest one of this GPU that is not finished."""
+    from moe_bench.results.campaign import CampaignJournal, campaign_folder
+    from moe_bench.results.journal import unfinished_journals
+
+    unfinished = unfinished_journals(campaign_folder(root, here.gpu_name))
+    if resume:
+        if not unfinished:
+            raise BadInputError(
+                f"--resume: no unfinished campaign of {here.gpu_name} in {root}; leave it off"
+            )
+        return CampaignJournal.resume(unfinished[-1], here)
+    if unfinished:
+        typer.echo(f"{unfinished[-1]} was not finished: --resume would go on with it", err=True)
+    return CampaignJournal.start(root, here)
