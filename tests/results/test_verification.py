@@ -149,6 +149,14 @@ def test_the_verb_prints_records_and_ends_with_the_verdict(
     assert shown["is_proven"] is (code == 0)
 
 
+def test_without_transformers_the_verb_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("moe_bench.harness.start.importlib.util.find_spec", lambda name: None)
+    assert main(["verify", "mixtral_8x7b"]) == 3
+    assert "pip install 'moe_bench[huggingface]'" in capsys.readouterr().err
+
+
 def test_a_model_without_a_map_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
