@@ -77,6 +77,14 @@ def test_show_gives_total_and_active_parameters_beside_the_published(
     assert size["nearest_active"] in size["active"]
 
 
+def test_show_says_where_routing_is_not_causal(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for model in ("olmoe_1b_7b_expert_choice", "olmoe_1b_7b_switch"):
+        assert main(["show", model]) == 0
+        said.append("not causal: a token's experts depend on tokens behind it" in capsys.readouterr().out)
+    assert said == [True, False]
+
+
 def test_show_prints_the_memory_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "deepseek_v3"]) == 0
     text = capsys.readouterr().out

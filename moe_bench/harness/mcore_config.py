@@ -1,4 +1,4 @@
-"""The only file that knows Megatron-Core's field names: a recipe becomes arguments as plain data.
+"""With mcore_experts.py all that knows Megatron-Core's field names: a recipe becomes arguments as plain data.
 
 It imports neither torch nor Megatron-Core, so `show` prints on a laptop what a rank will be built with.
 Types stand as text ("bf16"), functions as names ("silu"); `harness/build.py` turns them into objects.
@@ -10,16 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_bench.harness.mcore_fields import complaint_about, megatron_fields
-from moe_bench.spec.legality.dispatch import FLEX
+from moe_bench.harness.mcore_experts import expert_arguments, own_router_arguments
+from moe_bench.harness.mcore_fields import Arguments, Plain, complaint_about, megatron_fields
 from moe_bench.spec.legality.structure import built_model
-from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
+from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, MultiLatentAttention
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
 from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
-
-Plain = bool | int | float | str | None | tuple["Plain", ...]
-Arguments = dict[str, Plain]
 
 _FP8_FORMATS = {
     "fp8_delayed": ("hybrid", "delayed"),
@@ -100,7 +97,7 @@ def _covered_arguments(recipe: Recipe) -> MegatronArguments:
         transformer={
             **_architecture(built_model(recipe)),
             **_layout(recipe),
-            **_experts(recipe),
+            **expert_arguments(recipe),
             **_precision(recipe),
             **_kernels(recipe),
             **_schedule(recipe),
@@ -238,51 +235,6 @@ def _layout(recipe: Recipe) -> Arguments:
         "sequence_parallel": parallel.sequence_parallel,
         "mtp_num_layers": recipe.num_mtp_layers or None,
         "mtp_loss_scaling_factor": recipe.model.mtp_loss_factor,
-    }
-
-
-def _experts(recipe: Recipe) -> Arguments:
-    moe = recipe.model.moe
-    if moe is None:
-        return {}
-    dispatch, drop = recipe.dispatch, recipe.token_drop
-    is_flex = dispatch.dispatcher in FLEX
-    return {
-        "num_moe_experts": moe.num_experts,
-        "moe_ffn_hidden_size": moe.expert_ffn_hidden_size,
-        "moe_layer_freq": tuple(int(recipe.model.is_moe_layer(i)) for i in range(recipe.model.num_layers)),
-        "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size or None,
-        "moe_shared_expert_gate": moe.shared_expert_gate,
-        **_router(moe),
-        "moe_router_dtype": dispatch.router_dtype,
-        "moe_router_force_load_balancing": recipe.routing.mode == "random_logits",
-        "moe_router_force_biased": recipe.routing.bias_std if recipe.routing.mode == "biased" else None,
-        "moe_token_dispatcher_type": "flex" if is_flex else dispatch.dispatcher,
-        "moe_flex_dispatcher_backend": dispatch.dispatcher if is_flex else "deepep",
-        "moe_flex_dispatcher_num_sms": dispatch.num_sms,
-        "moe_apply_probs_on_input": dispatch.apply_probs_on_input,
-        "high_priority_a2a_comm_stream": dispatch.high_priority_stream,
-        "moe_expert_capacity_factor": None if drop is None else drop.capacity_factor,
-        "moe_pad_expert_input_to_capacity": drop is not None and drop.pad_to_capacity,
-        "moe_token_drop_policy": "probs" if drop is None else drop.policy,
-    }
-
-
-def _router(moe: MixtureOfExperts) -> Arguments:
-    router = moe.router
-    return {
-        "moe_router_topk": moe.top_k,
-        "moe_router_score_function": router.score_function,
-        # softmax over the chosen experts renormalises; softmax over all of them, before top-k, does not
-        "moe_router_pre_softmax": router.score_function == "softmax" and not router.renormalise,
-        "moe_router_num_groups": router.num_groups,
-        "moe_router_group_topk": router.groups_per_token,
-        "moe_router_topk_scaling_factor": router.scaling_factor,
-        "moe_router_enable_expert_bias": router.expert_bias,
-        "moe_router_bias_update_rate": router.expert_bias_update_rate,
-        "moe_router_load_balancing_type": "sinkhorn" if router.choice == "sinkhorn" else router.aux_loss,
-        "moe_aux_loss_coeff": router.aux_loss_coefficient,
-        "moe_z_loss_coeff": router.z_loss_coefficient or None,
     }
 
 
@@ -439,9 +391,7 @@ def _training(recipe: Recipe) -> Arguments:
         "world_size": recipe.parallel.num_gpus,
         "routing_mode": recipe.routing.mode,
         "routing_trace": recipe.routing.trace,
-        "router_choice": "top_k" if recipe.model.moe is None else recipe.model.moe.router.choice,
-        "eval_capacity_factor": recipe.token_drop and recipe.token_drop.eval_capacity_factor,
-        "min_capacity": 0 if recipe.token_drop is None else recipe.token_drop.min_capacity,
+        **own_router_arguments(recipe),
         "num_warmup_steps": recipe.steps.num_warmup,
         "num_timed_steps": recipe.steps.num_timed,
         "seed": recipe.seed,

@@ -11,6 +11,10 @@ import json
 from collections.abc import Container
 from importlib import resources
 
+Plain = bool | int | float | str | None | tuple["Plain", ...]
+Arguments = dict[str, Plain]
+"""Keyword arguments as data that JSON can hold."""
+
 SUPPORTED_MEGATRON_CORE = "0.19"
 
 

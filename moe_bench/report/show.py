@@ -34,6 +34,8 @@ def plan_view(plan: Plan, *, evidence: str | None) -> RenderableType:
         "micro batches per rank": recipe.num_micro_batches,
         "tokens per step": f"{recipe.tokens_per_step:,}",
     }
+    if not recipe.routing_is_causal:
+        head["routing"] = "not causal: a token's experts depend on tokens behind it (docs/routers.md)"
     parts.append(_two_columns(head if evidence is None else head | {"model proof": evidence}))
     if recipe.system.gpu is not None:
         parts.append(memory_table(memory_fit(recipe)))

@@ -79,7 +79,7 @@ def verify_recipe(recipe: Recipe, *, host: SystemSpec, layout: VerifyLayout) -> 
             "parallel": toy.parallel.model_copy(update=dict(LAYOUTS[layout])),
             "kernels": toy.kernels.model_copy(update={"grouped_gemm": True}),
             "routing": Routing(mode="natural"),
-            "token_drop": None,
+            "token_drop": toy.token_drop if _is_filled(toy) else None,
             "overlap": Overlap(),
             "recompute": Recompute(),
             "optimizer": OptimizerSpec(clip_grad_norm=0.0),
@@ -90,6 +90,11 @@ def verify_recipe(recipe: Recipe, *, host: SystemSpec, layout: VerifyLayout) -> 
 def verify_substitutions(recipe: Recipe, toy: Recipe) -> tuple[Substitution, ...]:
     """In what the toy is not the recipe, and why."""
     return tuple(differences(recipe, toy, _REASONS))
+
+
+def _is_filled(toy: Recipe) -> bool:
+    """Whether experts choose their tokens, which no class of Hugging Face's does, up to a capacity."""
+    return toy.model.moe is not None and toy.model.moe.router.choice == "expert_choice"
 
 
 def _verify_model(toy: ModelSpec) -> ModelSpec:

@@ -87,9 +87,16 @@ def _without_what_quack_lacks(recipe: Recipe) -> Recipe:
 
 
 def _fusions(recipe: Recipe, family: KernelFamily) -> Fusions:
-    """All that `family` has; weight gradients go to the buffer where it is whole and the product grouped."""
+    """All that `family` has; weight gradients go to the buffer where it is whole and the product grouped, and
+    the router's kernel knows top-k alone.
+    """
+    moe = recipe.model.moe
     has_whole_buffer = recipe.parallel.data_sharding != "megatron_fsdp" and recipe.kernels.grouped_gemm
-    own = {name: has_whole_buffer or name != "gradient_accumulation" for name in _OWN_FUSIONS[family]}
+    is_possible = {
+        "gradient_accumulation": has_whole_buffer,
+        "router": moe is None or moe.router.choice == "top_k",
+    }
+    own = {name: is_possible.get(name, True) for name in _OWN_FUSIONS[family]}
     return Fusions(
         cross_entropy="none" if recipe.kernels.fusions.cross_entropy == "none" else "native", **own
     )

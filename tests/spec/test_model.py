@@ -2,9 +2,10 @@
 
 import pytest
 
-from moe_bench.spec.catalogue import recipe_model_keys, recipes_root, reference_model_keys
+from moe_bench.spec.catalogue import find_recipe, recipe_model_keys, recipes_root, reference_model_keys
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import LayerStructure
+from moe_bench.spec.recipe import TokenDrop
 
 LOADER = Loader(root=recipes_root())
 KEYS = recipe_model_keys(LOADER.root) + reference_model_keys(LOADER.root)
@@ -102,3 +103,25 @@ def test_layers_of_glm_choose_keys_for_themselves_and_three_behind() -> None:
     assert [index for index, layer in enumerate(glm.layers[:12]) if layer.has_indexer] == [0, 1, 2, 6, 10]
     assert sum(layer.has_indexer for layer in glm.layers) == 21
     assert [layer.has_indexer for layer in glm.mtp_layers] == [True]
+
+
+def test_routers_that_see_later_tokens_say_so() -> None:
+    causal = {
+        name: LOADER.recipe(find_recipe(name, LOADER)).routing_is_causal
+        for name in ("olmoe_1b_7b", "olmoe_1b_7b_switch", "olmoe_1b_7b_sinkhorn", "olmoe_1b_7b_expert_choice")
+    }
+    assert list(causal.values()) == [True, True, False, False]
+    by_score = LOADER.recipe(find_recipe("olmoe_1b_7b", LOADER)).model_copy(
+        update={"token_drop": TokenDrop(capacity_factor=1.0, policy="probs")}
+    )
+    assert not by_score.routing_is_causal
+
+
+@pytest.mark.parametrize(
+    ("factor", "minimum", "capacity"), [(1.0, 0, 13), (1.25, 0, 16), (0.5, 10, 10), (2.0, 10, 25)]
+)
+def test_a_capacity_is_a_share_rounded_up_or_the_minimum(factor: float, minimum: int, capacity: int) -> None:
+    drop = TokenDrop(capacity_factor=factor, eval_capacity_factor=1.0, min_capacity=minimum)
+    # 50 tokens with two choices of 8 experts: 12.5 for each
+    assert drop.capacity(num_choices=100, num_experts=8) == capacity
+    assert drop.capacity(num_choices=100, num_experts=8, is_training=False) == 13
