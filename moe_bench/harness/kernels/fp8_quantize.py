@@ -12,7 +12,7 @@ come out as infinity or NaN in the product: as the scale the one, as values the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,7 +45,9 @@ def quantize_rows(x: Tensor) -> Quantized:
     scales = x.new_empty(x.shape[:-1], dtype=torch.float32)
     block = triton.next_power_of_2(columns)
     num_warps = max(1, min(_MAX_WARPS, block // (_WARP * _ELEMENTS_PER_THREAD)))
-    _rows_kernel[(scales.numel(),)](x, values, scales, columns, block, num_warps=num_warps)
+    _rows_kernel[(scales.numel(),)](
+        x, values, scales, columns, block, num_warps=num_warps, enable_fp_fusion=True
+    )
     return Quantized(values, scales)
 
 
@@ -56,12 +58,12 @@ def quantize_columns(x: Tensor) -> Quantized:
     values = x.new_empty((matrices, columns, rows), dtype=E4M3)
     scales = x.new_empty((matrices, columns), dtype=torch.float32)
     grid = (triton.cdiv(columns, _TILE_COLUMNS), matrices)
-    _columns_kernel[grid](x, values, scales, rows, columns, _TILE_ROWS, _TILE_COLUMNS)
+    _columns_kernel[grid](x, values, scales, rows, columns, _TILE_ROWS, _TILE_COLUMNS, enable_fp_fusion=True)
     return Quantized(values, scales)
 
 
 @triton.jit
-def _scale_step(largest: Any) -> Any:
+def _scale_step(largest: tl.tensor) -> tl.tensor:
     """s of the module's docstring."""
     bits = largest.to(tl.int32, bitcast=True)
     step = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
@@ -69,18 +71,24 @@ def _scale_step(largest: Any) -> Any:
 
 
 @triton.jit
-def _power_of_two(exponent: Any) -> Any:
+def _power_of_two(exponent: tl.tensor) -> tl.tensor:
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _stored_scale(step: Any, largest: Any) -> Any:
+def _stored_scale(step: tl.tensor, largest: tl.tensor) -> tl.tensor:
     """2^step; infinity where the row holds one, since the conversion to e4m3 makes 448 of it."""
     return tl.where(largest == float("inf"), float("inf"), _power_of_two(step))
 
 
 @triton.jit
-def _rows_kernel(x_ptr: Any, values_ptr: Any, scales_ptr: Any, columns: int, block: tl.constexpr) -> None:
+def _rows_kernel(
+    x_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    columns: tl.tensor,
+    block: tl.constexpr,
+) -> None:
     """One program per row, which it holds in registers."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, block)
@@ -95,11 +103,11 @@ def _rows_kernel(x_ptr: Any, values_ptr: Any, scales_ptr: Any, columns: int, blo
 
 @triton.jit
 def _columns_kernel(
-    x_ptr: Any,
-    values_ptr: Any,
-    scales_ptr: Any,
-    rows: int,
-    columns: int,
+    x_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
 ) -> None:

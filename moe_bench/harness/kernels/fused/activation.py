@@ -46,6 +46,7 @@ class TritonGatedActivation(GatedActivation):
                 clamp=self.clamp,
                 block=block,
                 num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
             )
         return y
 
@@ -67,6 +68,7 @@ class TritonGatedActivation(GatedActivation):
                 clamp=self.clamp,
                 block=min(BLOCK_F, triton.next_power_of_2(ffn)),
                 num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
             )
         return grad_x, grad_probabilities
 

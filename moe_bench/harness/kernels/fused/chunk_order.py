@@ -48,6 +48,7 @@ def source_rows(counts: Tensor, *, num_rows: int, device: torch.device) -> Tenso
             block_r=BLOCK_R,
             block_c=triton.next_power_of_2(num_senders * num_experts),
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return sources
 
@@ -116,6 +117,7 @@ def _moved(
             has_probabilities=probabilities is not None,
             block_h=BLOCK_H,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return moved, moved_beside
 

@@ -86,6 +86,7 @@ class _Permute(torch.autograd.Function):
                 slots.shape[2],
                 block_t=128,
                 num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
             )
         return grad_tokens, grad_probabilities, None, None
 
@@ -125,6 +126,7 @@ def _spread(
             has_probabilities=probabilities is not None,
             block_h=BLOCK_H,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return rows, row_probabilities
 
@@ -134,7 +136,14 @@ def _gather(rows: Tensor, slots: Tensor) -> Tensor:
     tokens = rows.new_empty(num_tokens, hidden_size)
     if num_tokens:
         _gather_kernel[(num_tokens, triton.cdiv(hidden_size, BLOCK_H))](
-            rows, slots, tokens, hidden_size, slots.shape[2], block_h=BLOCK_H, num_warps=NUM_WARPS
+            rows,
+            slots,
+            tokens,
+            hidden_size,
+            slots.shape[2],
+            block_h=BLOCK_H,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return tokens
 

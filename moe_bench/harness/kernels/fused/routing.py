@@ -178,6 +178,7 @@ def _launch(num_tokens: int, num_experts: int, choice: Choice) -> tuple[tuple[in
         "block_e": width,
         "experts_per_group": num_experts // choice.num_groups,
         "num_warps": NUM_WARPS,
+        "enable_fp_fusion": True,
     }
 
 

@@ -54,7 +54,8 @@ def row_map(routing_map: Tensor, *, num_slots: int) -> RowMap:
     if num_tokens == 0:
         return RowMap(slots=slots)
     entries = routing_map.contiguous().view(torch.uint8)
-    sizes = {"block_t": token_block, "block_e": expert_block, "num_warps": NUM_WARPS}
+    sizes = {"block_t": token_block, "block_e": expert_block}
+    sizes |= {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     _count_kernel[(num_blocks,)](entries, counts, num_tokens, num_experts, num_blocks, **sizes)
     ends = counts.view(-1).cumsum(dim=0, dtype=torch.int32)
     _number_kernel[(num_blocks,)](

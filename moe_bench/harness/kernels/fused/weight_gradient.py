@@ -71,6 +71,7 @@ def accumulate_weight_gradient(
         band=tile.band,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=True,
     )
 
 

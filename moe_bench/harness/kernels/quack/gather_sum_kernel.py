@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,17 +29,18 @@ def gather_sum_on_gpu(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None)
             sum_type=tl.float64 if rows.dtype == torch.float64 else tl.float32,
             block_h=BLOCK_H,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return tokens
 
 
 @triton.jit
 def _gather_sum_kernel(
-    rows_ptr: Any,
-    row_of_slot_ptr: Any,
-    weights_ptr: Any,
-    tokens_ptr: Any,
-    hidden_size: Any,
+    rows_ptr: tl.tensor,
+    row_of_slot_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
+    hidden_size: tl.tensor,
     num_slots: tl.constexpr,
     has_weights: tl.constexpr,
     sum_type: tl.constexpr,

@@ -1,6 +1,6 @@
 """Compile every kernel for sm_90 as DeepSeek-V3 launches it, and say what ptxas gave it. No GPU needed.
 
-    python -m tests.harness.kernels.fused.compiled_for_hopper
+    python -m tests.harness.kernels.compiled_for_hopper
 
 Prints JSON: for each kernel its registers, its bytes of spilled registers and of shared memory.
 """
@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
+from moe_bench.harness.kernels import fp8_quantize
 from moe_bench.harness.kernels.fused import (
     activation,
     chunk_order,
@@ -25,6 +28,7 @@ from moe_bench.harness.kernels.fused import (
     row_map,
     weight_gradient,
 )
+from moe_bench.harness.kernels.quack import gather_sum_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -42,15 +46,22 @@ class Launch:
     aligned: tuple[str, ...] = field(default=())
     """Sizes that are multiples of 16."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Triton takes them; multiplications and additions fuse, which it stops doing unasked in 3.10."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 def launches() -> dict[str, Launch]:
     blocks = {"block_t": 8, "block_e": 256}
     wgrad, tile = weight_gradient, weight_gradient.HOPPER
     choice = routing.Choice(top_k=8, score="sigmoid", num_groups=8, groups_per_token=4, scale=2.5)
     of_choice = routing._launch(4096, 256, choice)[1]
-    of_choice.pop("num_warps")
+    for option in ("num_warps", "enable_fp_fusion"):
+        of_choice.pop(option)
     groups = {"num_groups": 8, "groups_per_token": 4, "per_group": 2, "is_before": False, "has_bias": True}
     gated = {"alpha": 1.0, "offset": 0.0, "clamp": None, "block": 1024}
+    quantized = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"}
     return {
         "routing.forward": Launch(
             kernel=routing._forward_kernel,
@@ -129,11 +140,32 @@ def launches() -> dict[str, Launch]:
             num_stages=tile.num_stages,
             aligned=("out_features", "in_features"),
         ),
+        "fp8_quantize.rows": Launch(
+            kernel=fp8_quantize._rows_kernel,
+            types=quantized,
+            constants={"block": 8192},
+            num_warps=fp8_quantize._MAX_WARPS,
+            aligned=("columns",),
+        ),
+        "fp8_quantize.columns": Launch(
+            kernel=fp8_quantize._columns_kernel,
+            types=quantized,
+            constants={"tile_rows": fp8_quantize._TILE_ROWS, "tile_columns": fp8_quantize._TILE_COLUMNS},
+            aligned=("rows", "columns"),
+        ),
+        "gather_sum": Launch(
+            kernel=gather_sum_kernel._gather_sum_kernel,
+            types={"rows": "*bf16", "row_of_slot": "*i32", "weights": "*fp32", "tokens": "*bf16"},
+            constants={"num_slots": 8, "has_weights": True, "sum_type": tl.float32}
+            | {"block_h": gather_sum_kernel.BLOCK_H},
+            num_warps=gather_sum_kernel.NUM_WARPS,
+            aligned=("hidden_size",),
+        ),
     }
 
 
-def compiled(launch: Launch) -> dict[str, int]:
-    """Registers of a thread, bytes that it spills, bytes of shared memory of a program."""
+def source(launch: Launch) -> ASTSource:
+    """The kernel with the types and constants of its launch."""
     names = launch.kernel.arg_names
     signature = {
         name: "constexpr" if name in launch.constants else launch.types.get(name.removesuffix("_ptr"), "i32")
@@ -144,10 +176,25 @@ def compiled(launch: Launch) -> dict[str, int]:
         for index, name in enumerate(names)
         if signature[name].startswith("*") or name in launch.aligned
     }
+    return ASTSource(launch.kernel, signature, launch.constants, attributes)
+
+
+def triton_ir(launch: Launch) -> str:
+    """What Triton reads the kernel as, its first step and the one that resolves every name and type."""
+    backend, context = make_backend(HOPPER), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(launch.options)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(source(launch).make_ir(HOPPER, options, functions, modules, context))
+
+
+def compiled(launch: Launch) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills, bytes of shared memory of a program."""
     kernel = triton.compile(
-        ASTSource(launch.kernel, signature, launch.constants, attributes),
+        source(launch),
         target=HOPPER,
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
