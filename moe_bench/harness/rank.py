@@ -29,6 +29,7 @@ from moe_bench.harness.weights import initialise_by_name
 from moe_bench.results.record import AloneSamples, GpuFacts, Implementations
 from moe_bench.spec.profile import Profile
 from moe_bench.spec.rendezvous import Rendezvous
+from moe_bench.spec.training import LearningRate
 
 _BYTES_PER_KIB = 1024
 
@@ -214,8 +215,14 @@ def _repeat_last_step(trainer: Trainer, settings: Settings, num_times: int) -> N
         trainer.run(range(settings.num_steps - 1, settings.num_steps))
 
 
-def build(arguments: MegatronArguments, settings: Settings, *, device: Device) -> Training:
-    """Model and optimizer of this rank.
+def build(
+    arguments: MegatronArguments,
+    settings: Settings,
+    *,
+    device: Device,
+    rates: LearningRate | None = None,
+) -> Training:
+    """Model and optimizer of this rank; `rates` is what a schedule of the learning rate wants of it.
 
     Without a GPU every layout starts from the same weights; on GPUs Megatron-Core draws them.
     """
@@ -224,7 +231,7 @@ def build(arguments: MegatronArguments, settings: Settings, *, device: Device) -
     chunks = model_chunks(arguments, settings, config, device=device)
     if device == "cpu":
         initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
-    return training(arguments, settings, config, chunks, device=device)
+    return training(arguments, settings, config, chunks, device=device, rates=rates)
 
 
 def batch_plan(settings: Settings, *, vocab_size: int, device: Device) -> BatchPlan:

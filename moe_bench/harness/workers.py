@@ -18,7 +18,7 @@ from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_bench.errors import BadInputError, MeasurementError, MoeBenchError
+from moe_bench.errors import BadInputError, MeasurementError, MissingRequirementError, MoeBenchError
 from moe_bench.results.workers import end_with_parent
 from moe_bench.spec.rendezvous import Rendezvous
 
@@ -180,7 +180,7 @@ def _raise_first_cause(ranks: list[_Rank], on_progress: Callable[[Any], None]) -
             _read(rank, on_progress)
     first = min((rank for rank in ranks if rank.failure is not None), key=_how_secondary)
     if first.failure is not None:
-        if isinstance(first.failure, BadInputError):
+        if isinstance(first.failure, BadInputError | MissingRequirementError):
             raise first.failure  # what libraries printed tells a user nothing about it
         first.failure.add_note(first.stderr.read_text(errors="replace"))
         raise first.failure

@@ -17,11 +17,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.utils import unwrap_model
 from torch import distributed
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from moe_bench.errors import BadInputError, MeasurementError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.build import Training
 from moe_bench.harness.kernels.adam import StoredBf16Adam
+from moe_bench.harness.training.writer_process import writers
 from moe_bench.results.training_run import checkpoint_path, saved_steps
 
 _UNFINISHED = ".unfinished"
@@ -49,6 +50,8 @@ class CheckpointWriter:
     def __init__(self, folder: Path, *, num_kept: int) -> None:
         self._folder, self._num_kept = folder, num_kept
         self._queue = AsyncCallsQueue()
+        self._held = contextlib.ExitStack()
+        self._writers = self._held.enter_context(writers())
 
     def save(self, training: Training, progress: Progress) -> None:
         """Begin to save; waits for the checkpoint before it. A collective call of all ranks."""
@@ -68,25 +71,40 @@ class CheckpointWriter:
             verify_integrity=True,
         )
         request.add_finalize_fn(lambda: self._name(unfinished, final))
-        self._queue.schedule_async_request(request)
+        self._queue.schedule_async_request(self._writers.bound(request))
 
     def poll(self) -> None:
         """Give a checkpoint its name if all ranks have written it by now. A collective call of all ranks."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(is_waiting=False)
 
     def finish(self) -> None:
         """Wait for what is being saved. A collective call of all ranks."""
-        try:
-            self._queue.maybe_finalize_async_calls(blocking=True)
-        except (OSError, RuntimeError, CheckpointingException) as error:
-            raise MeasurementError(
-                f"{self._folder}: a checkpoint could not be written ({error}); those before it are whole"
-            ) from error
+        self._finalize(is_waiting=True)
 
     def close(self) -> None:
         """Wait, and end the writer."""
         self.finish()
-        self._queue.close()
+        self._held.close()
+
+    def _finalize(self, *, is_waiting: bool) -> None:
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=is_waiting)
+        except CheckpointException as error:  # raised on all ranks, with the reason on none of them
+            said: list[tuple[str, ...]] = [()] * distributed.get_world_size()
+            distributed.all_gather_object(said, self._writers.problems())
+            reasons = [reason for one in said for reason in one]
+            raise self._unwritten(reasons[0] if reasons else "a writer died") from error
+        except OSError as error:  # of what rank 0 writes last
+            raise self._unwritten(str(error)) from error
+
+    def _unwritten(self, reason: str) -> MissingRequirementError:
+        if distributed.get_rank() == 0:
+            for unfinished in self._folder.glob(f".*{_UNFINISHED}"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return MissingRequirementError(
+            f"{self._folder}: a checkpoint could not be written ({reason}); those before it are whole: make "
+            "room and go on with --resume"
+        )
 
     def _name(self, unfinished: Path, final: Path) -> None:
         if distributed.get_rank() == 0:
