@@ -118,3 +118,13 @@ def test_the_whole_list_is_killed_half_way_and_gone_on_with(
 
 def _num_noted(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") - 1 for path in folder.glob(f".*{UNFINISHED}"))
+
+
+def test_what_is_to_be_reached_is_printed_beside_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["h100", "--reach", "--out", str(tmp_path)]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("0 reached, 0 missed,")
+    assert main(["h100", "--reach", "--json", "--out", str(tmp_path)]) == 0
+    assert {one["measured"] for one in json.loads(capsys.readouterr().out)} == {None}

@@ -57,6 +57,9 @@ def h100(
     tiny: Annotated[
         bool, typer.Option("--tiny", help="The whole list with toys, without a GPU on the CPU.")
     ] = False,
+    reach: Annotated[
+        bool, typer.Option("--reach", help="Print what is to be reached beside what records say of it.")
+    ] = False,
     only: Annotated[
         str | None, typer.Option("--only", metavar="KIND,...", help="As slice,layer,calibrate.")
     ] = None,
@@ -76,6 +79,9 @@ def h100(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what one GPU tells of the whole cluster: kernels, layers, slices, peers, in order of value."""
+    if reach:
+        _print_reach(out or results_root(), as_json=as_json)
+        return
     loader = make_loader()
     if plan:
         from moe_bench.report.campaign_view import campaign_plan_json, campaign_plan_view
@@ -98,6 +104,17 @@ def h100(
     root = out or results_root()
     journal = _journal(root, _header(planned, gpu=gpu, budget_s=budget_seconds), resume=resume)
     _measure(planned, root, journal, retries=retry, budget_s=budget_seconds, as_json=as_json)
+
+
+def _print_reach(root: Path, *, as_json: bool) -> None:
+    from moe_bench.report.reach_view import reach_json, reach_view
+    from moe_bench.results.layer_record import layer_records
+    from moe_bench.results.reach import reached
+    from moe_bench.results.store import read_records
+
+    runs = read_records((root,)) if root.is_dir() else ()
+    figures = reached(layer_records(root), runs)
+    print_view(reach_view(figures), reach_json(figures), as_json)
 
 
 def _plan(system: SystemSpec, loader: Loader, only: str | None, tiny: bool, budget_s: float) -> CampaignPlan:

@@ -1,0 +1,54 @@
+"""What is to be reached on one H100 beside what was measured, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from moe_bench.report.columns import Columns
+from moe_bench.results.reach import GPU, Reach
+
+_TERA = 1e12
+_VERDICTS = {None: "not measured", True: "reached", False: "missed"}
+
+
+def reach_view(figures: Sequence[Reach]) -> RenderableType:
+    """A line for each figure, then how many are reached."""
+    rows = tuple(
+        (
+            one.what,
+            f"{'>=' if one.is_at_least else '<='} {_text(one.target, one)}",
+            "-" if one.measured is None else _text(one.measured, one),
+            one.by or "-",
+            _VERDICTS[one.is_reached],
+        )
+        for one in figures
+    )
+    counts = {verdict: sum(one.is_reached is verdict for one in figures) for verdict in (True, False, None)}
+    line = f"{counts[True]} reached, {counts[False]} missed, {counts[None]} not measured on an {GPU}"
+    headings = ("figure", "to reach", "measured", "by", "verdict")
+    return Group(Columns(headings=headings, rows=rows, right=frozenset({"measured"})), Text(), Text(line))
+
+
+def reach_json(figures: Sequence[Reach]) -> list[dict[str, object]]:
+    """The same for programs: fractions, ratios and FLOP/s as numbers."""
+    return [
+        {
+            "what": one.what,
+            "target": one.target,
+            "is_at_least": one.is_at_least,
+            "unit": one.unit,
+            "measured": one.measured,
+            "by": one.by,
+            "is_reached": one.is_reached,
+        }
+        for one in figures
+    ]
+
+
+def _text(value: float, one: Reach) -> str:
+    if one.unit == "flops_per_s":
+        return f"{value / _TERA:.0f} TFLOP/s"
+    return f"{value:.1%}" if one.unit == "fraction" else f"{value:.2f}"
