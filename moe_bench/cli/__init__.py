@@ -11,6 +11,7 @@ from moe_bench.cli import (
     calibrate,
     data,
     h100,
+    health,
     jobs,
     layer,
     model,
@@ -46,6 +47,7 @@ _VERBS = (
     data,
     model,
     train,
+    health,
 )
 """Modules whose import registers the verbs."""
 

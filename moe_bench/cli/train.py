@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,19 @@ def train(
         int | None, typer.Option("--save-every", min=1, help="Steps between two checkpoints; a tenth.")
     ] = None,
     keep: Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints, the newest; 2.")] = None,
+    health_every: Annotated[
+        int | None, typer.Option("--health-every", min=1, help="Steps added up in a line of health.jsonl.")
+    ] = None,
+    alarm_share: Annotated[
+        float | None,
+        typer.Option("--alarm-share", min=0.001, max=1, help="Of the tokens, to one expert; sqrt(k / E)."),
+    ] = None,
+    alarm_dead: Annotated[
+        int | None, typer.Option("--alarm-dead", min=1, help="Steps of an expert without a token; 100.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write event files there, as it goes.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, also with changes.")
     ] = False,
@@ -74,11 +88,14 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
+    from moe_bench.report.export.tensorboard import require_tensorboard
     from moe_bench.results.training_run import begin_run, newest_checkpoint, read_job
     from moe_bench.spec.derive_training import Wishes, training_job
 
     if resume and start_from is not None:
         raise BadInputError("--from begins a run and --resume goes on with one: leave one of the two out")
+    if tensorboard is not None:
+        require_tensorboard()
     before = read_job(out) if resume else None
     if before is None and data is None:
         raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
@@ -94,6 +111,9 @@ def train(
         num_validation_batches=valid_batches,
         save_every=save_every,
         num_kept=keep,
+        health_every=health_every,
+        alarm_share_fraction=alarm_share,
+        alarm_dead_steps=alarm_dead,
     )
     all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes)
@@ -106,7 +126,7 @@ def train(
             begin_run(out, job)
     else:
         checkpoint = newest_checkpoint(out)
-    _train(job, out, checkpoint, place, goes_on=before is not None, as_json=as_json)
+    _train(job, out, checkpoint, place, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
 
 
 def _place() -> Rendezvous | None:
@@ -124,13 +144,14 @@ def _train(
     place: Rendezvous | None,
     *,
     goes_on: bool,
+    tensorboard: Path | None,
     as_json: bool,
 ) -> None:
     from moe_bench.harness.start import load_training
     from moe_bench.report.progress import announce
+    from moe_bench.report.training_follow import Follower
     from moe_bench.report.training_view import training_json, training_progress, training_view
-    from moe_bench.results.training_log import LogLine, append_line, read_log
-    from moe_bench.results.training_run import go_on
+    from moe_bench.results.training_log import read_log
 
     console = make_console(stderr=True)
     is_speaker = place is None or place.rank == 0
@@ -139,17 +160,23 @@ def _train(
     harness = load_training()
     start = harness.Start(checkpoint=checkpoint, with_optimizer=goes_on)
     with training_progress(job, console, is_alone=place is None) as on_line:
-        seen_steps: list[int] = []
-
-        def seen(line: LogLine) -> None:
-            if goes_on and not seen_steps:
-                # only now is it known that the checkpoint could be read under the changed job
-                go_on(folder, job, num_steps=line.step - 1)
-            seen_steps.append(line.step)
-            append_line(folder, line)
-            on_line(line)
-
-        harness.train(job, folder, start, rendezvous=place, on_line=seen)
+        follower = Follower(
+            job=job,
+            folder=folder,
+            goes_on=goes_on,
+            tensorboard=tensorboard,
+            console=console,
+            on_line=on_line,
+        )
+        with closing(follower):
+            harness.train(
+                job,
+                folder,
+                start,
+                rendezvous=place,
+                on_line=follower.hear_line,
+                on_health=follower.hear_health,
+            )
     if is_speaker:
         lines = tuple(read_log(folder))
         print_view(training_view(job, lines, folder), training_json(job, lines, folder), as_json)

@@ -151,8 +151,17 @@ class ExpertLoad:
 class LoadCounter:
     """Counts the tokens that the routers of this rank send to each expert, on the device, step by step."""
 
-    def __init__(self, chunks: Iterable[torch.nn.Module], *, num_steps: int, device: str) -> None:
+    def __init__(
+        self,
+        chunks: Iterable[torch.nn.Module],
+        *,
+        num_steps: int,
+        device: str,
+        counts_padding: bool = True,
+    ) -> None:
+        """`counts_padding` says whether rows that fill up a capacity, with probability 0, are counted."""
         self._step = 0
+        self._counts_padding = counts_padding
         self._watched: list[tuple[TopKRouter, torch.Tensor]] = []
         for chunk in chunks:
             for module in chunk.modules():
@@ -162,6 +171,11 @@ class LoadCounter:
     def start_step(self, step: int) -> None:
         """Count what follows for `step`, counted from 0 over warm-up and timed steps."""
         self._step = step
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        for _, counts in self._watched:
+            counts.zero_()
 
     def loads(self) -> tuple[ExpertLoad, ...]:
         """Counts of this rank's layers, summed over the ranks that hold other tokens. A collective call."""
@@ -185,6 +199,7 @@ class LoadCounter:
         def count(module: TopKRouter, inputs: object, outputs: Sequence[torch.Tensor]) -> None:
             # A recomputed layer runs twice, the first time without gradients.
             if torch.is_grad_enabled():
-                counts[self._step] += outputs[1].sum(dim=0)
+                taken = outputs[1] if self._counts_padding else outputs[1] & (outputs[0] > 0)
+                counts[self._step] += taken.sum(dim=0)
 
         router.register_forward_hook(count)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moe_bench.errors import BadInputError
+from moe_bench.results.training_health import cut_health
 from moe_bench.results.training_log import cut_log
 from moe_bench.spec.training import TrainingJob
 
@@ -64,7 +65,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def go_on(folder: Path, job: TrainingJob, *, num_steps: int) -> None:
     """Make the run in `folder` one of `job` from the checkpoint of step `num_steps` on.
 
-    What the log says of later steps is dropped: they are taken again.
+    What the logs say of later steps is dropped: they are taken again.
     """
     cut_log(folder, num_steps=num_steps)
+    cut_health(folder, num_steps=num_steps)
     write_job(folder, job)

@@ -11,7 +11,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.spec.dataset import TokenizerSpec
 from moe_bench.spec.recipe import Routing
 from moe_bench.spec.scale import Plan, Substitution
-from moe_bench.spec.training import Checkpoints, LearningRate, TrainingJob, Validation
+from moe_bench.spec.training import Checkpoints, Health, LearningRate, TrainingJob, Validation
 
 DEFAULT_STEPS = 1000
 TOY_BATCH_SIZE = 8
@@ -63,6 +63,9 @@ class Wishes:
     num_validation_batches: int | None = None
     save_every: int | None = None
     num_kept: int | None = None
+    health_every: int | None = None
+    alarm_share_fraction: float | None = None
+    alarm_dead_steps: int | None = None
 
 
 def training_job(plan: Plan, wishes: Wishes, *, before: TrainingJob | None) -> TrainingJob:
@@ -77,7 +80,9 @@ def training_job(plan: Plan, wishes: Wishes, *, before: TrainingJob | None) -> T
     num_steps = wishes.num_steps or earlier.num_steps or DEFAULT_STEPS
     sources = (wishes, earlier, _defaults(num_steps))
     said: dict[str, Any] = {
-        field.name: next(value for source in sources if (value := getattr(source, field.name)) is not None)
+        field.name: next(
+            (value for source in sources if (value := getattr(source, field.name)) is not None), None
+        )
         for field in fields(Wishes)
     }
     try:
@@ -96,6 +101,11 @@ def training_job(plan: Plan, wishes: Wishes, *, before: TrainingJob | None) -> T
                 every_steps=said["validate_every"], num_batches=said["num_validation_batches"]
             ),
             checkpoints=Checkpoints(every_steps=said["save_every"], num_kept=said["num_kept"]),
+            health=Health(
+                every_steps=said["health_every"],
+                alarm_share_fraction=said["alarm_share_fraction"],
+                alarm_dead_steps=said["alarm_dead_steps"],
+            ),
         )
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
@@ -115,6 +125,9 @@ def _wishes_of(job: TrainingJob) -> Wishes:
         num_validation_batches=job.validation.num_batches,
         save_every=job.checkpoints.every_steps,
         num_kept=job.checkpoints.num_kept,
+        health_every=job.health.every_steps,
+        alarm_share_fraction=job.health.alarm_share_fraction,
+        alarm_dead_steps=job.health.alarm_dead_steps,
     )
 
 
@@ -132,4 +145,6 @@ def _defaults(num_steps: int) -> Wishes:
         num_validation_batches=4,
         save_every=tenth,
         num_kept=2,
+        health_every=max(1, num_steps // 100),
+        alarm_dead_steps=min(100, tenth),
     )

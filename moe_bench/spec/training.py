@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moe_bench.spec.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.scale import Plan
@@ -45,6 +45,17 @@ class Checkpoints(Spec):
     """The newest; older ones are removed once a newer one is whole."""
 
 
+class Health(Spec):
+    """How often the experts are looked at, and what is alarming about them."""
+
+    every_steps: PositiveInt
+    """Tokens are counted in every step and added up over so many."""
+    alarm_share_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of a layer's tokens, for one expert; None for sqrt(k / E) (analysis/expert_health.py)."""
+    alarm_dead_steps: PositiveInt
+    """Steps on end without a token."""
+
+
 class TrainingJob(Spec):
     """Everything that decides what a training run computes."""
 
@@ -57,3 +68,4 @@ class TrainingJob(Spec):
     learning_rate: LearningRate
     validation: Validation
     checkpoints: Checkpoints
+    health: Health

@@ -20,8 +20,10 @@ from moe_bench.harness.step import loss_of, train_step
 from moe_bench.harness.trainer import speaks_for_job
 from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from moe_bench.harness.training.data import Text, read_text
+from moe_bench.harness.training.health import HealthCounter
 from moe_bench.harness.training.learning_rate import learning_rate_now, scheduler
 from moe_bench.harness.weights import initialise_by_name
+from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.results.training_run import CACHE, CHECKPOINTS
 from moe_bench.spec.rendezvous import Rendezvous
@@ -44,13 +46,15 @@ def train_rank(
     start: Start,
     rendezvous: Rendezvous,
     on_line: Callable[[LogLine], None],
+    on_health: Callable[[HealthLine], None],
     *,
     listen_fd: int | None = None,
 ) -> int | None:
     """Train as one rank of `job` in `folder`; the number of steps on the rank that speaks for the job.
 
-    `on_line` is called there after each step. Raises MeasurementError where a loss is not finite or a
-    checkpoint cannot be written, BadInputError where data or checkpoint do not fit the model.
+    There `on_line` is called after each step, and `on_health` before it where experts are due. Raises
+    MeasurementError where a loss is not finite or a checkpoint cannot be written, BadInputError where data or
+    checkpoint do not fit the model.
     """
     arguments = megatron_arguments(job.plan.recipe)
     settings = settings_of(arguments)
@@ -70,7 +74,15 @@ def train_rank(
         tokenizer = tokenizer_of(read_manifest(Path(job.data)).tokenizer)
         text = read_text(job, tokenizer, cache=folder / CACHE)
         plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
-        run = _Run(job=job, built=built, text=text, plan=plan, rank=rendezvous.rank, on_line=on_line)
+        run = _Run(
+            job=job,
+            built=built,
+            text=text,
+            plan=plan,
+            rank=rendezvous.rank,
+            on_line=on_line,
+            on_health=on_health,
+        )
         writer = CheckpointWriter(folder / CHECKPOINTS, num_kept=job.checkpoints.num_kept)
         run.steps(progress, writer)
         return job.num_steps if speaks_for_job() else None
@@ -95,11 +107,13 @@ class _Run:
     plan: BatchPlan
     rank: int
     on_line: Callable[[LogLine], None]
+    on_health: Callable[[HealthLine], None]
 
     def steps(self, progress: Progress, writer: CheckpointWriter) -> None:
         """Train from `progress` to the end, saving on the way and at the end."""
         job, rates = self.job, scheduler(self.built.optimizer, self.job.learning_rate)
         rates.step(progress.num_steps)
+        experts = HealthCounter(job, self.built, device=self.plan.device, num_steps=progress.num_steps)
         for step in range(progress.num_steps, job.num_steps):
             rates.step(1)
             outcome = train_step(self.built, self.text.train_batches(self.plan, step))
@@ -115,6 +129,9 @@ class _Run:
             is_last = num_done == job.num_steps
             is_due = num_done % job.validation.every_steps == 0
             validation_loss = self.validation_loss() if is_due or is_last else None
+            health = experts.line(num_done) if num_done % job.health.every_steps == 0 or is_last else None
+            if health is not None and health.layers and speaks_for_job():
+                self.on_health(health)
             if loss is not None and speaks_for_job():
                 self.on_line(
                     LogLine(

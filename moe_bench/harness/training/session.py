@@ -13,6 +13,7 @@ from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.training.program import Start, train_rank
 from moe_bench.harness.workers import Message, Seat, run_forked
+from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.spec.derive_training import require_vocabulary
 from moe_bench.spec.rendezvous import Rendezvous
@@ -28,8 +29,11 @@ def train(
     *,
     rendezvous: Rendezvous | None,
     on_line: Callable[[LogLine], None],
+    on_health: Callable[[HealthLine], None],
 ) -> None:
     """Train `job` in `folder`; `on_line` is called after each step where the loss is known.
+
+    `on_health` is called before it when the experts are due.
 
     With a `rendezvous` this process is one rank. Without one, and without a GPU, the ranks are forked from
     this process, which must have one thread and must have run no tensor operation.
@@ -47,13 +51,20 @@ def train(
                 f"{rendezvous.world_size} ranks were started and the recipe has {settings.world_size}; "
                 "start as many, or name the member of its family with --num-gpus"
             )
-        train_rank(job, folder, start, rendezvous, on_line)
+        train_rank(job, folder, start, rendezvous, on_line, on_health)
         return
     if settings.device is not None:
         raise MissingRequirementError(
             f"{settings.world_size} GPU ranks need a launcher: start them with torchrun or srun"
         )
-    run_forked(settings.world_size, partial(_forked, job, folder, start), on_progress=on_line)
+
+    def on_progress(line: LogLine | HealthLine) -> None:
+        if isinstance(line, LogLine):
+            on_line(line)
+        else:
+            on_health(line)
+
+    run_forked(settings.world_size, partial(_forked, job, folder, start), on_progress=on_progress)
 
 
 def _forked(job: TrainingJob, folder: Path, start: Start, seat: Seat) -> int | None:
@@ -61,4 +72,7 @@ def _forked(job: TrainingJob, folder: Path, start: Start, seat: Seat) -> int | N
         seat.send(Message(kind="step", content=line.step))
         seat.send(Message(kind="progress", content=line))
 
-    return train_rank(job, folder, start, seat.rendezvous, on_line, listen_fd=seat.listen_fd)
+    def on_health(line: HealthLine) -> None:
+        seat.send(Message(kind="progress", content=line))
+
+    return train_rank(job, folder, start, seat.rendezvous, on_line, on_health, listen_fd=seat.listen_fd)

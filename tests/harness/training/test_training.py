@@ -16,6 +16,7 @@ from moe_bench.harness.data.build import Wish, build_dataset
 from moe_bench.harness.data.tokenizer import byte_tokenizer
 from moe_bench.harness.training.program import Start, train_rank
 from moe_bench.harness.workers import Seat
+from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.results.training_run import CHECKPOINTS, checkpoint_path, saved_steps
 from moe_bench.spec.derive_training import Wishes, training_job
@@ -47,10 +48,14 @@ def job(prefix: Path, recipe: str, *changes: str, **wishes: Any) -> TrainingJob:
     return training_job(plan, Wishes(data=str(prefix), **kept), before=None)
 
 
+def ignored(line: HealthLine) -> None:
+    """Of the experts nothing is asked."""
+
+
 def trained_lines(job: TrainingJob, folder: Path, start: Start, seat: Seat) -> list[LogLine]:
     """What a rank says of its steps; only one rank says anything."""
     lines: list[LogLine] = []
-    train_rank(job, folder, start, seat.rendezvous, lines.append, listen_fd=seat.listen_fd)
+    train_rank(job, folder, start, seat.rendezvous, lines.append, ignored, listen_fd=seat.listen_fd)
     return lines
 
 
