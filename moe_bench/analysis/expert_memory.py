@@ -21,6 +21,9 @@ EXPERT_TENSORS = frozenset(
 )
 """What the products of routed and shared experts keep."""
 
+REDUCED_GRADIENTS = "reduced_gradients"
+"""Megatron-FSDP's buffer for the gradients of the experts at work."""
+
 
 class ExpertHalf:
     """Norm, router, dispatch, routed and shared experts, combine.
@@ -81,6 +84,7 @@ class ExpertHalf:
         live.made = Made.BACKWARD
         self._combine_backward(live)
         self._products.backward(live)
+        live.free_if_held(REDUCED_GRADIENTS)  # it waits with those of other layers from here on
         self._dispatch_backward(live)
         self._route_backward(live)
         gradients = ["grad_mlp_norm_router"]
@@ -258,6 +262,9 @@ class GroupedProducts:
         self._down_factors = _QuantizedFactors(recipe, rows, down)
         self._up_weight_bytes = sizes.weight_gradient_bytes(up, num_experts)
         self._down_weight_bytes = sizes.weight_gradient_bytes(down, num_experts)
+        self._activates_apart = recipe.kernels.family == "transformer_engine"
+        num_elements = num_experts * sum(out * into for out, into in self.weights)
+        self._reduced_bytes = num_elements * sizes.reduced_gradient_element_bytes
 
     def forward(self, live: LiveTensors, *, is_saved: bool) -> None:
         """From `expert_input` to `expert_output`."""
@@ -290,7 +297,8 @@ class GroupedProducts:
         """From `grad_expert_output` to `grad_expert_input`.
 
         Of the second product the weight's gradient comes first, then the activation's; of the first product
-        the input's (harness/kernels/grouped_linear.py).
+        the input's (harness/kernels/grouped_linear.py). Megatron-FSDP takes its buffer when the second
+        product is through: ours comes to an end with the activation, Transformer Engine's before it.
         """
         if self._has_bias:
             self._bias_backward(live)
@@ -302,9 +310,14 @@ class GroupedProducts:
         live.make("factors", self._down_factors.backward_bytes)
         live.make("grad_hidden", self._hidden_bytes)
         live.free("factors")
+        if self._activates_apart:
+            live.make(REDUCED_GRADIENTS, self._reduced_bytes)
         live.make("grad_up", self._up_bytes)
-        live.free("grad_hidden", "grad_expert_output", "expert_up", "grad_down_weight")
+        live.free("grad_hidden", "grad_expert_output", "expert_up")
         live.free_if_held("expert_hidden")
+        if not self._activates_apart:
+            live.make(REDUCED_GRADIENTS, self._reduced_bytes)
+        live.free("grad_down_weight")
         live.make("factors", self._up_factors.backward_bytes)
         live.make("grad_expert_input", self._rows_bytes)
         live.free("factors")

@@ -24,6 +24,7 @@ class InFlight(NamedTuple):
 
     weights_bytes: int
     gradients_bytes: int
+    """Without those of the experts at work, which the walk of their layer counts from the first one on."""
 
 
 def fsdp_in_flight(recipe: Recipe, chunks: Sequence[Chunk]) -> InFlight:
@@ -39,12 +40,14 @@ def fsdp_in_flight(recipe: Recipe, chunks: Sequence[Chunk]) -> InFlight:
         return InFlight(0, 0)
     buffers = [buffer for chunk in chunks for buffer in sharded_buffers(recipe, chunk)]
     outside = sum(buffer.num_elements for buffer in buffers if not buffer.in_layer)
-    layers = _backward_order(buffers)
-    per_layer = sum(layers) // max(1, sum(not b.is_expert for b in buffers if b.in_layer))
+    # last layer first, and of each layer the experts first
+    layers = [buffer for buffer in reversed(buffers) if buffer.in_layer]
+    sizes = [buffer.num_elements for buffer in layers]
+    per_layer = sum(sizes) // max(1, sum(not buffer.is_expert for buffer in layers))
     queue = max(QUEUE_ELEMENTS, 2 * per_layer)
     weights = 0
-    if parallel.fsdp_strategy == "optim_grads_params":
-        weights = outside + _gathered(layers, per_layer=per_layer, ahead=queue // 2)
+    if reduces_by_layer(recipe):
+        weights = outside + _gathered(sizes, per_layer=per_layer, ahead=queue // 2)
     gradients = outside + _queued(layers, queue=queue)
     return InFlight(
         weights_bytes=activation_element_bytes(recipe) * weights,
@@ -52,9 +55,10 @@ def fsdp_in_flight(recipe: Recipe, chunks: Sequence[Chunk]) -> InFlight:
     )
 
 
-def _backward_order(buffers: Sequence[ShardedBuffer]) -> list[int]:
-    """Elements of the layers' buffers, last layer first, and of each layer the experts first."""
-    return [buffer.num_elements for buffer in reversed(buffers) if buffer.in_layer]
+def reduces_by_layer(recipe: Recipe) -> bool:
+    """Whether each layer's gradients are in buffers of their own, taken when the first of them comes."""
+    parallel = recipe.parallel
+    return parallel.data_sharding == "megatron_fsdp" and parallel.fsdp_strategy == "optim_grads_params"
 
 
 def _gathered(layers: Sequence[int], *, per_layer: int, ahead: int) -> int:
@@ -68,14 +72,13 @@ def _gathered(layers: Sequence[int], *, per_layer: int, ahead: int) -> int:
     return skipped + fetched
 
 
-def _queued(layers: Sequence[int], *, queue: int) -> int:
-    """The most that waits to be reduced, with the buffer that is filled."""
+def _queued(layers: Sequence[ShardedBuffer], *, queue: int) -> int:
+    """The most that waits to be reduced, with the buffer that is filled, if it is not one of experts."""
     waiting: list[int] = []
-    most = held = 0
-    for num_elements in layers:
-        held += num_elements
-        most = max(most, held)
+    most = 0
+    for buffer in layers:
+        most = max(most, sum(waiting) + (0 if buffer.is_expert else buffer.num_elements))
         while sum(waiting) > queue:
-            held -= waiting.pop(0)
-        waiting.append(num_elements)
+            waiting.pop(0)
+        waiting.append(buffer.num_elements)
     return most

@@ -7,7 +7,9 @@ from typing import Literal
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
 from moe_bench.analysis.dispatch import dispatched_rows, expected_groups
+from moe_bench.analysis.fsdp_memory import reduces_by_layer
 from moe_bench.analysis.live_tensors import LiveTensors
+from moe_bench.analysis.state_comms import gradient_bytes
 from moe_bench.spec.model import MixtureOfExperts
 from moe_bench.spec.recipe import Recipe, RecomputeModule
 
@@ -37,6 +39,9 @@ class LayerSizes:
     weight_gradient_element_bytes: int
     """a; 0 where Transformer Engine's products add to the gradient buffer (`fusions.gradient_accumulation`)
     and hand over one placeholder again and again. Ours hand over a new one each."""
+    reduced_gradient_element_bytes: int
+    """g where Megatron-FSDP takes a buffer for the gradients of a layer's experts with the first of them, and
+    0 where all gradients have their place from the start."""
     recomputes: frozenset[RecomputeModule]
     norms_are_separate: bool
     """Whether norms are modules of their own; Transformer Engine fuses them into the next projection, which
@@ -144,6 +149,7 @@ def layer_sizes(recipe: Recipe) -> LayerSizes:
         gathered_bytes=element * counts.gathered * recipe.model.hidden_size,
         is_split=counts.sharded != counts.gathered,
         weight_gradient_element_bytes=0 if _hands_over_placeholders(recipe) else element,
+        reduced_gradient_element_bytes=gradient_bytes(recipe) if reduces_by_layer(recipe) else 0,
         recomputes=frozenset(recompute.modules if recompute.granularity == "selective" else ()),
         norms_are_separate=recipe.kernels.family != "transformer_engine",
         positions_bytes=element * recipe.seq_len // parallel.context,

@@ -1,8 +1,7 @@
 """Peak memory of shipped recipes: the closed form beside a dry run of Megatron-Core, in the form it builds.
 
-Within 2 % of the total and 5 % of what is not states (under Megatron-FSDP, whose weight gradients
-linger, 6 %). By default one stage of each structure that memory depends on; every stage of every recipe with
-`-m "slow or not slow"`.
+Within 2 % of the total and 5 % of what is not states. By default one stage of each structure that memory
+depends on; every stage of every recipe with `-m "slow or not slow"`.
 """
 
 import pytest
@@ -56,8 +55,7 @@ def test_the_closed_form_of_peak_memory_agrees_with_the_dry_run(recipe: Recipe, 
     closed, states = rank_memory(recipe, stage), state_bytes(run)
     assert closed.states_bytes == pytest.approx(states, rel=1e-3)
     assert closed.total_bytes == pytest.approx(run.peak.num_bytes, rel=0.02)
-    moving = 0.06 if recipe.parallel.data_sharding == "megatron_fsdp" else 0.05
-    assert closed.total_bytes - closed.states_bytes == pytest.approx(run.peak.num_bytes - states, rel=moving)
+    assert closed.total_bytes - closed.states_bytes == pytest.approx(run.peak.num_bytes - states, rel=0.05)
 
 
 def test_the_named_structures_are_stages_of_shipped_recipes() -> None:
