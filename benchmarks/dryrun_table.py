@@ -43,10 +43,6 @@ dry run, by the pass that takes it: *states* are weights, gradients and optimize
 else, *peak* is the closed form's total over the dry run's.
 
 {counts}
-
-The widest miss is on the safe side: Mixtral with Megatron-FSDP. There the closed form counts the gradients
-of a layer's experts as waiting to be reduced from the first of their backward products on, and they wait from
-the last, when less of the layer is held.
 """
 COLUMNS = (
     "recipe", "stage", "parameters", "traffic", "FLOPs",
