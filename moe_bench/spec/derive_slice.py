@@ -11,9 +11,18 @@ from dataclasses import dataclass
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.kernel_family import with_kernels
-from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
+from moe_bench.spec.legality.dispatch import FLEX, HYBRIDEP_DOMAIN
 from moe_bench.spec.pipeline import Chunk
-from moe_bench.spec.recipe import CudaGraphs, KernelFamily, Overlap, Recipe, Recompute, Routing, Steps
+from moe_bench.spec.recipe import (
+    CudaGraphs,
+    DispatchSpec,
+    KernelFamily,
+    Overlap,
+    Recipe,
+    Recompute,
+    Routing,
+    Steps,
+)
 from moe_bench.spec.routing_trace import busiest_expert_rank
 from moe_bench.spec.scale import Plan, Scale, Substitution, differences, smoke_plan
 from moe_bench.spec.steady_state import num_micro_batches_to_run
@@ -84,9 +93,18 @@ def slice_plan(
     layers do not fit.
     """
     choice = choice or SliceChoice()
-    own = recipe if choice.kernels is None else with_kernels(recipe, choice.kernels)
+    family = choice.kernels or recipe.kernels.family
+    alone = recipe.model_copy(update={"dispatch": _dispatch(recipe.dispatch)})
     return _plan(
-        own, scale="slice", asked=recipe, fits=fits, reasons=_REASONS, modified=modified, choice=choice
+        # what a family fuses depends on who carries the tokens
+        with_kernels(alone, family),
+        whole=with_kernels(recipe, family),
+        scale="slice",
+        asked=recipe,
+        fits=fits,
+        reasons=_REASONS,
+        modified=modified,
+        choice=choice,
     )
 
 
@@ -103,6 +121,7 @@ def tiny_slice_plan(
     toy = smoke_plan(recipe, host=host, modified=modified).recipe
     return _plan(
         toy,
+        whole=toy,
         scale="tiny_slice",
         asked=recipe,
         fits=lambda _, __: True,
@@ -115,6 +134,7 @@ def tiny_slice_plan(
 def _plan(
     recipe: Recipe,
     *,
+    whole: Recipe,
     scale: Scale,
     asked: Recipe,
     fits: Fits,
@@ -122,13 +142,13 @@ def _plan(
     modified: tuple[str, ...],
     choice: SliceChoice,
 ) -> Plan:
-    """The slice of `recipe`, with its departures from `asked`."""
+    """The slice of `recipe`, with its departures from `asked`; `whole` is the job that it stands for."""
     stage = _stage(recipe, choice)
     steps = recipe.steps if any(change.startswith("steps.") for change in modified) else STEPS
-    whole = _alone(recipe, stage, choice.routing, steps=steps if scale == "slice" else recipe.steps)
+    own = _alone(recipe, stage, choice.routing, steps=steps if scale == "slice" else recipe.steps)
     num_moe_layers = _num_moe_layers(recipe, stage)
     for num_left_out in range(max(1, num_moe_layers - MIN_MOE_LAYERS + 1)):
-        cut = _without(whole, stage, num_left_out) if num_left_out else whole
+        cut = _without(own, stage, num_left_out) if num_left_out else own
         if fits(cut, stage):
             rank = _rank(cut, stage)
             rows = (*differences(asked, cut, reasons), _one_rank(cut, rank))
@@ -139,7 +159,7 @@ def _plan(
                 substitutions=rows,
                 modified=modified,
                 rank=rank,
-                whole=recipe,
+                whole=whole,
             )
     raise BadInputError(
         f"{recipe.name}: not even {MIN_MOE_LAYERS} expert layers of one rank fit a GPU of "
@@ -171,15 +191,10 @@ def _layers(chunks: tuple[Chunk, ...], stage: int) -> list[int]:
 
 def _alone(recipe: Recipe, stage: int, routing: Routing, *, steps: Steps) -> Recipe:
     """The recipe as a rank runs it alone."""
-    changed = recipe.dispatch.dispatcher not in ("allgather", "alltoall")
     is_capped = _RANK_CAPACITY in recipe.mcore
     own = recipe.model_copy(
         update={
-            "dispatch": recipe.dispatch.model_copy(
-                update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
-            )
-            if changed
-            else recipe.dispatch,
+            "dispatch": _dispatch(recipe.dispatch),
             "routing": routing,
             "recompute": _recompute(recipe, stage),
             "overlap": Overlap(
@@ -202,6 +217,15 @@ def _alone(recipe: Recipe, stage: int, routing: Routing, *, steps: Steps) -> Rec
     num_micro_batches = num_micro_batches_to_run(own)
     return own.model_copy(
         update={"global_batch_size": num_micro_batches * own.micro_batch_size * own.parallel.data}
+    )
+
+
+def _dispatch(dispatch: DispatchSpec) -> DispatchSpec:
+    """Loopback groups stand in for all-gather and all-to-all alone."""
+    if dispatch.dispatcher not in FLEX:
+        return dispatch
+    return dispatch.model_copy(
+        update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
     )
 
 

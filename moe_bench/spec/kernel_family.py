@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_bench.spec.legality.dispatch import FLEX
 from moe_bench.spec.recipe import (
     CudaGraphs,
     Fusions,
@@ -87,14 +88,15 @@ def _without_what_quack_lacks(recipe: Recipe) -> Recipe:
 
 
 def _fusions(recipe: Recipe, family: KernelFamily) -> Fusions:
-    """All that `family` has; weight gradients go to the buffer where it is whole and the product grouped, and
-    the router's kernel knows top-k alone.
+    """All that `family` has; weight gradients go to the buffer where it is whole and the product grouped, the
+    router's kernel knows top-k alone, and the flex dispatcher permutes without ours.
     """
     moe = recipe.model.moe
     has_whole_buffer = recipe.parallel.data_sharding != "megatron_fsdp" and recipe.kernels.grouped_gemm
     is_possible = {
         "gradient_accumulation": has_whole_buffer,
         "router": moe is None or moe.router.choice == "top_k",
+        "permute": recipe.dispatch.dispatcher not in FLEX,
     }
     own = {name: is_possible.get(name, True) for name in _OWN_FUSIONS[family]}
     return Fusions(

@@ -34,6 +34,7 @@ BEYOND = {
     "recorded_choice": OURS,
     "padded_capacity": AT_FORWARD,
     "dispatcher_needs_gpus": IN_A_KERNEL,
+    "flex_permutation": OURS,
     "fp32_probabilities": SILENT,
     "deepep_group": IN_A_KERNEL,
     "deepep_nvlink_peers": IN_A_KERNEL,

@@ -63,6 +63,10 @@ def test_other_kernels_are_legal_and_everything_that_they_replace_is_a_row(
     rows = {row.field: row.used for row in plan.substitutions}
     assert rows.get("kernels.family", asked.kernels.family) == family
     assert ("precision" in rows) == (not keeps)
+    # whoever carries the tokens of the job, those of the slice go through loopback groups
+    assert plan.recipe.kernels.fusions.permute or family == "quack"
+    assert plan.whole is not None
+    assert "flex_permutation" not in {problem.rule for problem in legality_problems(plan.whole)}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -36,6 +36,17 @@ def dispatcher_needs_gpus(recipe: Recipe) -> Iterator[Found]:
 
 
 @rule(
+    "that dispatcher permutes with Transformer Engine",
+    f"{_DISPATCHER}:1431",
+    "moe_bench/harness/kernels/fused/dispatchers.py",
+)
+def flex_permutation(recipe: Recipe) -> Iterator[Found]:
+    kernels, dispatcher = recipe.kernels, recipe.dispatch.dispatcher
+    if _is_flex(recipe, *FLEX) and kernels.is_torch_native and kernels.fusions.permute:
+        yield "kernels.fusions.permute", f"true with {kernels.family} and {dispatcher}", "write false"
+
+
+@rule(
     "there is nobody to exchange tokens with",
     f"{_DISPATCHER}:1770",
     f"{_DISPATCHER}:1788",
@@ -229,9 +240,9 @@ def allgather_padding(recipe: Recipe) -> Iterator[Found]:
 
 
 RULES = (
-    dispatcher_needs_gpus, flex_group_of_one, fp32_probabilities, deepep_group, deepep_nvlink_peers,
-    deepep_top_k, deepep_hidden_size, deepep_sms, num_sms, deepep_padding, hybridep_domains, hybridep_tokens,
-    hybridep_alignment, ncclep_capacity, rank_capacity, allgather_padding,
+    dispatcher_needs_gpus, flex_permutation, flex_group_of_one, fp32_probabilities, deepep_group,
+    deepep_nvlink_peers, deepep_top_k, deepep_hidden_size, deepep_sms, num_sms, deepep_padding,
+    hybridep_domains, hybridep_tokens, hybridep_alignment, ncclep_capacity, rank_capacity, allgather_padding,
 )  # fmt: skip
 
 
