@@ -153,6 +153,11 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
         )
     if recipe.token_drop is not None:
         raise BadInputError(f"{recipe.name}: token_drop: a layer alone drops no tokens; set it to null")
+    if not model.moe.router.is_causal:
+        raise BadInputError(
+            f"{recipe.name}: model.moe.router.choice {model.moe.router.choice}: where a token goes depends on "
+            "the others, and a layer alone is told where each goes; name a model whose tokens take their top-k"
+        )
     if model.moe.latent_size is not None:
         raise BadInputError(f"{recipe.name}: model.moe.latent_size: no code builds such experts alone")
     tokens = recipe.micro_batch_size * recipe.seq_len // (parallel.context * parallel.tensor)
