@@ -10,6 +10,7 @@ from moe_bench.cli import (
     accuracy,
     calibrate,
     data,
+    evaluate,
     h100,
     health,
     jobs,
@@ -47,6 +48,7 @@ _VERBS = (
     data,
     model,
     train,
+    evaluate,
     health,
 )
 """Modules whose import registers the verbs."""

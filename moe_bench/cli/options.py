@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from moe_bench.spec.problem import Problem
     from moe_bench.spec.recipe import KernelFamily, Recipe, Routing
+    from moe_bench.spec.rendezvous import Rendezvous
     from moe_bench.spec.scale import Plan
 
 PIPE_WIDTH = 200
@@ -93,6 +94,15 @@ StageOption = Annotated[
 StrongOption = Annotated[
     bool, typer.Option("--strong", help="With --num-gpus: keep the global batch, not that of a replica.")
 ]
+
+
+def rank_here() -> Rendezvous | None:
+    """Which rank of a job this process is, where a launcher has started it."""
+    from moe_bench.launch.environment import current_environment
+    from moe_bench.launch.rendezvous import rendezvous_from
+    from moe_bench.launch.runner import run_captured
+
+    return rendezvous_from(current_environment(), run_captured)
 
 
 def make_loader() -> Loader:

@@ -19,6 +19,7 @@ from moe_bench.cli.options import (
     make_console,
     plan_of,
     print_view,
+    rank_here,
 )
 from moe_bench.errors import BadInputError
 from moe_bench.spec.derive_training import DEFAULT_STEPS
@@ -118,7 +119,7 @@ def train(
     all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes)
     job = training_job(plan, wishes, before=before)
-    place = _place()
+    place = rank_here()
     is_speaker = place is None or place.rank == 0
     if before is None:
         checkpoint = start_from
@@ -127,14 +128,6 @@ def train(
     else:
         checkpoint = newest_checkpoint(out)
     _train(job, out, checkpoint, place, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
-
-
-def _place() -> Rendezvous | None:
-    from moe_bench.launch.environment import current_environment
-    from moe_bench.launch.rendezvous import rendezvous_from
-    from moe_bench.launch.runner import run_captured
-
-    return rendezvous_from(current_environment(), run_captured)
 
 
 def _train(

@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.utils import get_batch_on_this_cp_rank
+from torch.nn.functional import pad
 
 Device = Literal["cuda", "cpu"]
 MicroBatch = dict[str, torch.Tensor]
 """`tokens`, `labels`, `position_ids`: int64 [micro batch, sequence]; `loss_mask`: float32, same shape."""
 Draw = Callable[[int], torch.Tensor]
-"""Sample i of a global batch: tokens of one sequence and the one after its end, int64 [seq_len + 1]."""
+"""Sample i of a global batch: tokens of one sequence and the one after its end, int64 [seq_len + 1].
+
+Of a shorter one the end is filled up, and no loss is taken there.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +50,15 @@ def step_batches(plan: BatchPlan, step: int, *, draw: Draw | None = None) -> lis
 
 def _micro_batch(plan: BatchPlan, index: int, draw: Draw) -> MicroBatch:
     first = (index * plan.data_size + plan.data_rank) * plan.micro_batch_size
-    samples = torch.stack([draw(first + offset) for offset in range(plan.micro_batch_size)])
+    drawn = [draw(first + offset) for offset in range(plan.micro_batch_size)]
+    samples = torch.stack([pad(sample, (0, plan.seq_len + 1 - len(sample))) for sample in drawn])
+    num_labels = torch.tensor([max(len(sample) - 1, 0) for sample in drawn])
     positions = torch.arange(plan.seq_len).expand(plan.micro_batch_size, -1).contiguous()
     batch = {
         "tokens": samples[:, :-1].contiguous(),
         "labels": samples[:, 1:].contiguous(),
         "position_ids": positions,
-        "loss_mask": torch.ones(plan.micro_batch_size, plan.seq_len),
+        "loss_mask": (positions < num_labels[:, None]).float(),
     }
     batch = {key: value.to(plan.device) for key, value in batch.items()}
     if plan.context_group.size() > 1:

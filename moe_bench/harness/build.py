@@ -56,6 +56,7 @@ class Training:
     chunks: tuple[torch.nn.Module, ...]
     """One per virtual pipeline stage, wrapped."""
     optimizer: Any
+    """None of a model that learns nothing."""
 
 
 def transformer_config(arguments: MegatronArguments) -> TransformerConfig:
@@ -94,6 +95,7 @@ def model_chunks(
         experts_are_apart=bool(arguments.ddp["use_megatron_fsdp"]),
         experts_are_fp8=settings.experts_are_fp8,
         fusions=frozenset(settings.triton_fusions),
+        expert_steps=settings.expert_steps,
     )
     num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))
@@ -146,12 +148,7 @@ def training(
 
     `rates` is what a schedule of the learning rate wants of the optimizer; None keeps it constant.
     """
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        chunk.to(device)
-    if config.bf16:
-        chunks = tuple(Float16Module(config, chunk) for chunk in chunks)
+    chunks = _in_precision(config, chunks, device=device)
     ddp_config = DistributedDataParallelConfig(**_objects(arguments.ddp))
     wrapped = _wrap(chunks, config, ddp_config, device=device)
     optimizer = _optimizer(
@@ -166,6 +163,26 @@ def training(
         forget_after_steps(torch_optimizers(optimizer), wrapped)
     _connect(config, ddp_config, wrapped, optimizer)
     return Training(config=config, chunks=wrapped, optimizer=optimizer)
+
+
+def without_optimizer(
+    config: TransformerConfig, chunks: tuple[torch.nn.Module, ...], *, device: Device
+) -> Training:
+    """The chunks in the recipe's precision and nothing that learning needs: no gradients, no buckets."""
+    ready = _in_precision(config, chunks, device=device)
+    return Training(
+        config=config, chunks=tuple(chunk.requires_grad_(False) for chunk in ready), optimizer=None
+    )
+
+
+def _in_precision(
+    config: TransformerConfig, chunks: tuple[torch.nn.Module, ...], *, device: Device
+) -> tuple[torch.nn.Module, ...]:
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunk.to(device)
+    return tuple(Float16Module(config, chunk) for chunk in chunks) if config.bf16 else chunks
 
 
 def _wrap(

@@ -73,6 +73,16 @@ def load_training() -> ModuleType:
     return _loaded("moe_bench.harness.training.session")
 
 
+def load_evaluate() -> ModuleType:
+    """`moe_bench.harness.training.evaluate`, imported quietly."""
+    return _loaded("moe_bench.harness.training.evaluate")
+
+
+def load_generate() -> ModuleType:
+    """`moe_bench.harness.training.generate`, imported quietly."""
+    return _loaded("moe_bench.harness.training.generate")
+
+
 def _loaded(name: str) -> ModuleType:
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level

@@ -56,6 +56,23 @@ def read_job(folder: Path) -> TrainingJob:
         raise BadInputError(f"{path}: not a training run of this release; start a new one") from error
 
 
+def find_checkpoint(path: Path) -> tuple[Path, TrainingJob | None]:
+    """The checkpoint that `path` is, or the newest one of the run that it is, and that run.
+
+    A checkpoint that lies in no run, as a converted one, has none. Raises BadInputError where there is none.
+    """
+    if (path / JOB).is_file():
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise BadInputError(f"{path}: the run in it has saved no checkpoint yet; train on with --resume")
+        return newest, read_job(path)
+    if not path.is_dir():
+        raise BadInputError(f"{path}: no such folder; name a checkpoint, or the run that saved it")
+    run = path.resolve().parent.parent
+    is_of_run = path.resolve().parent.name == CHECKPOINTS and (run / JOB).is_file()
+    return path, read_job(run) if is_of_run else None
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Of the run in `folder`; None before its first one is whole."""
     steps = saved_steps(folder / CHECKPOINTS)

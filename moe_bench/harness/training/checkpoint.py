@@ -138,7 +138,7 @@ def load_checkpoint(training: Training, path: Path, *, with_optimizer: bool = Tr
     progress = Progress(num_steps=int(state["num_steps"]))
     if with_optimizer:
         _load_optimizer(training.optimizer, state["optimizer"], progress)
-    else:
+    elif training.optimizer is not None:
         training.optimizer.reload_model_params()
     return progress
 

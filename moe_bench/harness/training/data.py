@@ -67,10 +67,14 @@ def _require_whole_samples(job: TrainingJob) -> None:
     """Raise BadInputError where a part has less than one sample: Megatron-Core would look for it for ever."""
     dataset = IndexedDataset(job.data)  # whose end would take the memory of its arrays with it
     lengths = dataset.sequence_lengths
-    # the documents at which Megatron-Core cuts (blended_megatron_dataset_builder.py, _get_split_indices)
-    cut = round(len(lengths) * (1 - job.validation_fraction))
+    cut = num_training_documents(len(lengths), job.validation_fraction)
     if min(int(lengths[:cut].sum()), int(lengths[cut:].sum())) <= job.plan.recipe.seq_len:
         raise _too_little(job)
+
+
+def num_training_documents(num_documents: int, validation_fraction: float) -> int:
+    """Where Megatron-Core cuts (blended_megatron_dataset_builder.py, _get_split_indices)."""
+    return round(num_documents * (1 - validation_fraction))
 
 
 def _too_little(job: TrainingJob) -> BadInputError:
