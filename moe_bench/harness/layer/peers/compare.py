@@ -26,7 +26,7 @@ from moe_bench.harness.layer.peers.agreement import (
     reference,
 )
 from moe_bench.harness.layer.peers.obstacles import PLAIN_PRECISIONS
-from moe_bench.harness.layer.weights import LayerWeights, draw_weights, dtype_of
+from moe_bench.harness.layer.weights import LayerWeights, draw_weights
 from moe_bench.harness.timing import DeviceClock
 from moe_bench.results.layer_peers import EngineResult, EngineTimes, LayerPeers, Outcome, TensorDifference
 from moe_bench.results.layer_samples import WholeSamples
@@ -90,6 +90,16 @@ class _Task:
     inputs: LayerInputs
     device: str
 
+    @property
+    def allowed_fraction(self) -> float:
+        """How far an engine may be from the reference."""
+        return ALLOWED_FRACTION[self.case.precision]
+
+    def checked_inputs(self) -> tuple[Tensor, Tensor]:
+        """Input and output gradient of the tokens that are held against the reference."""
+        num_tokens = num_checked_tokens(self.case)
+        return self.inputs.x[:num_tokens], self.inputs.gradient[:num_tokens]
+
 
 def compare_engines(
     asked: LayerCase,
@@ -121,7 +131,7 @@ def compare_engines(
         differences=changes,
         baseline=baseline,
         num_checked_tokens=num_checked,
-        allowed_fraction=ALLOWED_FRACTION[dtype_of(case)],
+        allowed_fraction=task.allowed_fraction,
         engines=tuple(entrant.result() for entrant in entrants),
     )
 
@@ -143,8 +153,7 @@ def comparable(asked: LayerCase) -> tuple[LayerCase, tuple[str, ...]]:
 
 def _check(task: _Task, entrants: list[_Entrant], on_progress: Callable[[str], None]) -> int:
     """Hold every engine that can run against the reference; the number of tokens that it was done with."""
-    num_tokens = num_checked_tokens(task.case)
-    x, gradient = task.inputs.x[:num_tokens], task.inputs.gradient[:num_tokens]
+    x, gradient = task.checked_inputs()
     exact: dict[str, Tensor] = {}
     for entrant in entrants:
         if (obstacle := entrant.engine.obstacle(task.case)) is not None:
@@ -152,8 +161,8 @@ def _check(task: _Task, entrants: list[_Entrant], on_progress: Callable[[str], N
             continue
         on_progress(f"{entrant.name}: agreement")
         exact = exact or reference(task.case, task.weights, x, gradient)
-        _attempt(task, entrant, partial(_agree, entrant, x, gradient, exact))
-    return num_tokens
+        _attempt(task, entrant, partial(_agree, task, entrant, exact))
+    return len(x)
 
 
 def _attempt(task: _Task, entrant: _Entrant, use: Callable[[BuiltLayer], None]) -> None:
@@ -169,10 +178,9 @@ def _attempt(task: _Task, entrant: _Entrant, use: Callable[[BuiltLayer], None]) 
         torch.cuda.empty_cache()
 
 
-def _agree(
-    entrant: _Entrant, x: Tensor, gradient: Tensor, exact: dict[str, Tensor], layer: BuiltLayer
-) -> None:
-    allowed = ALLOWED_FRACTION[x.dtype]
+def _agree(task: _Task, entrant: _Entrant, exact: dict[str, Tensor], layer: BuiltLayer) -> None:
+    x, gradient = task.checked_inputs()
+    allowed = task.allowed_fraction
     entrant.differences = differences(observed(layer, x, gradient), exact)
     wrong = [one for one in entrant.differences if one.order() > allowed]
     if wrong:
