@@ -112,7 +112,7 @@ def _simulated_all(
         first_layer += len(work.layers)
         if timeline is None:
             continue
-        table.schedule_factor[row] = _schedule_factor(times, row, timeline)
+        table.schedule_factor[row] = work.num_flushes * _schedule_factor(times, row, timeline)
         rank = int(times.critical_rank[row] - table.first_rank[row])
         reduced = reduction_windows_s(timeline, rank, num_buckets=work.gradients.num_buckets)
         gathered = gathering_windows_s(timeline, rank, num_buckets=work.parameters.num_buckets)
@@ -124,15 +124,16 @@ def _simulated_all(
 
 
 def simulated(work: StepWork, layers: LayerTimes, *, first_layer: int, transfer_s: float) -> Timeline | None:
-    """The pipeline of `work`, whose layers stand in `layers` from `first_layer`; None without a pipeline."""
+    """The pipeline of `work` until it is empty, its layers in `layers` from `first_layer`; else None."""
     recipe = work.recipe
     parallel = recipe.parallel
     if parallel.pipeline == 1:
         return None
     overlaps = recipe.overlap.p2p and parallel.virtual_pipeline > 1
     choices = work.schedule.overlap_choices
+    shape = schedule_shape(recipe, work.schedule)
     return simulate_shape(
-        schedule_shape(recipe, work.schedule),
+        replace(shape, num_micro_batches=shape.num_micro_batches // work.num_flushes),
         TransferRule(overlaps=overlaps if overlaps in choices else choices[0], waits_for_sends=False),
         chunks=[_chunk_time(work, layers, first_layer, counts) for counts in work.chunk_counts],
         transfer_s=transfer_s,

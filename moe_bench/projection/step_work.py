@@ -50,6 +50,8 @@ class StepWork:
     """What Megatron-FSDP gathers and reduces in every micro batch."""
     optimizer_memory_s: float
     """Bytes of the optimizer step over the datasheet's bandwidth."""
+    num_flushes: int = 1
+    """As in `Traits`."""
 
     @property
     def recipe(self) -> Recipe:
@@ -102,6 +104,7 @@ def step_work(
         parameters=synced[Phase.PARAMETER_SYNC],
         micro_batch_gathers=synced[Phase.FORWARD],
         optimizer_memory_s=optimizer_bytes(recipe) / efficiency_bandwidth(recipe),
+        num_flushes=traits.num_flushes,
     )
 
 

@@ -30,7 +30,7 @@ def traits_of(run: InferredRun) -> Traits:
     torch's own attention has but its memory-efficient kernel for it (pytorch/torchtitan #1610), half as fast
     as FlashAttention 2 (arXiv:2307.08691, figures 4 and 5: xformers).
     """
-    traits = TRAITS[run.stack.engine]
+    traits = replace(TRAITS[run.stack.engine], num_flushes=_num_flushes(run))
     gpu, attention = run.recipe.system.gpu, run.recipe.model.attention
     if attention.kind == "mla" and run.stack.engine is Engine.TORCHTITAN:
         return replace(traits, attention_fraction=traits.attention_fraction / 2)
@@ -48,3 +48,16 @@ def is_scored(row: PublishedRow) -> bool:
 def is_fitted(run: InferredRun) -> bool:
     """Whether constants are fitted to the row: it is scored, and Megatron-Core ran it."""
     return is_scored(run.row) and run.stack.engine is Engine.MEGATRON
+
+
+def _num_flushes(run: InferredRun) -> int:
+    """Local batches of a step, each of which torch's pipelines run to its end (torch.distributed.pipelining,
+    `schedule.step`); 1 where none is printed.
+    """
+    recipe, local_batch = run.recipe, run.row.local_batch
+    runs_torch = run.stack.engine in (Engine.AUTOMODEL, Engine.TORCHTITAN)
+    if not runs_torch or local_batch is None or recipe.parallel.pipeline == 1:
+        return 1
+    num_per_flush = max(1, local_batch // recipe.micro_batch_size)
+    num_flushes, left = divmod(recipe.num_micro_batches, num_per_flush)
+    return 1 if left else max(1, num_flushes)

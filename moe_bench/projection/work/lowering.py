@@ -139,7 +139,8 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float, traits: Traits) ->
     if kind.is_mtp:
         exchanges += mtp_exchanges(recipe, is_moe=False)[:2]
     messages = tuple(messages_of(tally, exchanges, load))
-    tally.launch_around(num_collectives=sum(message.group is Group.TENSOR for message in messages))
+    num_collectives = sum(message.group is Group.TENSOR for message in messages)
+    tally.launch_around(num_collectives=num_collectives * (recipe.parallel.tensor > 1))
     return LayerWork(operations=tuple(tally.operations), messages=messages, num_launches=tally.num_launches)
 
 

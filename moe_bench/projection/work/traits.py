@@ -17,6 +17,9 @@ class Traits:
     (torchtitan's `fsdp_reshard_after_forward`)."""
     attention_fraction: float = 1.0
     """Rate of its attention kernels over that of the best public ones (cuDNN, FlashAttention 3)."""
+    num_flushes: int = 1
+    """Pipeline schedules of one step, one behind the other: torch's pipelines empty themselves after every
+    local batch, Megatron-Core's once."""
     fuses_attention: bool = True
     """Whether scores stay inside of one kernel, or are written, normalised and read as a matrix."""
 

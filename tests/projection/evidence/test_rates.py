@@ -88,3 +88,12 @@ def test_no_rate_is_above_the_datasheet(system: str) -> None:
         assert peak is not None
         assert 0.4 * peak < rate.limit_flops_per_s < peak
         assert 0.25 < rate.hbm_fraction < 1
+
+
+def test_long_work_slows_other_gpus_more_than_an_h100() -> None:
+    """Medians of docs/projection.md: 705 of 765 TFLOP/s on an H100, 1,228 of 1,471 on a B200."""
+    keys = ("h100_sxm", "b200", "gb200_nvl72", "gb300_nvl72")
+    ratios = {key: gpu_rates(gpu_of(key)).sustained_ratio for key in keys}
+    assert ratios["h100_sxm"] == 1
+    assert ratios["b200"] == pytest.approx(0.906, abs=0.001)
+    assert ratios["b200"] < ratios["gb200_nvl72"] < ratios["gb300_nvl72"] < 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -12,7 +12,16 @@ from moe_bench.analysis.rank_flops import rank_flops
 from moe_bench.errors import BadInputError
 from moe_bench.projection.rows.inference import InferredRun, infer, load_catalogue
 from moe_bench.projection.work.lowering import lower
-from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
+from moe_bench.projection.work.operations import (
+    AttentionCore,
+    Gemm,
+    LayerWork,
+    MemoryBound,
+    Number,
+    Part,
+    Pass,
+)
+from moe_bench.projection.work.traits import Traits
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
@@ -208,3 +217,55 @@ def test_residual_streams_are_mixed_once_per_half_layer() -> None:
         one.num_bytes for one in work.operations if isinstance(one, MemoryBound) and one.part is Part.NORMS
     ]
     assert moved.count((3 * streams + 2) * 2 * rows * hidden) == 2
+
+
+def test_unfused_attention_works_on_the_whole_score_matrix() -> None:
+    recipe = recipe_named("deepseek_v3/h100_sxm_1024g_bf16")
+    fused, unfused = (
+        lower(recipe, traits=Traits(fuses_attention=fuses)).kinds.values() for fuses in (True, False)
+    )
+
+    def core_flops(works: Iterable[LayerWork]) -> float:
+        return sum(
+            one.num_flops
+            for work in works
+            for one in work.operations
+            if isinstance(one, Gemm | AttentionCore)
+            and one.in_pass is Pass.FORWARD
+            and (isinstance(one, AttentionCore) or one.part is Part.ATTENTION)
+        )
+
+    twice_causal = 2 * recipe.seq_len / (recipe.seq_len + 1)
+    assert core_flops(unfused) == pytest.approx(twice_causal * core_flops(fused), rel=1e-3)
+
+
+def test_a_bf16_gradient_is_half_the_traffic_of_an_fp32_one() -> None:
+    products = {
+        dtype: next(
+            one
+            for work in lower(
+                recipe_named("qwen3_30b_a3b", f"optimizer.gradient_dtype={dtype}")
+            ).kinds.values()
+            for one in work.operations
+            if isinstance(one, Gemm) and one.in_pass is Pass.WGRAD
+        )
+        for dtype in ("bf16", "fp32")
+    }
+    elements = products["bf16"].num_rows * products["bf16"].num_columns * products["bf16"].num_groups
+    assert products["fp32"].num_bytes - products["bf16"].num_bytes == pytest.approx(4 * elements)
+
+
+def test_collectives_and_recomputed_modules_cost_the_host_time() -> None:
+    plain = recipe_named("moonlight_16b_a3b/h100_sxm_8g_bf16_gbs4")
+    recomputed = recipe_named(
+        "moonlight_16b_a3b/h100_sxm_8g_bf16_gbs4",
+        "recompute.granularity=selective",
+        "recompute.modules=[mla_up_proj,moe_act]",
+    )
+    alone = recipe_named("moonlight_16b_a3b/h100_sxm_8g_bf16_gbs4", "parallel.tensor=1")
+
+    def launches(recipe: Recipe) -> float:
+        return max(work.num_launches for work in lower(recipe).kinds.values())
+
+    assert launches(recomputed) >= launches(plain) + 2 * 12  # collectives that are repeated come on top
+    assert launches(plain) > launches(alone)
