@@ -1,4 +1,4 @@
-"""What all tests share: with several workers, which tests must stay together and which go first."""
+"""What all tests share: the skip of those for a GPU, and where they run with several workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import pytest
 
 SLURM = "tests/slurm"
 """One cluster serves all of its files; its tests mostly wait, so they start first."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where torch sees none, with what docs/gpu.md says that a CPU lacks."""
+    mark = item.get_closest_marker("gpu")
+    if mark is None:
+        return
+    if not mark.args:
+        raise pytest.UsageError(f"{item.nodeid}: say why it needs a GPU: @pytest.mark.gpu('...')")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a GPU: {mark.args[0]}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -235,7 +235,7 @@ def test_a_backward_pass_that_frees_what_it_saved_runs_again_after_another_forwa
         call()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("_scaled_mm has another kernel on a CPU")
 @pytest.mark.parametrize(
     "implementation", [Implementation.SCALED_MM_TENSORWISE, Implementation.SCALED_MM_ROWWISE]
 )
@@ -247,7 +247,7 @@ def test_fp8_products_agree_with_their_factors_in_float64(implementation: Implem
     torch.testing.assert_close(tensor(call()).double(), expected, rtol=2e-2, atol=2e-1)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("scaled_grouped_mm has no CPU kernel")
 @pytest.mark.parametrize("direction", ["forward", "dgrad"])
 def test_grouped_fp8_products_agree_with_their_factors_in_float64(direction: str) -> None:
     call = grouped_call(grouped(direction), "fp8_e4m3", Implementation.SCALED_GROUPED_MM, "cuda")
@@ -257,7 +257,7 @@ def test_grouped_fp8_products_agree_with_their_factors_in_float64(direction: str
     torch.testing.assert_close(tensor(call()).double(), expected, rtol=2e-2, atol=2e-1)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU has other kernels of attention")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_window_runs_in_both_directions_on_a_gpu(direction: str) -> None:
     what = AttentionCore.model_validate(
@@ -277,7 +277,7 @@ def test_a_window_runs_in_both_directions_on_a_gpu(direction: str) -> None:
     torch.cuda.synchronize()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("memory is pinned for a GPU")
 def test_what_is_copied_from_pinned_memory_arrives() -> None:
     call = memory_call(memory("copy", HOST_TO_DEVICE, 4096), "bf16", Implementation.COPY, "cuda")
     made = inputs_of(call)

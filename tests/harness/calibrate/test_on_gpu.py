@@ -14,7 +14,7 @@ from moe_bench.results.calibration import read_calibration
 from moe_bench.results.calibration_tasks import OPERATIONS
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU has no CUDA events, clocks and L2 to read")
 def test_the_whole_list_runs_on_a_gpu(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "moe_bench", "calibrate", "--tiny", "--json", "--out", str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, check=False)

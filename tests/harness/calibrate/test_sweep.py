@@ -106,7 +106,7 @@ def test_without_a_gpu_only_toy_shapes_are_measured() -> None:
         sweep_here(no_toy, is_tiny=False)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU has no CUDA events, clocks and L2 to read")
 def test_on_a_gpu_the_l2_is_flushed_and_clocks_stand_beside_the_samples() -> None:
     entry = sweep_here(no_toy, is_tiny=True).measure(product(1024))
     assert isinstance(entry, Measurement)

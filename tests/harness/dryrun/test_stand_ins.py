@@ -22,7 +22,6 @@ from moe_bench.harness.kernels.fused.row_map import row_map
 from moe_bench.spec.recipe import Fusions
 from tests.harness.dryrun.conftest import toy
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 ENTRIES = [entry for family in STAND_INS.values() for entry in family]
 BATCH, HEADS, GROUPS, TOKENS, CHANNELS = 2, 8, 2, 64, 32
 
@@ -117,8 +116,7 @@ def test_our_router_keeps_logits_once_and_its_map() -> None:
         assert scored == TOKENS * 8 * 4
 
 
-@pytest.mark.gpu
-@needs_gpu
+@pytest.mark.gpu("a CPU has other kernels of attention")
 def test_torchs_flash_kernel_keeps_what_its_stand_in_keeps() -> None:
     query, key, value = (make(BATCH, HEADS, TOKENS, CHANNELS, device="cuda") for _ in range(3))
     backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -129,16 +127,14 @@ def test_torchs_flash_kernel_keeps_what_its_stand_in_keeps() -> None:
     assert stand_in <= real <= stand_in + 64
 
 
-@pytest.mark.gpu
-@needs_gpu
+@pytest.mark.gpu("what CUDA kernels keep for the backward pass differs from what the CPU's keep")
 def test_torchs_norm_keeps_what_its_stand_in_keeps() -> None:
     x, weight = make(TOKENS, CHANNELS, device="cuda"), make(CHANNELS, device="cuda")
     real = kept_bytes(lambda: functional.rms_norm(x, weight.shape, weight, 1e-5))
     assert real == kept_bytes(lambda: kernels.RMSNorm.apply(x, weight))
 
 
-@pytest.mark.gpu
-@needs_gpu
+@pytest.mark.gpu("Transformer Engine has no CPU path")
 def test_transformer_engines_permutation_and_router_keep_what_the_closed_form_says() -> None:
     engine = pytest.importorskip("transformer_engine.pytorch")
     router = pytest.importorskip("transformer_engine.pytorch.router")

@@ -22,19 +22,13 @@ with warnings.catch_warnings():
 RANK_TIMEOUT_S = 120
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none."""
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a GPU; torch sees none")
-
-
 @pytest.fixture(autouse=True)
 def _one_thread_and_one_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu("the same on the device"))])
 def each_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where every tensor of the test is made: on the host and, where there is one, on the GPU."""
     with torch.device(request.param) as device:

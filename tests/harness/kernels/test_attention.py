@@ -222,7 +222,7 @@ def test_context_parallel_attention_equals_that_of_one_process(
     assert sorted(itertools.chain(*(rank[0].tolist() for rank in ranks))) == list(range(16))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU has other kernels of attention")
 @pytest.mark.parametrize("case", CASES)
 def test_fused_attention_equals_loops_in_float64(case: str) -> None:
     module = attention(
@@ -234,7 +234,7 @@ def test_fused_attention_equals_loops_in_float64(case: str) -> None:
     compare_with_reference(module, inputs(num_tokens=48), torch.bfloat16, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU has other kernels of attention")
 def test_flash_attention_takes_the_widths_of_mla() -> None:
     module = attention(
         without_groups(),

@@ -233,7 +233,7 @@ def test_held_back_weight_gradients_are_refused(groups: Groups) -> None:
         GroupedExperts(4, config, pg_collection=groups)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("grouped_mm has another kernel on a CPU")
 @pytest.mark.parametrize("is_gpt_oss", [False, True], ids=["swiglu", "gpt-oss"])
 @pytest.mark.parametrize("are_apart", [False, True], ids=["stacked", "apart"])
 def test_fused_experts_equal_loops_in_float64(are_apart: bool, is_gpt_oss: bool) -> None:
@@ -247,7 +247,7 @@ def test_fused_experts_equal_loops_in_float64(are_apart: bool, is_gpt_oss: bool)
     )
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU is never waited for")
 def test_the_experts_never_wait_for_the_device() -> None:
     module = experts(without_groups(), params_dtype=torch.bfloat16, bf16=True, **gpt_oss_experts()).cuda()
     x, counts, probabilities, grad = (tensor.cuda() for tensor in tokens(torch.bfloat16, COUNTS))

@@ -74,7 +74,7 @@ def test_infinity_in_a_row_is_still_seen_in_its_product() -> None:
     assert not torch.isfinite(decoded(rows_reference(row)).sum())
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("Triton compiles for GPUs; here its interpreter runs the kernels")
 @pytest.mark.parametrize("name", inputs())
 def test_the_compiled_kernels_scale_and_round_as_one_row_at_a_time(name: str) -> None:
     x = inputs()[name]

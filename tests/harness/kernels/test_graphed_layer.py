@@ -165,7 +165,7 @@ def test_padded_counts_are_made_on_the_device_of_the_routing_map() -> None:
     assert padded.preprocess(torch.empty(4, 40, dtype=torch.bool)).tolist() == [24] * 5
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("CUDA graphs capture on a GPU alone")
 @pytest.mark.parametrize("model", ["qwen3_30b_a3b", "deepseek_v3"])
 def test_replays_compute_what_the_layer_does_on_inputs_that_route_otherwise(model: str) -> None:
     case = small_case(model, precision="bf16", num_tokens=512, kernels=FUSED)

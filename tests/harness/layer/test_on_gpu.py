@@ -20,7 +20,7 @@ def measured(tmp_path: Path, *options: str) -> list[LayerRecord]:
     return [read_layer_record(Path(one["path"])) for one in json.loads(done.stdout)]
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("a CPU has no CUDA events, clocks and L2 to read")
 @pytest.mark.parametrize("model", ["deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b"])
 def test_a_toy_layer_is_taken_apart_by_cuda_events(tmp_path: Path, model: str) -> None:
     (found,) = measured(tmp_path, model, "--tiny", "--held-seconds", "1", "--peers", "textbook")
@@ -33,7 +33,7 @@ def test_a_toy_layer_is_taken_apart_by_cuda_events(tmp_path: Path, model: str) -
     assert {one.outcome for one in found.peers.engines} == {"measured"}
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("Triton compiles for GPUs; here its interpreter runs the kernels")
 def test_a_real_layer_runs_on_every_family_that_is_installed_on_its_fast_path(tmp_path: Path) -> None:
     found = measured(tmp_path, "--suite", "sonicmoe", "--tokens", "4096")
     engines = {one.engine for one in found}

@@ -5,9 +5,10 @@ import os
 import pytest
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_A_GPU = pytest.mark.gpu("Triton compiles for GPUs; here its interpreter runs the kernels")
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=ON_A_GPU)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where the tensors are: on the host for the interpreter, or on the GPU."""
     return "cpu" if request.param == "interpreter" else "cuda"

@@ -51,7 +51,7 @@ def test_the_kernels_add_rows_up_and_number_them_under_the_interpreter(tmp_path:
         assert torch.equal(mine, truth)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("Triton compiles for GPUs; here its interpreter runs the kernels")
 def test_the_compiled_kernel_adds_rows_up() -> None:
     for case in inputs():
         sums = gather_sum(*(None if tensor is None else tensor.cuda() for tensor in case))

@@ -76,7 +76,7 @@ def every_product(rows: ExpertRows, probabilities: torch.Tensor, inputs: dict[st
     ]
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("quack-kernels compiles for Hopper and Blackwell alone")
 @needs_quack
 def test_quack_computes_what_the_stand_in_does() -> None:
     """BF16 on the GPU against float64, as near as BF16 products are."""
