@@ -101,6 +101,7 @@ def test_ranks_do_not_outlive_a_killed_parent() -> None:
     zygote.send(run_forked, 2, asleep, on_progress=print)
     parent = psutil.Process(zygote.pid)
     while len(ranks := parent.children()) < 2:
+        assert parent.status() != psutil.STATUS_ZOMBIE, "it ended before it had ranks"
         time.sleep(0.01)
     parent.kill()
     zygote.close()
