@@ -11,6 +11,7 @@ import typer
 
 from moe_bench.cli.app import RUN, app
 from moe_bench.cli.calibrate import (
+    DEFAULT_SYSTEM,
     INTERRUPTED,
     calibrated_recipes,
     gpu_here,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_bench.projection.calibration.plan import CalibrationPlan
-    from moe_bench.projection.campaign.plan import CampaignPlan, PlannedStep
+    from moe_bench.projection.campaign.plan import CampaignPlan, PlannedStep, Sources
     from moe_bench.projection.campaign.wishes import CalibrateWish, LayerWish, SliceWish
     from moe_bench.results.campaign import CampaignHeader, CampaignJournal
     from moe_bench.spec.layer_case import LayerCase
@@ -79,10 +80,10 @@ def h100(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what one GPU tells of the whole cluster: kernels, layers, slices, peers, in order of value."""
-    if reach:
-        _print_reach(out or results_root(), as_json=as_json)
-        return
     loader = make_loader()
+    if reach:
+        _print_reach(out or results_root(), loader, as_json=as_json)
+        return
     if plan:
         from moe_bench.report.campaign_view import campaign_plan_json, campaign_plan_view
 
@@ -106,7 +107,8 @@ def h100(
     _measure(planned, root, journal, retries=retry, budget_s=budget_seconds, as_json=as_json)
 
 
-def _print_reach(root: Path, *, as_json: bool) -> None:
+def _print_reach(root: Path, loader: Loader, *, as_json: bool) -> None:
+    from moe_bench.projection.campaign.predictions import predictions
     from moe_bench.report.reach_view import reach_json, reach_view
     from moe_bench.results.layer_record import layer_records
     from moe_bench.results.reach import reached
@@ -114,13 +116,25 @@ def _print_reach(root: Path, *, as_json: bool) -> None:
 
     runs = read_records((root,)) if root.is_dir() else ()
     figures = reached(layer_records(root), runs)
-    print_view(reach_view(figures), reach_json(figures), as_json)
+    system = loader.system(DEFAULT_SYSTEM)
+    predicted = predictions(system, _sources(system, loader, tiny=False))
+    print_view(reach_view(figures, predicted), reach_json(figures, predicted), as_json)
 
 
 def _plan(system: SystemSpec, loader: Loader, only: str | None, tiny: bool, budget_s: float) -> CampaignPlan:
+    from moe_bench.projection.campaign.plan import campaign_plan
+
+    kinds = None if only is None else [part.strip() for part in only.split(",")]
+    return campaign_plan(
+        system, _sources(system, loader, tiny=tiny), only=kinds, is_tiny=tiny, budget_s=budget_s
+    )
+
+
+def _sources(system: SystemSpec, loader: Loader, *, tiny: bool) -> Sources:
+    """Where the plan's estimates take recipes, layers and calibrations from."""
     from importlib.util import find_spec
 
-    from moe_bench.projection.campaign.plan import Sources, campaign_plan
+    from moe_bench.projection.campaign.plan import Sources
     from moe_bench.results.calibration_tasks import OPERATIONS
     from moe_bench.results.sonicmoe import SHAPES
     from moe_bench.spec.layer_case import layer_case_of
@@ -143,15 +157,13 @@ def _plan(system: SystemSpec, loader: Loader, only: str | None, tiny: bool, budg
         recipes = calibrated_recipes(None, loader, tiny=tiny)
         return planned_calibration(recipes, system, loader, wish.only or OPERATIONS, tiny, wish.budget_s)
 
-    sources = Sources(
+    return Sources(
         slice_of=slice_of,
         layers_of=layers_of,
         calibration_of=calibration_of,
         installed=lambda module: find_spec(module) is not None,
         has_tests=(data_root() / "tests").is_dir(),
     )
-    kinds = None if only is None else [part.strip() for part in only.split(",")]
-    return campaign_plan(system, sources, only=kinds, is_tiny=tiny, budget_s=budget_s)
 
 
 def _measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -14,12 +14,13 @@ _TERA = 1e12
 _VERDICTS = {None: "not measured", True: "reached", False: "missed"}
 
 
-def reach_view(figures: Sequence[Reach]) -> RenderableType:
-    """A line for each figure, then how many are reached."""
+def reach_view(figures: Sequence[Reach], predicted: Mapping[str, float]) -> RenderableType:
+    """A line for each figure, then how many are reached; `predicted` is by figure, before any measurement."""
     rows = tuple(
         (
             one.what,
             f"{'>=' if one.is_at_least else '<='} {_text(one.target, one)}",
+            _text(predicted[one.what], one) if one.what in predicted else "-",
             "-" if one.measured is None else _text(one.measured, one),
             one.by or "-",
             _VERDICTS[one.is_reached],
@@ -28,11 +29,13 @@ def reach_view(figures: Sequence[Reach]) -> RenderableType:
     )
     counts = {verdict: sum(one.is_reached is verdict for one in figures) for verdict in (True, False, None)}
     line = f"{counts[True]} reached, {counts[False]} missed, {counts[None]} not measured on an {GPU}"
-    headings = ("figure", "to reach", "measured", "by", "verdict")
-    return Group(Columns(headings=headings, rows=rows, right=frozenset({"measured"})), Text(), Text(line))
+    headings = ("figure", "to reach", "predicted", "measured", "by", "verdict")
+    return Group(
+        Columns(headings=headings, rows=rows, right=frozenset({"predicted", "measured"})), Text(), Text(line)
+    )
 
 
-def reach_json(figures: Sequence[Reach]) -> list[dict[str, object]]:
+def reach_json(figures: Sequence[Reach], predicted: Mapping[str, float]) -> list[dict[str, object]]:
     """The same for programs: fractions, ratios and FLOP/s as numbers."""
     return [
         {
@@ -40,6 +43,7 @@ def reach_json(figures: Sequence[Reach]) -> list[dict[str, object]]:
             "target": one.target,
             "is_at_least": one.is_at_least,
             "unit": one.unit,
+            "predicted": predicted.get(one.what),
             "measured": one.measured,
             "by": one.by,
             "is_reached": one.is_reached,

@@ -17,7 +17,7 @@ from moe_bench.results.layer_peers import LayerPeers
 from moe_bench.results.layer_record import LayerRecord
 from moe_bench.results.record import Record
 from moe_bench.results.slice_metrics import slice_metrics
-from moe_bench.results.sonicmoe import SHAPES
+from moe_bench.results.sonicmoe import SHAPES, SonicShape
 
 GPU = "NVIDIA H100 80GB HBM3"
 EXPERT_GEMM_FRACTION = 0.75
@@ -64,6 +64,26 @@ class Reach:
         return self.measured >= self.target if self.is_at_least else self.measured <= self.target
 
 
+def expert_gemms(model: str) -> str:
+    """Name of the figure of a model's products."""
+    return f"{model}: expert GEMMs over a dense product"
+
+
+def routing(model: str) -> str:
+    """Name of the figure of a model's router and permutations."""
+    return f"{model}: router and permutations"
+
+
+def suite_layer(shape: SonicShape) -> str:
+    """Name of the figure of a layer of the suite."""
+    return f"{shape.name}: over the highest published rate"
+
+
+def slice_rate(model: str) -> str:
+    """Name of the figure of a rank's rate."""
+    return f"{model}: model FLOPs of a rank's compute"
+
+
 def reached(layers: Iterable[LayerRecord], runs: Iterable[Record]) -> tuple[Reach, ...]:
     """Every figure with what the records say of it; of several records of one engine the last counts."""
     newest: dict[str, dict[str, LayerRecord]] = defaultdict(dict)
@@ -103,16 +123,14 @@ def _of_layers(newest: dict[str, dict[str, LayerRecord]]) -> Iterator[Reach]:
         rates = [
             (fraction, one.engine) for one in records if (fraction := expert_gemm_fraction(one)) is not None
         ]
-        yield _reach(f"{model}: expert GEMMs over a dense product", EXPERT_GEMM_FRACTION, rates, "fraction")
+        yield _reach(expert_gemms(model), EXPERT_GEMM_FRACTION, rates, "fraction")
         for part, target, fewest in PEER_RATIOS:
             found = [ratio for one in records if one.peers for ratio in _peer_ratios(one.peers, part, fewest)]
             # of several engines of a kind the fastest is to be beaten
             yield _reach(f"{model}: time of {part} over ours", target, sorted(found)[:1], "ratio")
         if model in ROUTING_FRACTION:
             shares = [(routing_fraction(one), one.engine) for one in records]
-            yield _reach(
-                f"{model}: router and permutations", ROUTING_FRACTION[model], shares, "fraction", least=False
-            )
+            yield _reach(routing(model), ROUTING_FRACTION[model], shares, "fraction", least=False)
             floors = [
                 (ratio, one.engine) for one in records if (ratio := routing_floor_ratio(one)) is not None
             ]
@@ -188,7 +206,7 @@ def _of_suite(newest: dict[str, dict[str, LayerRecord]]) -> Iterator[Reach]:
             (min(one.forward_flops_per_s / forward, one.backward_flops_per_s / backward), one.engine)
             for one in newest.get(shape.name, {}).values()
         ]
-        yield _reach(f"{shape.name}: over the highest published rate", 1.0, found, "ratio")
+        yield _reach(suite_layer(shape), 1.0, found, "ratio")
 
 
 def _of_slices(slices: Sequence[Record]) -> Iterator[Reach]:
@@ -196,7 +214,7 @@ def _of_slices(slices: Sequence[Record]) -> Iterator[Reach]:
         own = [record for record in slices if record.plan.asked.startswith(f"{model}/")]
         measured = [(one, record) for record in own if (one := slice_metrics(record)) is not None]
         rates = [(one.flops_per_s, record.plan.recipe.kernels.family) for one, record in measured]
-        yield _reach(f"{model}: model FLOPs of a rank's compute", target, rates, "flops_per_s")
+        yield _reach(slice_rate(model), target, rates, "flops_per_s")
         misses = [
             (abs(one.peak_memory_bytes / one.closed_form_peak_bytes - 1), record.plan.recipe.kernels.family)
             for one, record in measured

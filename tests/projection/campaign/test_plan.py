@@ -10,6 +10,7 @@ import pytest
 from moe_bench.errors import BadInputError
 from moe_bench.projection.calibration.plan import CalibrationPlan
 from moe_bench.projection.campaign.plan import KINDS, CampaignPlan, Sources, campaign_plan
+from moe_bench.projection.campaign.predictions import predictions
 from moe_bench.projection.campaign.wishes import (
     LAYERS,
     SLICES,
@@ -18,6 +19,7 @@ from moe_bench.projection.campaign.wishes import (
     SliceWish,
     wishes,
 )
+from moe_bench.results.reach import expert_gemms, reached, slice_rate
 from moe_bench.results.sonicmoe import SHAPES
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.layer_case import layer_case_of
@@ -157,3 +159,20 @@ def test_every_command_can_be_typed(loader: Loader, system: SystemSpec, tiny: bo
         verb = group.commands[name]  # type: ignore[attr-defined]
         context = verb.make_context(name, [*arguments, "--out", "results"])
         assert context.params["out"] is not None
+
+
+def test_every_figure_that_is_predicted_is_one_that_is_to_be_reached(
+    loader: Loader, system: SystemSpec
+) -> None:
+    predicted = predictions(system, sources(loader))
+    assert set(predicted) <= {one.what for one in reached((), ())}
+    assert sum(what.startswith("sonicmoe/") for what in predicted) == 12
+    for what, value in predicted.items():
+        assert 0 < value < (1e15 if what == slice_rate(what.split(":")[0]) else 2)
+
+
+def test_a_dense_product_is_predicted_below_the_peak_of_the_gpu(loader: Loader, system: SystemSpec) -> None:
+    """So that products of experts, which are smaller, are predicted below the large one."""
+    predicted = predictions(system, sources(loader))
+    for recipe, _ in LAYERS:
+        assert predicted[expert_gemms(recipe.split("/")[0])] < 1
