@@ -43,6 +43,21 @@ def test_every_verb_is_documented_and_every_documented_verb_exists() -> None:
     assert documented == verbs
 
 
+def test_why_a_test_needs_a_gpu_stands_in_the_list_of_what_has_no_cpu_path() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "gpu.md").read_text().splitlines()]
+    listed = {
+        (cells[1], path) for cells in rows if len(cells) > 3 for path in re.findall("`([^`]+)`", cells[3])
+    }
+    marked = {
+        (why, path.relative_to(ROOT / "tests" / "harness").as_posix())
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for why in re.findall(r'@pytest\.mark\.gpu\("([^"]+)"\)', path.read_text())
+    }
+    assert marked
+    assert marked <= listed
+    assert {why for why, _ in listed} - {why for why, _ in marked} == {"the same on the device"}
+
+
 def linked_files() -> list[tuple[str, str]]:
     found = []
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
