@@ -16,6 +16,7 @@ from moe_bench.cli import (
     jobs,
     layer,
     model,
+    parity,
     predict,
     project,
     read,
@@ -50,6 +51,7 @@ _VERBS = (
     train,
     evaluate,
     health,
+    parity,
 )
 """Modules whose import registers the verbs."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from moe_bench.launch.jobs import JobReport
     from moe_bench.report.scaling import MissingPoint, ScalingPoint
+    from moe_bench.results.parity import Parity
     from moe_bench.results.summary import RunSummary
 
 
@@ -69,7 +70,8 @@ def report(
     else:
         from moe_bench.report.frame import frame_view, records_frame
 
-        frame = records_frame(_runs(places))
+        runs = _runs(places)
+        frame = records_frame(runs, _parities(places, {run.plan.recipe.model.key for run in runs}))
         _print_frame(frame, lambda: frame_view(frame), table_format, as_json)
 
 
@@ -79,6 +81,15 @@ def _runs(places: tuple[Path, ...]) -> tuple[RunSummary, ...]:
 
     with listening() as listener:
         return tuple(read_summaries(places, listener))
+
+
+def _parities(places: tuple[Path, ...], models: Iterable[str]) -> tuple[Parity, ...]:
+    """Comparisons of these models' settings, in these folders and in `results/`, newest first."""
+    from moe_bench.results.parity import read_parities
+
+    roots = {place.resolve() for place in (results_root(), *places)}
+    found = [one for root in roots for one in read_parities(root, models=models)]
+    return tuple(sorted(found, key=lambda one: one.provenance.started_at, reverse=True))
 
 
 def _missing(places: tuple[Path, ...]) -> tuple[MissingPoint, ...]:
@@ -120,6 +131,7 @@ def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -
             records=newest,
             older=older,
             missing=_missing(places),
+            parities=_parities(places, {recipe.model.key for recipe in shown}),
             recipes=shown,
             rows=load_rows(data_root() / "results" / "published"),
             projected=projected.points,

@@ -101,12 +101,14 @@ def show(
     """One record: its numbers, and where and with what it was made."""
     from moe_bench.report.results_view import record_view
     from moe_bench.report.tables import run_json
+    from moe_bench.results.parity import read_parities
     from moe_bench.results.store import read_record
 
     entry = _entry(_among(context, results), record_id)
     record = read_record(entry.path)
     provenance = {"provenance": record.provenance.model_dump(mode="json")}
-    print_view(record_view(record, entry), run_json(record, entry.path) | provenance, as_json)
+    parities = read_parities(results_root(), models=[record.plan.recipe.model.key])
+    print_view(record_view(record, entry, parities), run_json(record, entry.path) | provenance, as_json)
 
 
 @results_app.command()

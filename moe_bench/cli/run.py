@@ -190,10 +190,12 @@ def _report(
     dry_run_peak_bytes: int | None,
 ) -> None:
     from moe_bench.report.tables import run_json, run_line, run_view
+    from moe_bench.results.parity import read_parities
     from moe_bench.results.store import write_record
 
     path = write_record(root, record)
-    table = run_view(record, path, dry_run_peak_bytes=dry_run_peak_bytes)
+    parities = read_parities(root, models=[record.plan.recipe.model.key])
+    table = run_view(record, path, parities=parities, dry_run_peak_bytes=dry_run_peak_bytes)
     view = table if is_first else run_line(record, path)
     print_view(view, run_json(record, path, dry_run_peak_bytes=dry_run_peak_bytes), as_json)
     for line in trackers.write(record, path):

@@ -83,6 +83,11 @@ def load_generate() -> ModuleType:
     return _loaded("moe_bench.harness.training.generate")
 
 
+def load_parity() -> ModuleType:
+    """`moe_bench.harness.training.parity`, imported quietly."""
+    return _loaded("moe_bench.harness.training.parity")
+
+
 def _loaded(name: str) -> ModuleType:
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level

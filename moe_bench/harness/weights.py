@@ -34,15 +34,31 @@ def initialise_by_name(chunks: Sequence[torch.nn.Module], *, std: float, seed: i
         _require_all_reached(chunk, reached)
 
 
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def nudge_by_name(chunks: Sequence[torch.nn.Module], *, fraction: float, seed: int) -> None:
+    """Move every parameter of `chunks` up or down by `fraction` of itself; which, depends on its name."""
+    for chunk in chunks:
+        for shard in sharded_tensors(chunk):
+            if shard.data is not None and shard.data.is_floating_point():
+                signs = _drawn(shard, name=f"nudge:{seed}").sign()
+                shard.data.mul_(1.0 + fraction * signs)
+
+
 def _values(shard: ShardedTensor, *, std: float, seed: int) -> torch.Tensor:
     """The part of the tensor named `shard.key` that this rank holds."""
+    values = _drawn(shard, name=str(seed)) * std
+    if _is_norm_weight(shard.key):
+        values += 1.0
+    return values
+
+
+def _drawn(shard: ShardedTensor, *, name: str) -> torch.Tensor:
+    """The rank's part of a tensor that is drawn from N(0, 1) by `name` and its own key."""
     num_stacked = _num_index_axes(shard)
     stack_index = tuple(shard.global_offset[:num_stacked])
-    name = f"{seed}:{shard.key}:{stack_index}"
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    whole = torch.randn(shard.global_shape[num_stacked:], generator=generator) * std
-    if _is_norm_weight(shard.key):
-        whole += 1.0
+    whole_name = f"{name}:{shard.key}:{stack_index}"
+    generator = torch.Generator().manual_seed(zlib.crc32(whole_name.encode()))
+    whole = torch.randn(shard.global_shape[num_stacked:], generator=generator)
     return local_part(shard, whole, num_skipped_axes=num_stacked)
 
 

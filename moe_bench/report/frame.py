@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
+from moe_bench.report.parity_view import UNPROVEN, parity_mark
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB
 from moe_bench.report.tables import TFLOPS
+from moe_bench.results.parity import Parity, latest_parity
 from moe_bench.results.summary import Run, summary_of
 
 COLUMNS = (
@@ -31,6 +34,7 @@ COLUMNS = (
     "num_substitutions",
     "started_at",
     "commit",
+    "parity",
 )
 
 _TERMINAL = {
@@ -47,19 +51,20 @@ _TERMINAL = {
     "precision": "precision",
     "started_at": "started",
     "num_substitutions": "subst.",
+    "parity": "parity",
     "modified": "changes",
 }
 """Columns of the terminal's table and their headings; `subst.` counts what a run substituted."""
 
 
-def records_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per run, by recipe and start."""
-    rows = [_row(run) for run in runs]
+def records_frame(runs: Sequence[Run], parities: Sequence[Parity] = ()) -> pd.DataFrame:
+    """One row per run, by recipe and start; `parities` are comparisons of settings, newest first."""
+    rows = [_row(run, parities) for run in runs]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.sort_values(["recipe", "scale", "started_at"], ignore_index=True)
 
 
-def _row(run: Run) -> dict[str, object]:
+def _row(run: Run, parities: Sequence[Parity]) -> dict[str, object]:
     summary = summary_of(run)
     metrics, plan = summary.metrics, summary.plan
     return {
@@ -80,6 +85,7 @@ def _row(run: Run) -> dict[str, object]:
         "num_substitutions": len(plan.substitutions),
         "started_at": summary.started_at,
         "commit": summary.commit,
+        "parity": parity_mark(latest_parity(parities, plan)),
     }
 
 
@@ -97,8 +103,9 @@ def as_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def frame_view(frame: pd.DataFrame) -> Columns | Text:
-    """The table for a terminal: fewer columns, shorter headings; a sentence where there is no record."""
+def frame_view(frame: pd.DataFrame) -> RenderableType:
+    """The table for a terminal: fewer columns, shorter headings; a sentence where there is no record, and one
+    where settings are unproven."""
     if frame.empty:
         return Text("no record there; `moe-bench run RECIPE` and `moe-bench submit RECIPE` write them")
     shown = {
@@ -106,13 +113,16 @@ def frame_view(frame: pd.DataFrame) -> Columns | Text:
         for column, heading in _TERMINAL.items()
         if column != "modified" or frame[column].any()
     }
-    return Columns(
+    table = Columns(
         headings=tuple(shown.values()),
         rows=tuple(tuple(map(_text, row)) for row in frame[list(shown)].itertuples(index=False, name=None)),
         right=frozenset(
             heading for column, heading in shown.items() if pd.api.types.is_numeric_dtype(frame[column])
         ),
     )
+    if not (frame["parity"] == parity_mark(None)).any():
+        return table
+    return Group(table, Text(UNPROVEN, style="dim"))
 
 
 def _text(value: object) -> str:

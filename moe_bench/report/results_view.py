@@ -14,6 +14,7 @@ from moe_bench.report.columns import Columns
 from moe_bench.report.html.facts import run_provenance
 from moe_bench.report.tables import TFLOPS, run_view
 from moe_bench.results.entry import Entry
+from moe_bench.results.parity import Parity
 from moe_bench.results.record import Record
 
 Line = dict[str, str | int | float]
@@ -82,11 +83,11 @@ def entries_view(entries: Sequence[Entry], *, num_found: int) -> RenderableType:
     return Group(table, Text(f"{num_found:,} record{'' if num_found == 1 else 's'}{more}", style="dim"))
 
 
-def record_view(record: Record, entry: Entry) -> RenderableType:
-    """One record: its numbers as after the run, and its provenance."""
+def record_view(record: Record, entry: Entry, parities: Sequence[Parity]) -> RenderableType:
+    """One record: its numbers as after the run, and its provenance; `parities` as in `run_view`."""
     table = Table(box=None, pad_edge=False, show_header=False, title="provenance", title_justify="left")
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for fact in run_provenance(record):
         table.add_row(fact.label, fact.text)
-    return Group(run_view(record, entry.path), Text(), table)
+    return Group(run_view(record, entry.path, parities=parities), Text(), table)

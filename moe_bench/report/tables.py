@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_bench.report.parity_view import parity_line
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB, substitution_table
 from moe_bench.report.slice_view import slice_json, slice_rows
 from moe_bench.results.metrics import COUNTING, RunMetrics, max_over_mean_load_ratio, run_metrics
+from moe_bench.results.parity import Parity, latest_parity
 from moe_bench.results.record import Record
 from moe_bench.spec.scale import Plan
 
@@ -20,10 +23,17 @@ TFLOPS = 1e12
 MAX_OUTLIERS_SHOWN = 5
 
 
-def run_view(record: Record, path: Path, *, dry_run_peak_bytes: int | None = None) -> RenderableType:
+def run_view(
+    record: Record,
+    path: Path,
+    *,
+    parities: Sequence[Parity] = (),
+    dry_run_peak_bytes: int | None = None,
+) -> RenderableType:
     """The numbers of one run, what was substituted, which kernels ran, and where the record lies.
 
-    `dry_run_peak_bytes` is that of a slice's rank, where it was asked for.
+    `parities` are comparisons of settings, newest first; `dry_run_peak_bytes` is that of a slice's rank,
+    where it was asked for.
     """
     plan = record.plan
     parts: list[RenderableType] = []
@@ -34,6 +44,7 @@ def run_view(record: Record, path: Path, *, dry_run_peak_bytes: int | None = Non
     table.add_column()
     for label, value in run_rows(record, dry_run_peak_bytes=dry_run_peak_bytes):
         table.add_row(label, value)
+    table.add_row("parity", parity_line(latest_parity(parities, plan), plan))
     parts += [table, Text(f"record: {path}", style="dim")]
     return Group(*parts)
 

@@ -19,7 +19,9 @@ CAMPAIGN_FOLDER = "campaigns"
 """Holds what came of lists of measurements (results/campaign.py)."""
 VERIFY_FOLDER = "verify"
 """The same of proofs that models are Hugging Face's (results/verification.py)."""
-NOT_RUNS = frozenset({CALIBRATION_FOLDER, LAYER_FOLDER, CAMPAIGN_FOLDER, VERIFY_FOLDER})
+PARITY_FOLDER = "parity"
+"""The same of evidence that two settings of a recipe learn alike (results/parity.py)."""
+NOT_RUNS = frozenset({PARITY_FOLDER, CALIBRATION_FOLDER, LAYER_FOLDER, CAMPAIGN_FOLDER, VERIFY_FOLDER})
 """Folders beside the models' whose files are no records of runs."""
 WHAT = "result file"
 

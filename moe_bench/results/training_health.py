@@ -73,7 +73,7 @@ class Alarm(Spec):
     layer: Text
     expert: NonNegativeInt
     kind: Literal["share", "dead"]
-    limit: float
+    alarm_limit: float
     """Share of the tokens, or number of steps."""
     value: float
 
@@ -82,8 +82,8 @@ class Alarm(Spec):
         """In one line."""
         where = f"step {self.step}: {self.layer}: expert {self.expert}"
         if self.kind == "share":
-            return f"{where} takes {self.value:.1%} of the tokens (alarm above {self.limit:.1%})"
-        return f"{where} got no token in {self.value:.0f} steps (alarm from {self.limit:.0f})"
+            return f"{where} takes {self.value:.1%} of the tokens (alarm above {self.alarm_limit:.1%})"
+        return f"{where} got no token in {self.value:.0f} steps (alarm from {self.alarm_limit:.0f})"
 
 
 class HealthLine(StepLine):
@@ -120,7 +120,12 @@ class AlarmWatch:
             share = tokens / layer.num_tokens
             if share > most and place not in self._too_busy:
                 yield Alarm(
-                    step=line.step, layer=layer.layer, expert=expert, kind="share", limit=most, value=share
+                    step=line.step,
+                    layer=layer.layer,
+                    expert=expert,
+                    kind="share",
+                    alarm_limit=most,
+                    value=share,
                 )
             (self._too_busy.add if share > most else self._too_busy.discard)(place)
             before = self._dead_steps.get(place, 0)
@@ -128,7 +133,12 @@ class AlarmWatch:
             self._dead_steps[place] = now
             if before < longest <= now:
                 yield Alarm(
-                    step=line.step, layer=layer.layer, expert=expert, kind="dead", limit=longest, value=now
+                    step=line.step,
+                    layer=layer.layer,
+                    expert=expert,
+                    kind="dead",
+                    alarm_limit=longest,
+                    value=now,
                 )
 
 

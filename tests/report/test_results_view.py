@@ -31,6 +31,6 @@ def test_csv_has_what_json_has() -> None:
 
 
 def test_one_record_is_shown_with_its_provenance() -> None:
-    text = "\n".join(printed(record_view(RECORD, ENTRY)))
+    text = "\n".join(printed(record_view(RECORD, ENTRY, ())))
     for wanted in ("modified: seed=1", "steady from the first", "job42", "torch 2.15.0"):
         assert wanted in text

@@ -68,6 +68,13 @@ def test_many_records_make_one_table_in_three_formats() -> None:
     assert " - " in text
 
 
+def test_a_number_whose_settings_nobody_compared_is_unproven() -> None:
+    frame = records_frame((record(),))
+    assert list(frame["parity"]) == ["unproven"]
+    assert "unproven: nobody has shown" in shown(frame_view(frame))
+    assert "moe-bench parity qwen3_30b_a3b/h100_sxm_8g_bf16" in shown(run_view(record(), Path("x.json")))
+
+
 def test_no_records_make_an_empty_table() -> None:
     assert as_csv(records_frame(())).count("\n") == 1
     assert "no record there" in shown(frame_view(records_frame(())))

@@ -74,7 +74,7 @@ def test_without_a_share_the_limit_is_that_of_the_layer() -> None:
     limits = Health(every_steps=2, alarm_dead_steps=100)
     # sqrt(2 / 8) is half of the tokens
     (found,) = alarms(line(2, 6, 5, 5, 4, 0, 0, 0, 0), limits=limits)
-    assert (found.expert, found.limit) == (0, 0.5)
+    assert (found.expert, found.alarm_limit) == (0, 0.5)
 
 
 def test_a_run_that_goes_on_remembers_how_long_an_expert_has_been_dead(tmp_path: Path) -> None:

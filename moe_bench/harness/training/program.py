@@ -22,12 +22,21 @@ from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress, lo
 from moe_bench.harness.training.data import Text, read_text
 from moe_bench.harness.training.health import HealthCounter
 from moe_bench.harness.training.learning_rate import learning_rate_now, scheduler
-from moe_bench.harness.weights import initialise_by_name
+from moe_bench.harness.weights import initialise_by_name, nudge_by_name
 from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.results.training_run import CACHE, CHECKPOINTS
 from moe_bench.spec.rendezvous import Rendezvous
 from moe_bench.spec.training import TrainingJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nudge:
+    """A rounding of every first weight, up or down: what a run would be if it added in another order."""
+
+    fraction: float
+    seed: int
+    """Of the directions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,8 @@ class Start:
     """None begins with fresh weights."""
     with_optimizer: bool = True
     """Whether the optimizer's state and the count of steps are taken up too, or the weights alone."""
+    nudge: Nudge | None = None
+    """Of fresh weights without a GPU; None for none."""
 
 
 def train_rank(
@@ -67,7 +78,7 @@ def train_rank(
             listen_fd=listen_fd,
         ),
     ):
-        built = _built(arguments, settings, job, device=device)
+        built = _built(arguments, settings, job, nudge=start.nudge, device=device)
         progress = Progress(num_steps=0)
         if start.checkpoint is not None:
             progress = load_checkpoint(built, start.checkpoint, with_optimizer=start.with_optimizer)
@@ -88,12 +99,21 @@ def train_rank(
         return job.num_steps if speaks_for_job() else None
 
 
-def _built(arguments: MegatronArguments, settings: Settings, job: TrainingJob, *, device: Device) -> Training:
+def _built(
+    arguments: MegatronArguments,
+    settings: Settings,
+    job: TrainingJob,
+    *,
+    nudge: Nudge | None,
+    device: Device,
+) -> Training:
     config = transformer_config(arguments)
     set_seeds(settings.seed)
     chunks = model_chunks(arguments, settings, config, device=device)
     if device == "cpu":
         initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
+        if nudge is not None:
+            nudge_by_name(chunks, fraction=nudge.fraction, seed=nudge.seed)
     return training(arguments, settings, config, chunks, device=device, rates=job.learning_rate)
 
 

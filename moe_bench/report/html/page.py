@@ -22,10 +22,12 @@ from moe_bench.report.html.run_charts import (
 )
 from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.html.throughput_chart import Line, throughput_chart, throughput_lines
+from moe_bench.report.parity_view import parity_mark
 from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
 from moe_bench.report.scaling import Curve, MissingPoint, ScalingPoint, scaling_of
 from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
+from moe_bench.results.parity import Parity, latest_parity
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
 from moe_bench.results.summary import RunSummary, summary_of
@@ -61,6 +63,8 @@ class ReportData:
     waterfalls: Mapping[str, Chart] = field(default_factory=dict)
     """Where the step time goes, by `Recipe.name`: a bar per term, time along x, terms along y, each bar
     beginning where the one before ends. Drawn on the recipe's card, behind the picture."""
+    parities: tuple[Parity, ...] = ()
+    """Comparisons of settings, newest first; runs without one are marked."""
     unprojected: Mapping[str, str] = field(default_factory=dict)
     """Why a recipe has no projection, by `Recipe.name`. A fact on its card."""
 
@@ -123,7 +127,7 @@ def render_page(data: ReportData) -> str:
     return templates.get_template("page.html.j2").render(
         data=data,
         num_runs=len(runs),
-        overview=[overview_row(run) for run in runs[-MAX_OVERVIEW_RUNS:]],
+        overview=[overview_row(run, data.parities) for run in runs[-MAX_OVERVIEW_RUNS:]],
         runs=[_run_part(index, record) for index, record in enumerate(latest)],
         num_older=len(runs) - len(latest),
         throughput=throughput_chart("throughput", lines) if lines else None,
@@ -199,7 +203,7 @@ def absences(data: ReportData, runs: Sequence[RunSummary], curves: Sequence[Curv
     return tuple(Absence(what=what, why=why) for is_there, what, why in candidates if not is_there)
 
 
-def overview_row(run: RunSummary) -> dict[str, str]:
+def overview_row(run: RunSummary, parities: Sequence[Parity]) -> dict[str, str]:
     """One line of the table of runs; the headings are equal for all."""
     metrics = run.metrics
     return {
@@ -211,6 +215,7 @@ def overview_row(run: RunSummary) -> dict[str, str]:
         "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TFLOPS:.3g}",
         "MFU": "-" if metrics.mfu_fraction is None else f"{metrics.mfu_fraction:.1%}",
         "last loss": "-" if metrics.last_loss is None else f"{metrics.last_loss:.4f}",
+        "parity": parity_mark(latest_parity(parities, run.plan)),
     }
 
 
