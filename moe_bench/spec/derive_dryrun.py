@@ -108,7 +108,7 @@ def _kernels(kernels: KernelSpec) -> KernelSpec:
             router=fusions.router,
             rope=fusions.rope,
             activation=fusions.activation,
-            gradient_accumulation=fusions.gradient_accumulation and kernels.family == "torch_native",
+            gradient_accumulation=fusions.gradient_accumulation and kernels.is_torch_native,
             cross_entropy=fusions.cross_entropy,
         ),
     )

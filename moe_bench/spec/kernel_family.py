@@ -19,9 +19,11 @@ FAST_PATH = {"router": True, "permute": True, "activation": True, "gradient_accu
 """Fusions that the torch-native family has as Triton kernels."""
 _OWN_FUSIONS: dict[KernelFamily, dict[str, bool]] = {
     "torch_native": FAST_PATH,
-    "quack": {"activation": True},
+    "quack": {"router": True, "permute": True, "activation": True},
 }
-"""What the families without Transformer Engine fuse; quack's products permute as they are."""
+"""What the families without Transformer Engine fuse; quack's products add weight gradients to the buffer where
+a recipe asks for it.
+"""
 _OWN_PRECISIONS: dict[KernelFamily, tuple[Precision, ...]] = {
     "torch_native": ("fp32", "bf16", "fp8_rowwise"),
     "quack": ("bf16",),

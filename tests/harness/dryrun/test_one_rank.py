@@ -23,6 +23,7 @@ from moe_bench.spec.recipe import (
     Dispatcher,
     DispatchSpec,
     Fusions,
+    KernelFamily,
     KernelSpec,
     OptimizerSpec,
     Overlap,
@@ -318,7 +319,10 @@ def test_memory_held_past_its_use_is_found() -> None:
     assert probs.num_bytes > 3 * 2 * vector_bytes
 
 
-def test_adding_weight_gradients_in_the_product_moves_no_byte_of_the_peak_and_no_operation() -> None:
+@pytest.mark.parametrize("family", ["torch_native", "quack"])
+def test_adding_weight_gradients_in_the_product_moves_no_byte_of_the_peak_and_no_operation(
+    family: KernelFamily,
+) -> None:
     """A placeholder goes to autograd where a gradient did (harness/kernels/grouped_linear.py)."""
     layout = {"num_gpus": 4, "expert": 2}
     separate, added = (
@@ -326,7 +330,7 @@ def test_adding_weight_gradients_in_the_product_moves_no_byte_of_the_peak_and_no
             "qwen3_30b_a3b",
             parallel=layout,
             kernels=KernelSpec(
-                family="torch_native",
+                family=family,
                 fusions=Fusions(permute=True, router=True, activation=True, gradient_accumulation=is_added),
             ),
         )
