@@ -143,14 +143,17 @@ def _chunk_parts(
             recompute.method == "uniform" or index < recompute.num_layers
         )
         exchanges = layer_exchanges(
-            recipe, is_moe=model.is_moe_layer(layer), is_quantized=runs_quantized(recipe, layer)
+            recipe.at(model.layer(layer)),
+            is_moe=model.is_moe_layer(layer),
+            is_quantized=runs_quantized(recipe, layer),
         )
         yield f"decoder.{layer}", exchanges, always if is_whole else selected
     # with method `block`, Megatron-Core recomputes no MTP module (multi_token_prediction.py)
     is_whole = recompute.granularity == "full" and recompute.method == "uniform"
     for index in range(chunk.num_mtp_layers):
         yield "embedding", embedding_exchanges(recipe), lambda exchange: False
-        exchanges = mtp_exchanges(recipe, is_moe=model.is_moe_layer(model.num_layers - 1))
+        last = model.num_layers - 1
+        exchanges = mtp_exchanges(recipe.at(model.layer(last)), is_moe=model.is_moe_layer(last))
         yield f"mtp.{index}", exchanges, always if is_whole else selected
     if chunk.has_loss:
         yield "output_layer", loss_exchanges(recipe), lambda exchange: False

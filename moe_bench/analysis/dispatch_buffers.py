@@ -55,7 +55,8 @@ def dispatch_buffer_bytes(recipe: Recipe) -> int | None:
             hidden_bytes=2 * recipe.model.hidden_size,
         )
     if recipe.dispatch.dispatcher == "hybridep":
-        return _hybridep_buffer_bytes(recipe, moe, num_ranks=num_ranks)
+        steps = (moe.on_step(step) for step in (None, *moe.steps))
+        return max(_hybridep_buffer_bytes(recipe, each, num_ranks=num_ranks) for each in steps)
     return None
 
 

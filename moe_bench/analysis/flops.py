@@ -344,7 +344,7 @@ def layer_flops(
         ffn = model.dense_ffn_hidden_size or 0
         parts[Part.DENSE_MLP] = mlp_flops(tokens=tokens, hidden=hidden, ffn=ffn, num_matrices=num_matrices)
     elif structure.ffn == "moe":
-        parts |= _expert_layer(model, tokens, rule)
+        parts |= _expert_layer(model.at(structure), tokens, rule)
     return parts
 
 

@@ -300,10 +300,15 @@ def _row_wise_bytes(recipe: Recipe, pipeline_rank: int) -> int:
     if model.moe is None or weights is None:
         return 0
     num_weights = weights.on_rank(shards=parallel.expert_tensor) // parallel.expert
-    halves, ffn = 1 + model.activation.is_gated, model.moe.expert_ffn_hidden_size // parallel.expert_tensor
-    per_expert = (1 + halves) * ffn * model.expert_hidden_size
-    rows = 2 * model.expert_hidden_size + (1 + halves) * ffn
-    return 2 * num_weights + 4 * rows * (num_weights // per_expert)
+    halves = 1 + model.activation.is_gated
+    num_rows = 0
+    for layer in recipe.layers_of(pipeline_rank):
+        moe = model.at(layer).moe if layer.ffn == "moe" else None
+        if moe is not None:
+            ffn = moe.expert_ffn_hidden_size // parallel.expert_tensor
+            rows = 2 * model.expert_hidden_size + (1 + halves) * ffn
+            num_rows += rows * (moe.num_experts // parallel.expert)
+    return 2 * num_weights + 4 * num_rows
 
 
 def _copy_bytes(recipe: Recipe) -> float:

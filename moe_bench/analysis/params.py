@@ -235,7 +235,7 @@ def mtp_projection_params(*, hidden: int) -> Weights:
 
 
 def layer_weights(
-    model: ModelSpec, *, is_moe: bool, num_experts: int, family: KernelFamily | None
+    model: ModelSpec, *, is_moe: bool, num_experts: int | None, family: KernelFamily | None
 ) -> PartWeights:
     """Parameters of one decoder layer of attention and an MLP or experts; see `structure_weights`."""
     structure = LayerStructure(mixer="attention", ffn="moe" if is_moe else "dense")
@@ -243,9 +243,9 @@ def layer_weights(
 
 
 def structure_weights(
-    model: ModelSpec, structure: LayerStructure, *, num_experts: int, family: KernelFamily | None
+    model: ModelSpec, structure: LayerStructure, *, num_experts: int | None, family: KernelFamily | None
 ) -> PartWeights:
-    """Parameters of one layer, with `num_experts` of its routed experts counted, a norm before each half.
+    """Parameters of one layer, with `num_experts` or all of its routed experts, a norm before each half.
 
     `family` is whose kernels build it (`has_query_input_norm`); None counts the model as published.
     """
@@ -272,7 +272,8 @@ def structure_weights(
     if structure.ffn == "dense":
         parts[Part.DENSE_MLP] = _mlp_weights(model, hidden, model.dense_ffn_hidden_size or 0)
     elif structure.ffn == "moe" and model.moe is not None:
-        parts |= _expert_weights(model, model.moe, num_experts)
+        moe = model.moe.on_step(structure.step)
+        parts |= _expert_weights(model, moe, moe.num_experts if num_experts is None else num_experts)
     if model.num_residual_streams > 1:
         maps = stream_mixing_params(hidden=hidden, num_streams=model.num_residual_streams)
         parts[Part.RESIDUAL_STREAMS] = Weights(0, num_norms * maps)
@@ -344,7 +345,7 @@ def _attention_weights(model: ModelSpec, structure: LayerStructure) -> Weights:
     return projections + Weights(attention.num_heads * attention.sinks)
 
 
-def mtp_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | None) -> PartWeights:
+def mtp_weights(model: ModelSpec, *, num_experts: int | None, family: KernelFamily | None) -> PartWeights:
     """Parameters of one MTP module: two input norms, the projection, its layers and a final norm
     (Megatron-Core's MultiTokenPredictionLayer). Embedding and head are the model's own.
     """
@@ -364,8 +365,8 @@ def mtp_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | No
     )
 
 
-def main_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | None) -> PartWeights:
-    """Parameters of the model without MTP modules, with `num_experts` routed experts counted per layer."""
+def main_weights(model: ModelSpec, *, num_experts: int | None, family: KernelFamily | None) -> PartWeights:
+    """Parameters of the model without MTP modules, with `num_experts` or all routed experts of a layer."""
     whole = Chunk(
         pipeline_rank=0,
         virtual_stage=0,
@@ -378,7 +379,7 @@ def main_weights(model: ModelSpec, *, num_experts: int, family: KernelFamily | N
 
 
 def chunk_weights(
-    model: ModelSpec, chunk: Chunk, *, num_experts: int, trains_mtp: bool, family: KernelFamily | None
+    model: ModelSpec, chunk: Chunk, *, num_experts: int | None, trains_mtp: bool, family: KernelFamily | None
 ) -> PartWeights:
     """Parameters that Megatron-Core's GPTModel allocates for one model chunk.
 
@@ -412,11 +413,6 @@ def sum_parts(parts: Iterable[PartWeights]) -> PartWeights:
     return {part: total[part] for part in Part if part in total}
 
 
-def num_experts_per_layer(model: ModelSpec) -> int:
-    """Routed experts of one expert layer; 0 for a dense model."""
-    return 0 if model.moe is None else model.moe.num_experts
-
-
 def num_active_experts(model: ModelSpec) -> int:
     """Routed experts that one token passes in one expert layer; 0 for a dense model."""
     return 0 if model.moe is None else model.moe.top_k
@@ -440,7 +436,7 @@ def rank_weights(recipe: Recipe, pipeline_rank: int) -> PartWeights:
         chunk_weights(
             model,
             chunk,
-            num_experts=num_experts_per_layer(model),
+            num_experts=None,
             trains_mtp=recipe.num_mtp_layers > 0,
             family=recipe.kernels.family,
         )

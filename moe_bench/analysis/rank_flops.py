@@ -155,6 +155,7 @@ def _gemm(
 
 
 def _layer(recipe: Recipe, structure: LayerStructure) -> Iterator[_Product]:
+    recipe = recipe.at(structure)
     model = recipe.model
     if structure.mixer == "attention":
         yield from _projections(recipe, model.attention)

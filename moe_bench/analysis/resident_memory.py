@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from moe_bench.analysis.activations import activation_element_bytes
-from moe_bench.analysis.chunk_memory import ModelMemory
+from moe_bench.analysis.chunk_memory import LayerKind, ModelMemory
 from moe_bench.analysis.layer_sizes import INDEX_BYTES, Weight, expert_sizes
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
@@ -15,7 +15,7 @@ def resident_bytes(recipe: Recipe, chunks: Sequence[Chunk], model: ModelMemory) 
     """All of the terms below for one rank's chunks."""
     return (
         gather_buffer_bytes(model, chunks)
-        + sum(_layer_kinds(recipe, chunks)) * dispatcher_bytes(recipe, model)
+        + sum(dispatcher_bytes(kind.seen_by(recipe), model) for kind in _kinds(recipe, chunks) if kind.is_moe)
         + rotary_bytes(recipe, chunks)
         + dummy_gradient_bytes(recipe, chunks, model)
     )
@@ -75,16 +75,16 @@ def dummy_gradient_bytes(recipe: Recipe, chunks: Sequence[Chunk], model: ModelMe
     if not recipe.kernels.fusions.gradient_accumulation or recipe.kernels.family != "transformer_engine":
         return 0
     weights: set[Weight] = set()
-    for is_moe in set(_layer_kinds(recipe, chunks)):
-        weights |= model.layer(is_moe=is_moe, is_recomputed=False).weights
+    for kind in set(_kinds(recipe, chunks)):
+        weights |= model.layer_of(kind, is_recomputed=False).weights
     if any(chunk.has_loss for chunk in chunks):
         weights.add((recipe.model.vocab_size // recipe.parallel.tensor, recipe.model.hidden_size))
     return activation_element_bytes(recipe) * sum(rows * columns for rows, columns in weights)
 
 
-def _layer_kinds(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[bool]:
-    """Whether each layer has experts."""
+def _kinds(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[LayerKind]:
+    """Every layer's, those of prediction modules included."""
     last = recipe.model.num_layers - 1
     for chunk in chunks:
-        yield from (recipe.model.is_moe_layer(layer) for layer in chunk.layers)
-        yield from (recipe.model.is_moe_layer(last) for _ in range(chunk.num_mtp_layers))
+        layers = (*chunk.layers, *(last,) * chunk.num_mtp_layers)
+        yield from (LayerKind.of(recipe.model.layer(layer)) for layer in layers)

@@ -12,7 +12,6 @@ from moe_bench.analysis.params import (
     main_weights,
     mtp_weights,
     num_active_experts,
-    num_experts_per_layer,
     sum_parts,
 )
 from moe_bench.spec.model import ModelSpec
@@ -58,7 +57,7 @@ def counted_size(model: ModelSpec) -> CountedSize:
 
     Active parameters are those that one token passes: of the routed experts, `top_k` per expert layer.
     """
-    total, mtp_total = _counted(model, num_experts=num_experts_per_layer(model))
+    total, mtp_total = _counted(model, num_experts=None)
     active, mtp_active = _counted(model, num_experts=num_active_experts(model))
     return CountedSize(
         total_by_part=total,
@@ -72,7 +71,7 @@ def counted_size(model: ModelSpec) -> CountedSize:
     )
 
 
-def _counted(model: ModelSpec, *, num_experts: int) -> tuple[dict[Part, int], int]:
+def _counted(model: ModelSpec, *, num_experts: int | None) -> tuple[dict[Part, int], int]:
     # as published, whatever kernels build it
     num_modules = model.num_mtp_modules(model.num_mtp_layers)
     mtp = sum_parts([mtp_weights(model, num_experts=num_experts, family=None)] * num_modules)

@@ -114,6 +114,7 @@ def _layer(recipe: Recipe, structure: LayerStructure) -> Part:
 
 def _layer_tensors(recipe: Recipe, structure: LayerStructure) -> Iterator[Tensor]:
     """A norm before each half, then the half; with several residual streams, the maps around it."""
+    recipe = recipe.at(structure)
     model = recipe.model
     number = model.num_residual_streams
     maps = stream_mixing_params(hidden=model.hidden_size, num_streams=number) if number > 1 else 0

@@ -60,5 +60,8 @@ def own_router_arguments(recipe: Recipe) -> Arguments:
     return {
         "router_choice": "top_k" if moe is None else moe.router.choice,
         "eval_capacity_factor": None if drop is None else drop.eval_capacity_factor,
+        "expert_steps": ()
+        if moe is None
+        else tuple((step.from_layer, step.num_experts, step.expert_ffn_hidden_size) for step in moe.steps),
         "min_capacity": 0 if drop is None else drop.min_capacity,
     }

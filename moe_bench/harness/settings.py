@@ -31,6 +31,8 @@ class Settings(Spec):
     routing_trace: Trace
     """Read with `recorded`."""
     router_choice: RouterChoice
+    expert_steps: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...]
+    """First layer, number and width of experts that are not those of the first expert layers."""
     eval_capacity_factor: PositiveFloat | None
     min_capacity: NonNegativeInt
     num_warmup_steps: PositiveInt

@@ -147,7 +147,10 @@ def _plan(
     steps = recipe.steps if any(change.startswith("steps.") for change in modified) else STEPS
     own = _alone(recipe, stage, choice.routing, steps=steps if scale == "slice" else recipe.steps)
     num_moe_layers = _num_moe_layers(recipe, stage)
-    for num_left_out in range(max(1, num_moe_layers - MIN_MOE_LAYERS + 1)):
+    moe = recipe.model.moe
+    # layers that are left out renumber those behind them, which would have the experts of others
+    fewest = num_moe_layers if moe is not None and moe.steps else MIN_MOE_LAYERS
+    for num_left_out in range(max(1, num_moe_layers - fewest + 1)):
         cut = _without(own, stage, num_left_out) if num_left_out else own
         if fits(cut, stage):
             rank = _rank(cut, stage)
@@ -162,7 +165,7 @@ def _plan(
                 whole=whole,
             )
     raise BadInputError(
-        f"{recipe.name}: not even {MIN_MOE_LAYERS} expert layers of one rank fit a GPU of "
+        f"{recipe.name}: not even {fewest} expert layers of one rank fit a GPU of "
         f"{recipe.system.key}; use larger tensor or expert parallel sizes, or more recomputation"
     )
 

@@ -153,6 +153,8 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
         )
     if recipe.token_drop is not None:
         raise BadInputError(f"{recipe.name}: token_drop: a layer alone drops no tokens; set it to null")
+    if model.moe.steps:
+        raise BadInputError(f"{recipe.name}: model.moe.steps: a layer alone has no others; remove them")
     if not model.moe.router.is_causal:
         raise BadInputError(
             f"{recipe.name}: model.moe.router.choice {model.moe.router.choice}: where a token goes depends on the "

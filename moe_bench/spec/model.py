@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -227,6 +228,15 @@ class Router(Spec):
         return self.choice == "top_k"
 
 
+class ExpertStep(Spec):
+    """Experts of other number or width, from one layer on."""
+
+    from_layer: PositiveInt
+    """First decoder layer, counted from 0, that has them; those behind it have, too, up to the next step."""
+    num_experts: PositiveInt
+    expert_ffn_hidden_size: PositiveInt
+
+
 class MixtureOfExperts(Spec):
     """The expert layers of a model."""
 
@@ -243,7 +253,31 @@ class MixtureOfExperts(Spec):
     """Width to which tokens are projected before dispatch, and in which routed experts work (Nemotron 3
     Super); null for the hidden size. Router and shared experts see the hidden size.
     """
+    steps: tuple[ExpertStep, ...] = ()
+    """Where experts change on the way up, in order: a pyramid (PR-MoE, arXiv:2201.05596, 4.1)."""
     router: Router
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Experts of a layer, from the first expert layers up to the last."""
+        return (self.num_experts, *(step.num_experts for step in self.steps))
+
+    @property
+    def common_num_experts(self) -> int:
+        """The largest number that divides the experts of every layer."""
+        return math.gcd(*self.expert_counts)
+
+    def up_to(self, num_layers: int) -> MixtureOfExperts:
+        """The experts of so many layers: without the steps that none of them reaches."""
+        steps = tuple(step for step in self.steps if step.from_layer < num_layers)
+        return self if len(steps) == len(self.steps) else self.model_copy(update={"steps": steps})
+
+    def on_step(self, step: ExpertStep | None) -> MixtureOfExperts:
+        """The experts of the layers on one step, with no others; None for those below the first."""
+        if step is None:
+            return self.model_copy(update={"steps": ()}) if self.steps else self
+        sizes = {"num_experts": step.num_experts, "expert_ffn_hidden_size": step.expert_ffn_hidden_size}
+        return self.model_copy(update={"steps": (), **sizes})
 
 
 HuggingFaceModelType = Literal[
@@ -279,6 +313,8 @@ class LayerStructure:
     """Tokens per compressed key of compressed attention, 0 for none of them; None for other mixers."""
     has_indexer: bool = False
     """Whether this layer chooses the keys that its queries see."""
+    step: ExpertStep | None = None
+    """Its experts where they are not those of the first expert layers."""
 
 
 _HYBRID_LETTERS = {
@@ -349,7 +385,8 @@ class ModelSpec(Spec):
                 f"{self.num_layers} or fewer"
             )
         pattern = None if self.hybrid_pattern is None else self.hybrid_pattern[:num_layers]
-        return self.model_copy(update={"num_layers": num_layers, "hybrid_pattern": pattern})
+        moe = None if self.moe is None else self.moe.up_to(num_layers)
+        return self.model_copy(update={"num_layers": num_layers, "hybrid_pattern": pattern, "moe": moe})
 
     @property
     def layers(self) -> tuple[LayerStructure, ...]:
@@ -375,7 +412,14 @@ class ModelSpec(Spec):
             chunk_tokens=chunk,
             compression_ratio=compressed.compression_ratios[index] if compressed is not None else None,
             has_indexer=self._has_indexer(index),
+            step=self._step(index),
         )
+
+    def at(self, structure: LayerStructure) -> ModelSpec:
+        """The model as if every layer had the experts of this one; itself where all have the same."""
+        if self.moe is None or not self.moe.steps:
+            return self
+        return self.model_copy(update={"moe": self.moe.on_step(structure.step)})
 
     @property
     def mtp_layers(self) -> tuple[LayerStructure, ...]:
@@ -386,7 +430,13 @@ class ModelSpec(Spec):
         ratio = None if self.compressed_attention is None else 0
         has_indexer = self.attention.kind == "mla" and self.attention.sparse is not None
         return (
-            LayerStructure(mixer=last.mixer, ffn=last.ffn, compression_ratio=ratio, has_indexer=has_indexer),
+            LayerStructure(
+                mixer=last.mixer,
+                ffn=last.ffn,
+                compression_ratio=ratio,
+                has_indexer=has_indexer,
+                step=last.step,
+            ),
         )
 
     def num_mtp_modules(self, num_depths: int) -> int:
@@ -420,6 +470,11 @@ class ModelSpec(Spec):
         if self.attention.kind != "mla" or self.attention.sparse is None:
             return False
         return self.attention.sparse.is_in_layer(index)
+
+    def _step(self, index: int) -> ExpertStep | None:
+        steps = self.moe.steps if self.moe is not None and self._has_experts(index) else ()
+        reached = [step for step in steps if step.from_layer <= index]
+        return reached[-1] if reached else None
 
     def _has_experts(self, index: int) -> bool:
         if self.hybrid_pattern is not None:

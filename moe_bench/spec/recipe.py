@@ -16,7 +16,7 @@ from moe_bench.spec.base import (
     Spec,
     Text,
 )
-from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.model import LayerStructure, ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.pipeline import Chunk, pipeline_chunks
 from moe_bench.spec.system import SystemSpec
@@ -314,6 +314,11 @@ class Recipe(Spec):
         """Micro batches that each data-parallel rank runs per step."""
         return self.global_batch_size // (self.micro_batch_size * self.parallel.data)
 
+    def at(self, structure: LayerStructure) -> Recipe:
+        """The recipe as if every layer had the experts of this one; itself where all have the same."""
+        model = self.model.at(structure)
+        return self if model is self.model else self.model_copy(update={"model": model})
+
     def chunks(self) -> tuple[Chunk, ...]:
         """Model chunks in the order in which a token passes them.
 
@@ -322,6 +327,17 @@ class Recipe(Spec):
         return pipeline_chunks(
             self.parallel, num_layers=self.model.num_layers, num_mtp_layers=self.num_mtp_layers
         )
+
+    def layers_of(self, pipeline_rank: int) -> tuple[LayerStructure, ...]:
+        """The layers that a pipeline rank builds, those of its prediction modules last.
+
+        Raises LayoutError where the layers cannot be split so.
+        """
+        chunks = [chunk for chunk in self.chunks() if chunk.pipeline_rank == pipeline_rank]
+        model = self.model
+        decoder = [model.layer(layer) for chunk in chunks for layer in chunk.layers]
+        num_modules = sum(model.num_mtp_modules(chunk.num_mtp_layers) for chunk in chunks)
+        return (*decoder, *model.mtp_layers * num_modules)
 
     @property
     def routing_is_causal(self) -> bool:

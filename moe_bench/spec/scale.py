@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Literal
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.base import NonNegativeInt, Spec, Text
 from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
 from moe_bench.spec.model import (
+    ExpertStep,
     GroupedQueryAttention,
     MixtureOfExperts,
     ModelSpec,
@@ -326,6 +328,9 @@ def _smoke_attention(model: ModelSpec) -> GroupedQueryAttention | MultiLatentAtt
     )
 
 
+_SMOKE_STEP = ExpertStep(from_layer=1, num_experts=16, expert_ffn_hidden_size=48)
+
+
 def _smoke_moe(moe: MixtureOfExperts) -> MixtureOfExperts:
     is_grouped = moe.router.num_groups is not None and moe.router.num_groups > 1
     router = (
@@ -338,6 +343,7 @@ def _smoke_moe(moe: MixtureOfExperts) -> MixtureOfExperts:
             "expert_ffn_hidden_size": 32,
             "shared_expert_ffn_hidden_size": 32 if moe.shared_expert_ffn_hidden_size else 0,
             "num_leading_dense_layers": min(moe.num_leading_dense_layers, 1),
+            "steps": (_SMOKE_STEP,) if moe.steps else (),
             "router": router,
         }
     )
@@ -374,7 +380,7 @@ def _node_recipe(recipe: Recipe, *, num_gpus: int, num_layers: int) -> Recipe:
         expert = math.gcd(expert, max(1, expert // 2))
     group = expert * parallel.expert_tensor
     kept_moe = (
-        None if moe is None else _fewer_experts(moe, num_experts=moe.num_experts // parallel.expert * expert)
+        None if moe is None else _fewer_experts(moe.up_to(num_layers), keep=Fraction(expert, parallel.expert))
     )
     node = parallel.model_copy(
         update={
@@ -422,11 +428,17 @@ def _node_overlap(overlap: Overlap, *, expert: int) -> Overlap:
     return overlap.model_copy(update=off)
 
 
-def _fewer_experts(moe: MixtureOfExperts, *, num_experts: int) -> MixtureOfExperts:
-    """The experts that `num_experts` leave, with routing groups that still divide them."""
-    router = moe.router
+def _fewer_experts(moe: MixtureOfExperts, *, keep: Fraction) -> MixtureOfExperts:
+    """The share `keep` of all experts, with routing groups that still divide them."""
+    router, num_experts = moe.router, int(moe.num_experts * keep)
+    steps = tuple(step.model_copy(update={"num_experts": int(step.num_experts * keep)}) for step in moe.steps)
     if router.num_groups and num_experts % router.num_groups:
         router = router.model_copy(update={"num_groups": None, "groups_per_token": None})
     return moe.model_copy(
-        update={"num_experts": num_experts, "top_k": min(moe.top_k, num_experts), "router": router}
+        update={
+            "num_experts": num_experts,
+            "top_k": min(moe.top_k, num_experts, *(step.num_experts for step in steps)),
+            "steps": steps,
+            "router": router,
+        }
     )

@@ -20,7 +20,6 @@ from moe_bench.analysis.params import (
     mtp_projection_params,
     mtp_weights,
     multi_latent_attention_params,
-    num_experts_per_layer,
     rank_params,
     rank_weights,
     router_params,
@@ -39,7 +38,7 @@ def total_of(parts: dict[Part, Weights]) -> int:
 
 
 def whole(model: ModelSpec) -> int:
-    return total_of(main_weights(model, num_experts=num_experts_per_layer(model), family=None))
+    return total_of(main_weights(model, num_experts=None, family=None))
 
 
 def test_grouped_query_attention_matches_a_hand_count() -> None:
@@ -215,10 +214,9 @@ def test_all_ranks_together_hold_every_parameter_once_per_replica(
     recipe = make_recipe(model, parallel, num_mtp_layers=num_mtp)
     ranks = [rank_params(recipe, rank) for rank in range(parallel.pipeline)]
 
-    num_experts = num_experts_per_layer(model)
     everything = sum_parts(
-        [main_weights(model, num_experts=num_experts, family=recipe.kernels.family)]
-        + [mtp_weights(model, num_experts=num_experts, family=recipe.kernels.family)] * num_mtp
+        [main_weights(model, num_experts=None, family=recipe.kernels.family)]
+        + [mtp_weights(model, num_experts=None, family=recipe.kernels.family)] * num_mtp
     )
     experts = everything[Part.ROUTED_EXPERTS]
     dense = sum(

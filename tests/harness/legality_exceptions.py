@@ -33,6 +33,7 @@ BEYOND = {
     "expert_choice_capacity": OURS,
     "recorded_choice": OURS,
     "padded_capacity": AT_FORWARD,
+    "expert_steps": OURS,
     "dispatcher_needs_gpus": IN_A_KERNEL,
     "flex_permutation": OURS,
     "fp32_probabilities": SILENT,

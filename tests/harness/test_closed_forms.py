@@ -7,7 +7,7 @@ structures. Scalars are left out on both sides: loss, gradient norm.
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -19,6 +19,7 @@ from moe_bench.harness.dryrun.outcome import RankDryRun, TrafficLine
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.derive_dryrun import dryrun_plan
 from moe_bench.spec.load import Loader
+from moe_bench.spec.model import ExpertStep
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import (
     DispatchSpec,
@@ -56,6 +57,7 @@ def toy(
     *,
     model: Mapping[str, object] = {},
     router: Mapping[str, object] = {},
+    steps: Sequence[tuple[int, int, int]] = (),
     **fields: object,
 ) -> Recipe:
     """Four layers of a model's structure on a layout; two micro batches."""
@@ -66,6 +68,14 @@ def toy(
         no_loss = {"aux_loss": "none", "aux_loss_coefficient": 0.0}
         changed = smoke.model.moe.router.model_copy(update={**no_loss, **router})
         model = {**model, "moe": smoke.model.moe.model_copy(update={"router": changed})}
+    if steps and smoke.model.moe is not None:
+        pyramid = tuple(
+            ExpertStep(from_layer=layer, num_experts=number, expert_ffn_hidden_size=width)
+            for layer, number, width in steps
+        )
+        plain = smoke.model.moe.router.model_copy(update={"expert_bias": False, "num_groups": None})
+        plain = plain.model_copy(update={"groups_per_token": None})
+        model = {**model, "moe": smoke.model.moe.model_copy(update={"steps": pyramid, "router": plain})}
     parallel = ParallelSpec.model_validate({"context_comm": "allgather", **layout})
     defaults = {
         "system": LOADER.system("h100_sxm"),
@@ -154,6 +164,18 @@ CASES: Mapping[str, Recipe] = {
         "mixtral_8x7b",
         {"num_gpus": 4, "expert": 2},
         token_drop=TokenDrop(capacity_factor=0.5, pad_to_capacity=True, min_capacity=40, policy="position"),
+    ),
+    "a pyramid of experts over PP2, EP2": toy(
+        "deepseek_v2_lite",
+        {"num_gpus": 4, "pipeline": 2, "expert": 2},
+        steps=[(2, 16, 48), (3, 32, 24)],
+    ),
+    "a pyramid of experts, recomputed, MTP, over TP2, EP2": toy(
+        "glm_4_5_air",
+        {**SPLIT, "num_gpus": 4, "expert": 2},
+        steps=[(2, 16, 64)],
+        recompute=FULL,
+        num_mtp_layers=1,
     ),
     "tokens gathered over ETP2 x EP2": toy(
         "mixtral_8x7b",

@@ -16,7 +16,7 @@ from moe_bench.harness.mcore_config import as_json, megatron_arguments, override
 from moe_bench.launch.local import env_prefix
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
-from moe_bench.spec.model import ChunkedAttention, GatedDeltaNet
+from moe_bench.spec.model import ChunkedAttention, ExpertStep, GatedDeltaNet
 from moe_bench.spec.recipe import LowPrecision, Recipe, TokenDrop
 
 LOADER = Loader(root=recipes_root())
@@ -93,6 +93,7 @@ OTHER_VALUES: dict[str, Any] = {
     "patches": ("mtp_token_count",),
     "low_precision": LowPrecision(param_gather=True),
     "token_drop": TokenDrop(capacity_factor=2.0),
+    "model.moe.steps": (ExpertStep(from_layer=1, num_experts=8, expert_ffn_hidden_size=64),),
 }
 
 REFUSED_BESIDE = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.routers import CapacityRouter, ExpertChoiceRouter, tell_dispatchers, within_capacity
+from moe_bench.spec.model import ExpertStep
 from moe_bench.spec.recipe import Recipe, TokenDrop
 from tests.harness.kernels.configs import small_config
 from tests.harness.kernels.fused.layers import moe_layer
@@ -303,7 +304,21 @@ def routed(choice: str, drop: TokenDrop | None, **router: Any) -> Recipe:
     return recipe.model_copy(update={"model": model, "token_drop": drop, "kernels": kernels})
 
 
+def pyramid() -> Recipe:
+    """Experts of another number from the third layer on, of another width on the fourth."""
+    recipe = routed("top_k", None)
+    moe = recipe.model.moe
+    assert moe is not None
+    steps = tuple(
+        ExpertStep(from_layer=layer, num_experts=number, expert_ffn_hidden_size=width)
+        for layer, number, width in ((2, 16, 32), (3, 4, 48))
+    )
+    moe = moe.model_copy(update={"steps": steps, "shared_expert_ffn_hidden_size": 32})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": moe})})
+
+
 ROUTED = {
+    "pyramid": pyramid(),
     "Sinkhorn": routed("sinkhorn", None, renormalise=False),
     "expert choice": routed("expert_choice", CHOICE, renormalise=False),
     "first come": routed("top_k", FIRST),
@@ -312,7 +327,10 @@ ROUTED = {
 
 @pytest.mark.parametrize(
     "kind",
-    ["expert choice", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Sinkhorn", "first come"))],
+    [
+        "expert choice",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Sinkhorn", "first come", "pyramid")),
+    ],
 )
 def test_two_expert_ranks_train_as_one_process_does(kind: str, zygote: Zygote) -> None:
     one = laid_out(ROUTED[kind], parallel={})
@@ -320,6 +338,8 @@ def test_two_expert_ranks_train_as_one_process_does(kind: str, zygote: Zygote) -
     alone, split = (zygote.train(megatron_arguments(recipe)).samples for recipe in (one, two))
     assert split.losses == pytest.approx(alone.losses, rel=1e-5)
     assert split.grad_norms == pytest.approx(alone.grad_norms, rel=1e-4)
+    if kind == "pyramid":
+        assert {len(layer) for step in split.tokens_per_expert for layer in step} == {8, 16, 4}
     if kind == "expert choice":
         share = math.ceil(one.seq_len * 2 / EXPERTS) * one.global_batch_size
         assert split.tokens_per_expert == (((share,) * EXPERTS,) * 4,) * one.steps.num_timed

@@ -125,3 +125,14 @@ def test_a_capacity_is_a_share_rounded_up_or_the_minimum(factor: float, minimum:
     # 50 tokens with two choices of 8 experts: 12.5 for each
     assert drop.capacity(num_choices=100, num_experts=8) == capacity
     assert drop.capacity(num_choices=100, num_experts=8, is_training=False) == 13
+
+
+def test_experts_change_on_the_way_up_and_a_layer_sees_its_own_alone() -> None:
+    model = LOADER.model("olmoe_1b_7b_pr_moe")
+    seen = [model.at(layer).moe for layer in model.layers]
+    assert [moe.num_experts for moe in seen if moe is not None] == [12] * 12 + [24] * 4
+    assert all(moe is not None and not moe.steps for moe in seen)
+    assert model.moe is not None
+    assert (model.moe.expert_counts, model.moe.common_num_experts) == ((12, 24), 12)
+    plain = LOADER.model("olmoe_1b_7b")
+    assert plain.at(plain.layer(0)) is plain

@@ -77,18 +77,19 @@ def host_routing_map(counts: Sequence[int], *, num_tokens: int) -> torch.Tensor:
 def _with_host_map(
     preprocess: Callable[..., torch.Tensor], counts: SenderCounts | None
 ) -> Callable[..., torch.Tensor]:
-    prepared: dict[int, tuple[Tensor, Tensor]] = {}
-    """By number of tokens, as all layers of a job share the rest: this rank's map, and everyone's counts."""
+    prepared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    """By number of tokens and of experts, as all layers of a job share the rest: this rank's map, and
+    everyone's counts."""
 
     def call(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
         if self.drop_and_pad:
             return preprocess(self, routing_map)
-        num_tokens = routing_map.shape[0]
-        if num_tokens not in prepared:
+        num_tokens, _ = key = tuple(routing_map.shape)
+        if key not in prepared:
             senders = _senders(self, counts, num_tokens=num_tokens)
             own_map = host_routing_map(senders[self.tp_ep_group.rank()], num_tokens=num_tokens)
-            prepared[num_tokens] = own_map, torch.tensor(senders).flatten()
-        own_map, everyone = prepared[num_tokens]
+            prepared[key] = own_map, torch.tensor(senders).flatten()
+        own_map, everyone = prepared[key]
         with _on_host(everyone):
             tokens_per_expert = preprocess(self, own_map)
         for name in ("input_splits", "output_splits"):

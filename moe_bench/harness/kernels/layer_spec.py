@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -36,6 +37,8 @@ from moe_bench.harness.kernels.provider import TorchNativeSpecProvider, provider
 from moe_bench.harness.settings import TritonFusion
 
 NormBuilder = Callable[..., torch.nn.Module]
+ExpertStep = tuple[int, int, int]
+"""First decoder layer, counted from 0, number of experts, and their width."""
 CAUSAL = {"attn_mask_type": AttnMaskType.causal}
 
 
@@ -55,6 +58,8 @@ class KernelChoice:
     """Whether the torch-native experts multiply in FP8 (precision `fp8_rowwise`)."""
     fusions: frozenset[TritonFusion] = frozenset()
     """What the other families than Transformer Engine run as Triton kernels."""
+    expert_steps: tuple[ExpertStep, ...] = ()
+    """Where experts change on the way up, in order."""
 
     def provider(self) -> BackendSpecProvider:
         """The modules of the family.
@@ -118,7 +123,44 @@ def mtp_block_spec(
 def _all_layers(
     config: TransformerConfig, choice: KernelChoice, provider: BackendSpecProvider
 ) -> list[ModuleSpec]:
-    """Specs of the whole model's decoder layers, first to last."""
+    """Specs of the whole model's decoder layers, first to last, each with the experts of its step."""
+    plain = _like_layers(config, choice, provider)
+    layers = list(plain)
+    for first, num_experts, width in choice.expert_steps:
+        for index in range(first, len(layers)):
+            if _has_experts(config)[index]:
+                layers[index] = _with_experts(plain[index], num_experts, width)
+    return layers
+
+
+def _with_experts(layer: ModuleSpec, num_experts: int, ffn_hidden_size: int) -> ModuleSpec:
+    """The layer with experts of other number and width; Megatron-Core has one configuration for all."""
+    mlp = partial(
+        _build_with_experts,
+        build=layer.submodules.mlp,
+        num_moe_experts=num_experts,
+        moe_ffn_hidden_size=ffn_hidden_size,
+    )
+    return replace(layer, submodules=replace(layer.submodules, mlp=mlp))
+
+
+def _build_with_experts(
+    *,
+    build: Callable[..., torch.nn.Module],
+    config: TransformerConfig,
+    num_moe_experts: int,
+    moe_ffn_hidden_size: int,
+    **options: object,
+) -> torch.nn.Module:
+    own = copy.copy(config)
+    own.num_moe_experts, own.moe_ffn_hidden_size = num_moe_experts, moe_ffn_hidden_size
+    return build(config=own, **options)
+
+
+def _like_layers(
+    config: TransformerConfig, choice: KernelChoice, provider: BackendSpecProvider
+) -> list[ModuleSpec]:
+    """The same, all of whose experts are alike."""
     if not config.multi_latent_attention and config.qk_layernorm != (choice.qk_norm != "none"):
         raise BadInputError(
             f"qk_layernorm: {config.qk_layernorm} contradicts the model's qk_norm, {choice.qk_norm}; "

@@ -159,7 +159,8 @@ def search_space(
     most_contexts = max(1, base.seq_len // FEWEST_TOKENS_PER_CONTEXT_RANK)
     contexts = [1 << power for power in range(num_gpus.bit_length()) if 1 << power <= most_contexts]
     moe = base.model.moe
-    experts = [size for size in _divisors(moe.num_experts if moe is not None else 1) if size <= num_gpus]
+    num_experts = 1 if moe is None else moe.common_num_experts
+    experts = [size for size in _divisors(num_experts) if size <= num_gpus]
 
     def values[Value](key: str, own: Value, searched: Sequence[Value]) -> tuple[Value, ...]:
         return (own,) if key in pinned else tuple(searched)

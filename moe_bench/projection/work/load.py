@@ -28,7 +28,7 @@ def recipe_load(recipe: Recipe) -> float:
 
     `round_robin` is balanced exactly, as is expert choice; `random_logits` up to chance, `biased` follows
     its logits' spread, `recorded` its trace, and `natural` has the inequality of experts that real text
-    shows.
+    shows. Where experts change on the way up, it is the load of the first ones.
     """
     moe = recipe.model.moe
     is_even = recipe.routing.mode == "round_robin" or recipe.parallel.expert == 1

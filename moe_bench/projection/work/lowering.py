@@ -160,7 +160,7 @@ def _add_mixer(tally: Tally, structure: LayerStructure) -> None:
 
 
 def _add_feed_forward(tally: Tally, structure: LayerStructure, load: float) -> None:
-    moe = tally.recipe.model.moe
+    moe = tally.recipe.model.at(structure).moe
     if structure.ffn == "moe" and moe is not None:
         add_experts(tally, moe, load=load)
     elif structure.ffn == "dense":
@@ -169,7 +169,7 @@ def _add_feed_forward(tally: Tally, structure: LayerStructure, load: float) -> N
 
 def _exchanges(recipe: Recipe, structure: LayerStructure, parallel: TensorParallel) -> Iterator[Exchange]:
     """A state-space mixer is split like an MLP: projections by columns in, by rows out."""
-    hidden, moe = recipe.model.hidden_size, recipe.model.moe
+    hidden, moe = recipe.model.hidden_size, recipe.model.at(structure).moe
     if structure.mixer == "attention":
         yield from attention_exchanges(recipe, parallel)
     elif structure.mixer is not None:

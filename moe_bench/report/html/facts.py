@@ -94,7 +94,8 @@ def _layers_text(recipe: Recipe) -> str:
     shared = ", a shared one" if moe.shared_expert_ffn_hidden_size else ""
     mtp = f", {recipe.num_mtp_layers} MTP" if recipe.num_mtp_layers else ""
     num_moe = model.num_layers - model.num_dense_layers
-    return f"{dense}{num_moe} with {moe.num_experts} experts, {moe.top_k} per token{shared}{mtp}"
+    counts = " to ".join(map(str, moe.expert_counts))
+    return f"{dense}{num_moe} with {counts} experts, {moe.top_k} per token{shared}{mtp}"
 
 
 def _recompute_text(recipe: Recipe) -> str:

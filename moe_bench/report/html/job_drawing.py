@@ -252,8 +252,9 @@ def _caption(recipe: Recipe, roles: Sequence[str]) -> str:
     if "group" in roles and moe is not None:
         size = parallel.expert * parallel.expert_tensor
         holder = "GPU" if parallel.expert_tensor == 1 else f"{parallel.expert_tensor} GPUs"
+        counts = " to ".join(map(str, moe.expert_counts))
+        per_rank = " to ".join(str(number // parallel.expert) for number in moe.expert_counts)
         sentences.append(
-            f"Outlined: expert groups of {size}, each with all {moe.num_experts} experts, "
-            f"{moe.num_experts // parallel.expert} per {holder}."
+            f"Outlined: expert groups of {size}, each with all {counts} experts, {per_rank} per {holder}."
         )
     return " ".join(sentences)

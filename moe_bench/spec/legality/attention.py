@@ -88,6 +88,7 @@ def sequence_parts(recipe: Recipe) -> Iterator[Found]:
 @rule(
     "there is no sequence parallelism without tensor parallelism",
     "megatron/core/model_parallel_config.py:504",
+    "megatron/training/arguments.py:1402",
 )
 def sequence_parallel_needs_tensor(recipe: Recipe) -> Iterator[Found]:
     if recipe.parallel.sequence_parallel and recipe.parallel.tensor == 1:

@@ -32,7 +32,7 @@ def experts_per_rank(recipe: Recipe) -> Iterator[Found]:
         yield (
             "parallel.expert",
             f"EP{expert}, {moe.num_experts} experts",
-            f"use {nearest_divisor(moe.num_experts, expert)}",
+            f"use {nearest_divisor(moe.common_num_experts, expert)}",
         )
 
 
@@ -90,16 +90,14 @@ def single_expert(recipe: Recipe) -> Iterator[Found]:
     moe = recipe.model.moe
     if moe is None or moe.top_k > 1 or moe.router.score_function != "softmax":
         return
-    if moe.router.renormalise and moe.router.choice == "top_k":
+    if moe.router.renormalise and moe.router.choice != "sinkhorn":
         yield "model.moe.router.renormalise", "true with softmax and top-1", "write false"
 
 
 @rule("the bias of aux-loss-free balancing is added to sigmoid scores", f"{_CONFIG}:2288")
 def expert_bias(recipe: Recipe) -> Iterator[Found]:
     moe = recipe.model.moe
-    if moe is None or moe.router.choice != "top_k":
-        return
-    if moe.router.expert_bias and moe.router.score_function != "sigmoid":
+    if moe is not None and moe.router.expert_bias and moe.router.score_function != "sigmoid":
         yield (
             "model.moe.router.expert_bias",
             f"true with {moe.router.score_function}",

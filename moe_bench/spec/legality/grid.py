@@ -34,7 +34,7 @@ def expert_grid(recipe: Recipe) -> Iterator[Found]:
     fix = f"use {_nearest_jobs(recipe)} GPUs"
     rest = parallel.num_gpus // (parallel.expert_tensor * parallel.pipeline)
     if rest * parallel.expert_tensor * parallel.pipeline == parallel.num_gpus:
-        num_experts = recipe.model.moe.num_experts if recipe.model.moe is not None else 1
+        num_experts = recipe.model.moe.common_num_experts if recipe.model.moe is not None else 1
         fix += f", or EP{nearest_divisor(math.gcd(rest, num_experts), parallel.expert)}"
     yield (
         "parallel.expert",

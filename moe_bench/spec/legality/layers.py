@@ -21,7 +21,7 @@ _LAYOUT = "megatron/core/transformer/pipeline_parallel_layer_layout.py"
     f"{_CONFIG}:1974",
 )
 def layout_stages(recipe: Recipe) -> Iterator[Found]:
-    stages = _stages(recipe)
+    stages = stages_of(recipe)
     if stages and len(stages) != recipe.parallel.num_chunks:
         values, _, fix = str(StageCountError(len(stages), recipe.parallel)).rpartition("; ")
         yield "parallel.layout", values, fix
@@ -94,7 +94,7 @@ def virtual_stages_need_a_pipeline(recipe: Recipe) -> Iterator[Found]:
     f"{_LAYOUT}:128",
 )
 def mtp_stage(recipe: Recipe) -> Iterator[Found]:
-    stages = _stages(recipe)
+    stages = stages_of(recipe)
     letters = "".join(stages)
     with_mtp = [index for index, stage in enumerate(stages) if "m" in stage]
     last_virtual = len(stages) - recipe.parallel.pipeline
@@ -117,7 +117,7 @@ def mtp_stage(recipe: Recipe) -> Iterator[Found]:
 )
 def mtp_not_on_the_first_rank(recipe: Recipe) -> Iterator[Found]:
     pipeline = recipe.parallel.pipeline
-    if pipeline > 1 and any("m" in stage for stage in _stages(recipe)[::pipeline]):
+    if pipeline > 1 and any("m" in stage for stage in stages_of(recipe)[::pipeline]):
         yield (
             "parallel.layout",
             "an MTP layer on the first pipeline rank",
@@ -159,7 +159,7 @@ def _layout_error(recipe: Recipe) -> LayoutError | None:
     return None
 
 
-def _stages(recipe: Recipe) -> tuple[str, ...]:
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages of the layout string; none without one, or where it cannot be read."""
     try:
         return () if recipe.parallel.layout is None else expand_layout(recipe.parallel.layout)

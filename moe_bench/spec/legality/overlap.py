@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_bench.spec.legality.layers import stages_of
 from moe_bench.spec.legality.rule import Found, rule
 from moe_bench.spec.recipe import Recipe
 
@@ -72,7 +73,9 @@ def expert_overlap_needs_expert_ranks(recipe: Recipe) -> Iterator[Found]:
 @rule("a pipeline hides it between two chunks", f"{_CONFIG}:2675")
 def expert_overlap_needs_virtual_stages(recipe: Recipe) -> Iterator[Found]:
     parallel = recipe.parallel
-    if recipe.overlap.expert_parallel and parallel.pipeline > 1 and parallel.virtual_pipeline == 1:
+    # the stages of a layout string count, which `layout_stages` holds against the stated ones
+    num_stages = len(stages_of(recipe)) or parallel.num_chunks
+    if recipe.overlap.expert_parallel and 1 < parallel.pipeline == num_stages:
         yield (
             "overlap.expert_parallel",
             f"true with PP{parallel.pipeline} and no virtual stages",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_bench.spec.legality.rule import Found, rule
+from moe_bench.spec.legality.rule import Found, nearest_divisor, rule
 from moe_bench.spec.recipe import Recipe
 
 _ROUTER = "megatron/core/transformer/moe/router.py"
@@ -25,7 +25,7 @@ def sinkhorn(recipe: Recipe) -> Iterator[Found]:
     yield from _plain_scores(recipe, "sinkhorn")
 
 
-@rule("a capacity works beside balancing losses, or none", f"{_CONFIG}:1680")
+@rule("a capacity works beside balancing losses, or none", f"{_CONFIG}:1681")
 def sinkhorn_capacity(recipe: Recipe) -> Iterator[Found]:
     if recipe.token_drop is not None and _choice(recipe) == "sinkhorn":
         yield "token_drop", "a capacity with sinkhorn", "remove the block"
@@ -75,12 +75,38 @@ def padded_capacity(recipe: Recipe) -> Iterator[Found]:
     moe, drop = recipe.model.moe, recipe.token_drop
     if moe is None or drop is None or not drop.pad_to_capacity:
         return
-    limit = moe.num_experts / moe.top_k
+    limit = min(moe.expert_counts) / moe.top_k
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(drop, name)
         if factor is not None and factor > limit:
             what = f"{factor} x top-{moe.top_k} of {moe.num_experts} experts, padded"
             yield f"token_drop.{name}", what, f"use at most {limit:g}"
+
+
+@rule("what is read of all experts at once has one number of them", _OURS)
+def expert_steps(recipe: Recipe) -> Iterator[Found]:
+    moe = recipe.model.moe
+    if moe is None or not moe.steps:
+        return
+    starts = [step.from_layer for step in moe.steps]
+    if starts != sorted(set(starts)) or starts[-1] >= recipe.model.num_layers:
+        what = f"layers {', '.join(map(str, starts))} of {recipe.model.num_layers}"
+        yield "model.moe.steps", what, "name layers of the model in order, each once"
+    expert = recipe.parallel.expert
+    if moe.common_num_experts % expert and not moe.num_experts % expert:
+        counts = " and ".join(map(str, moe.expert_counts))
+        fix = f"use {nearest_divisor(moe.common_num_experts, expert)}"
+        yield "parallel.expert", f"EP{expert}, {counts} experts", fix
+    if moe.router.num_groups is not None:
+        yield f"{_KEY}.num_groups", f"{moe.router.num_groups} with steps of experts", "write null"
+    if moe.router.expert_bias:
+        # stacked over layers in megatron/core/distributed/finalize_model_grads.py
+        yield f"{_KEY}.expert_bias", "true with steps of experts", "write false"
+    if recipe.routing.mode == "recorded":
+        yield "routing.mode", "recorded with steps of experts", "use natural"
+    if moe.top_k > min(step.num_experts for step in moe.steps):
+        fewest = min(step.num_experts for step in moe.steps)
+        yield "model.moe.top_k", f"{moe.top_k} of {fewest} experts", f"use {fewest}"
 
 
 def _plain_scores(recipe: Recipe, choice: str) -> Iterator[Found]:
@@ -93,7 +119,7 @@ def _plain_scores(recipe: Recipe, choice: str) -> Iterator[Found]:
         ("renormalise", router.renormalise, "true", "false"),
         ("num_groups", router.num_groups is not None, f"{router.num_groups}", "null"),
         ("scaling_factor", router.scaling_factor != 1.0, f"{router.scaling_factor}", "1.0"),
-        ("expert_bias", router.expert_bias, "true", "false"),
+        ("expert_bias", router.expert_bias and router.score_function == "sigmoid", "true", "false"),
         ("aux_loss", router.aux_loss != "none", router.aux_loss, "none"),
     )
     for name, is_asked, value, fix in asked:
@@ -109,5 +135,5 @@ def _choice(recipe: Recipe) -> str | None:
 
 RULES = (
     sinkhorn, sinkhorn_capacity, sinkhorn_and_graphs, expert_choice, expert_choice_capacity, recorded_choice,
-    padded_capacity,
+    padded_capacity, expert_steps,
 )  # fmt: skip
