@@ -118,17 +118,22 @@ def show(
         ranks = pipeline_memory(plan.recipe)
         print_view(memory_view(plan.recipe, ranks), memory_json(plan.recipe, ranks), as_json)
     else:
-        evidence = _evidence(plan) if plan.scale == "full" else None
+        evidence = _evidence(plan) if plan.scale == "full" else {}
         print_view(plan_view(plan, evidence=evidence), plan.model_dump(mode="json"), as_json)
 
 
-def _evidence(plan: Plan) -> str | None:
-    """What `verify` last found of the model as it is; None where no class is named that it could be."""
+def _evidence(plan: Plan) -> dict[str, str]:
+    """What `verify` last found of the model as it is, if it names a class, and `parity` of these settings."""
+    from moe_bench.report.parity_view import parity_line
     from moe_bench.report.verify_view import evidence_line
+    from moe_bench.results.parity import latest_parity, read_parities
     from moe_bench.results.verification import latest_verification
 
-    model = plan.recipe.model
-    return None if model.hf_model_type is None else evidence_line(latest_verification(results_root(), model))
+    root, model = results_root(), plan.recipe.model
+    parity = parity_line(latest_parity(read_parities(root, models=[model.key]), plan), plan)
+    if model.hf_model_type is None:
+        return {"parity": parity}
+    return {"model proof": evidence_line(latest_verification(root, model)), "parity": parity}
 
 
 @app.command(rich_help_panel=RECIPES)

@@ -18,10 +18,10 @@ from moe_bench.spec.scale import Plan, Substitution
 GIB = 2**30
 
 
-def plan_view(plan: Plan, *, evidence: str | None) -> RenderableType:
+def plan_view(plan: Plan, *, evidence: Mapping[str, str]) -> RenderableType:
     """A recipe key by key, without the model's and system's own files, and its substitutions.
 
-    `evidence` says what is known of the model beside its published class.
+    `evidence` says, by what it is of, what is known of the model and of how these settings learn.
     """
     recipe = plan.recipe
     parts: list[RenderableType] = [Text(f"{plan.asked} ({plan.scale} scale)", style="bold")]
@@ -36,7 +36,7 @@ def plan_view(plan: Plan, *, evidence: str | None) -> RenderableType:
     }
     if not recipe.routing_is_causal:
         head["routing"] = "not causal: a token's experts depend on tokens behind it (docs/routers.md)"
-    parts.append(_two_columns(head if evidence is None else head | {"model proof": evidence}))
+    parts.append(_two_columns(head | dict(evidence)))
     if recipe.system.gpu is not None:
         parts.append(memory_table(memory_fit(recipe)))
     tree = recipe.model_dump(mode="json", exclude={"model", "system", "differences"}, exclude_defaults=True)
