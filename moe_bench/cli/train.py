@@ -25,7 +25,6 @@ from moe_bench.errors import BadInputError
 from moe_bench.spec.derive_training import DEFAULT_STEPS
 
 if TYPE_CHECKING:
-    from moe_bench.spec.rendezvous import Rendezvous
     from moe_bench.spec.training import TrainingJob
 
 
@@ -90,7 +89,7 @@ def train(
 ) -> None:
     """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
     from moe_bench.report.export.tensorboard import require_tensorboard
-    from moe_bench.results.training_run import begin_run, newest_checkpoint, read_job
+    from moe_bench.results.training_run import find_checkpoint, read_job, require_no_run
     from moe_bench.spec.derive_training import Wishes, training_job
 
     if resume and start_from is not None:
@@ -98,8 +97,12 @@ def train(
     if tensorboard is not None:
         require_tensorboard()
     before = read_job(out) if resume else None
-    if before is None and data is None:
+    if before is not None:
+        start_from, _ = find_checkpoint(out)
+    elif data is None:
         raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
+    else:
+        require_no_run(out)
     wishes = Wishes(
         data=None if data is None else str(data),
         num_steps=steps,
@@ -119,22 +122,13 @@ def train(
     all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes)
     job = training_job(plan, wishes, before=before)
-    place = rank_here()
-    is_speaker = place is None or place.rank == 0
-    if before is None:
-        checkpoint = start_from
-        if is_speaker:
-            begin_run(out, job)
-    else:
-        checkpoint = newest_checkpoint(out)
-    _train(job, out, checkpoint, place, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
+    _train(job, out, start_from, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
 
 
 def _train(
     job: TrainingJob,
     folder: Path,
     checkpoint: Path | None,
-    place: Rendezvous | None,
     *,
     goes_on: bool,
     tensorboard: Path | None,
@@ -146,7 +140,7 @@ def _train(
     from moe_bench.report.training_view import training_json, training_progress, training_view
     from moe_bench.results.training_log import read_log
 
-    console = make_console(stderr=True)
+    console, place = make_console(stderr=True), rank_here()
     is_speaker = place is None or place.rank == 0
     if is_speaker:
         announce(job.plan, console)

@@ -11,7 +11,7 @@ from rich.console import Console
 from moe_bench.report.export.training import TrainingEvents
 from moe_bench.results.training_health import AlarmWatch, HealthLine, append_health, read_health
 from moe_bench.results.training_log import LogLine, append_line
-from moe_bench.results.training_run import go_on
+from moe_bench.results.training_run import begin_run, go_on
 from moe_bench.spec.training import TrainingJob
 
 
@@ -57,12 +57,14 @@ class Follower:
     def _begin(self, first_step: int) -> AlarmWatch:
         """What the first of all lines does.
 
-        Only then is it known that a checkpoint could be read under a changed job, and only then have ranks
+        Only then is it known that data and checkpoint could be read under the job, and only then have ranks
         been forked, which a writer's thread would forbid.
         """
         if self._alarms is None:
             if self.goes_on:
                 go_on(self.folder, self.job, num_steps=first_step - 1)
+            else:
+                begin_run(self.folder, self.job)
             self._alarms = AlarmWatch(self.job.health, read_health(self.folder))
             if self.tensorboard is not None:
                 self._events = TrainingEvents(self.tensorboard, first_step=first_step)

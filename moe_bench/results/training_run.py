@@ -30,10 +30,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:07d}"
 
 
-def begin_run(folder: Path, job: TrainingJob) -> None:
-    """Make the folder of a new run. Raises BadInputError where there is a run in it."""
+def require_no_run(folder: Path) -> None:
+    """Raise BadInputError where there is a run in `folder`."""
     if (folder / JOB).exists():
         raise BadInputError(f"{folder}: a run is in it; go on with --resume, or name another folder")
+
+
+def begin_run(folder: Path, job: TrainingJob) -> None:
+    """Make the folder of a new run. Raises BadInputError where there is a run in it."""
+    require_no_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_job(folder, job)
 
@@ -64,7 +69,7 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainingJob | None]:
     if (path / JOB).is_file():
         newest = newest_checkpoint(path)
         if newest is None:
-            raise BadInputError(f"{path}: the run in it has saved no checkpoint yet; train on with --resume")
+            raise BadInputError(f"{path}: its run has saved no checkpoint yet; remove it and start anew")
         return newest, read_job(path)
     if not path.is_dir():
         raise BadInputError(f"{path}: no such folder; name a checkpoint, or the run that saved it")
