@@ -47,9 +47,9 @@ def test_boxes_hold_the_ranks_of_their_stage_group_and_node(name: str) -> None:
     num_gpus = asked.parallel.num_gpus
     assert ranks_by_box(drawn, "stage") == blocks(num_gpus, num_gpus // asked.parallel.pipeline)
     assert ranks_by_box(drawn, "node") == blocks(num_gpus, min(num_gpus, asked.system.gpus_per_node))
-    assert ranks_by_box(drawn, "group") == blocks(
-        num_gpus, asked.parallel.expert * asked.parallel.expert_tensor
-    )
+    num_in_group = asked.parallel.expert * asked.parallel.expert_tensor
+    # a GPU that has every expert is its own group
+    assert ranks_by_box(drawn, "group") == (blocks(num_gpus, num_in_group) if num_in_group > 1 else [])
 
 
 def with_parallel(**sizes: int) -> Recipe:
