@@ -59,14 +59,14 @@ def bounded(name: str, call: Callable[..., Any], *inputs: Any) -> Any:
     span = _BackwardSpan(listener, f"{name} bwd")
     has_backward = torch.is_grad_enabled() and any(map(_has_gradient, inputs))
     if has_backward:
-        inputs = _through(_EndOfBackward, span, inputs)
+        inputs = _through(span.end, inputs)
     with _heard(listener, f"{name} fwd"):
         outputs = call(*inputs)
     if not has_backward:
         return outputs
     if isinstance(outputs, Tensor):
-        return _through(_StartOfBackward, span, (outputs,))[0]
-    return _through(_StartOfBackward, span, tuple(outputs))
+        return _through(span.start, (outputs,))[0]
+    return _through(span.start, tuple(outputs))
 
 
 @contextlib.contextmanager
@@ -108,33 +108,18 @@ class _BackwardSpan:
             self._listener.end(self._started.pop())
 
 
-class _StartOfBackward(torch.autograd.Function):
-    """Passes tensors on; behind a part, so that its backward pass comes by here first."""
+class _Bound(torch.autograd.Function):
+    """Passes tensors on; in front of a part its backward pass comes by here last, behind the part first."""
 
     @staticmethod
-    def forward(ctx: Any, span: _BackwardSpan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.span = span
+    def forward(ctx: Any, note: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.note = note
         ctx.set_materialize_grads(False)
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.span.start()
-        return None, *gradients
-
-
-class _EndOfBackward(torch.autograd.Function):
-    """Passes tensors on; in front of a part, so that its backward pass comes by here last."""
-
-    @staticmethod
-    def forward(ctx: Any, span: _BackwardSpan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.span = span
-        ctx.set_materialize_grads(False)
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.span.end()
+        ctx.note()
         return None, *gradients
 
 
@@ -142,7 +127,7 @@ def _has_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _through(function: Any, span: _BackwardSpan, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values, those with a gradient passed through one node of the graph."""
-    passed = iter(function.apply(span, *filter(_has_gradient, values)))
+def _through(note: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values, those with a gradient passed through one node of the graph that notes its backward pass."""
+    passed = iter(_Bound.apply(note, *filter(_has_gradient, values)))
     return tuple(next(passed) if _has_gradient(value) else value for value in values)

@@ -21,8 +21,8 @@ _OWN_FUSIONS: dict[KernelFamily, dict[str, bool]] = {
     "torch_native": FAST_PATH,
     "quack": {"router": True, "permute": True, "activation": True},
 }
-"""What the families without Transformer Engine fuse; quack's products add weight gradients to the buffer where
-a recipe asks for it.
+"""What the families without Transformer Engine fuse; quack's products add weight gradients to the buffer
+where a recipe asks for it.
 """
 _OWN_PRECISIONS: dict[KernelFamily, tuple[Precision, ...]] = {
     "torch_native": ("fp32", "bf16", "fp8_rowwise"),

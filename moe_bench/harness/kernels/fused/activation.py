@@ -79,6 +79,18 @@ def _wide(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _clamped_above(values: tl.tensor, clamp: tl.constexpr) -> tl.tensor:
+    """By comparisons that are false of NaN, which so goes through."""
+    return values if clamp is None else tl.where(values > clamp, clamp, values)
+
+
+@triton.jit
+def _clamped(values: tl.tensor, clamp: tl.constexpr) -> tl.tensor:
+    """On both sides, likewise."""
+    return values if clamp is None else _clamped_above(tl.where(values < -clamp, -clamp, values), clamp)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr: tl.tensor,
     probabilities_ptr: tl.tensor,
@@ -94,10 +106,7 @@ def _forward_kernel(
     is_inside = columns < ffn
     gate = _wide(tl.load(x_ptr + row * 2 * ffn + columns, mask=is_inside, other=0.0))
     linear = _wide(tl.load(x_ptr + row * 2 * ffn + ffn + columns, mask=is_inside, other=0.0))
-    if clamp is not None:
-        # Comparisons that are false of NaN, which so goes through.
-        gate = tl.where(gate > clamp, clamp, gate)
-        linear = tl.where(linear > clamp, clamp, tl.where(linear < -clamp, -clamp, linear))
+    gate, linear = _clamped_above(gate, clamp), _clamped(linear, clamp)
     weight = tl.load(probabilities_ptr + row).to(gate.dtype)
     y = gate / (1 + tl.exp(-alpha * gate)) * (linear + offset) * weight
     tl.store(y_ptr + row * ffn + columns, y.to(y_ptr.dtype.element_ty), mask=is_inside)
@@ -126,10 +135,7 @@ def _backward_kernel(
         raw_gate = _wide(tl.load(x_ptr + row * 2 * ffn + columns, mask=is_inside, other=0.0))
         raw_linear = _wide(tl.load(x_ptr + row * 2 * ffn + ffn + columns, mask=is_inside, other=0.0))
         grad = _wide(tl.load(grad_ptr + row * ffn + columns, mask=is_inside, other=0.0))
-        gate, linear = raw_gate, raw_linear
-        if clamp is not None:
-            gate = tl.where(raw_gate > clamp, clamp, raw_gate)
-            linear = tl.where(raw_linear > clamp, clamp, tl.where(raw_linear < -clamp, -clamp, raw_linear))
+        gate, linear = _clamped_above(raw_gate, clamp), _clamped(raw_linear, clamp)
         sigmoid = 1 / (1 + tl.exp(-alpha * gate))
         activated, shifted = gate * sigmoid, linear + offset
         grad_weight += grad * activated * shifted
