@@ -49,8 +49,8 @@ def evaluate(question: Question, *, rendezvous: Rendezvous | None) -> Evaluation
 
 
 def _evaluate_rank(question: Question, rendezvous: Rendezvous, listen_fd: int | None) -> Evaluation:
-    stream = read_stream(question.data, question.held_out_fraction)
     with loaded(question.plan.recipe, question.checkpoint, rendezvous, listen_fd=listen_fd) as model:
+        stream = read_stream(question.data, question.held_out_fraction)
         loss = told_by_one(_mean_loss(model, stream))
         if not 0 <= loss < float("inf"):
             raise MeasurementError(f"{question.checkpoint}: its loss is not finite")
@@ -99,7 +99,7 @@ def read_stream(prefix: str, held_out_fraction: float | None) -> Stream:
     num_tokens = int(lengths[first:].sum())
     if num_tokens < 2:
         raise BadInputError(
-            f"{prefix}: nothing to evaluate in {len(lengths) - first} documents; use --part all"
+            f"{prefix}: nothing to evaluate in {len(lengths) - first} documents; drop --held-out"
         )
     return Stream(
         dataset=dataset,
