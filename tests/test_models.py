@@ -31,7 +31,13 @@ ACTIVE_COUNTING = {
     "mixtral_8x7b": Counting.WITHOUT_MTP,
     "moonlight_16b_a3b": Counting.WITHOUT_MTP,
     **dict.fromkeys(
-        ("olmoe_1b_7b", "olmoe_1b_7b_expert_choice", "olmoe_1b_7b_pr_moe", "olmoe_1b_7b_sinkhorn", "olmoe_1b_7b_switch"),
+        (
+            "olmoe_1b_7b",
+            "olmoe_1b_7b_expert_choice",
+            "olmoe_1b_7b_pr_moe",
+            "olmoe_1b_7b_sinkhorn",
+            "olmoe_1b_7b_switch",
+        ),
         Counting.WITHOUT_MTP,
     ),
     "qwen3_235b_a22b": Counting.WITHOUT_MTP,

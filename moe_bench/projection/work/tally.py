@@ -80,10 +80,8 @@ class Tally:
         Y = X W, dX = dY W^T and dW += X^T dY. `is_last` says that nothing behind it is kept for the gradient.
         """
         is_row_wise = part is Part.EXPERTS and multiplies_experts_row_wise(self.recipe)
-        form = self.number if number is None else number
-        weight_form = form
-        if is_row_wise:
-            form = NUMBERS[self.recipe.precision]
+        weight_form = self.number if number is None else number
+        form = NUMBERS[self.recipe.precision] if is_row_wise else weight_form
         for in_pass in self.forward_passes(repeated_by, is_last=is_last):
             self.operations.append(
                 Gemm(
