@@ -21,8 +21,8 @@ UNITS = (
 )  # fmt: skip
 DIMENSIONLESS = {
     "weight_decay", "adam_beta1", "adam_beta2", "beta_fast", "beta_slow", "factor", "losses", "loss",
-    "value", "seconds", "target", "measured", "kl_divergence", "host_exponent", "exponent", "expert_bias_range",
-    "temperature",
+    "value", "seconds", "target", "measured", "kl_divergence", "host_exponent", "exponent",
+    "expert_bias_range", "temperature",
 }  # fmt: skip
 """Names of numbers that have no unit or are one, or a value whose name, with its unit, stands beside it."""
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from moe_bench.cli.app import MODEL, app
 from moe_bench.cli.options import (
@@ -21,8 +19,27 @@ from moe_bench.cli.options import (
     print_view,
     rank_here,
 )
+from moe_bench.cli.train_options import (
+    AlarmDeadOption,
+    AlarmShareOption,
+    DataOption,
+    DecayStepsOption,
+    ExpertLrFactorOption,
+    HealthEveryOption,
+    KeepOption,
+    MinLrFractionOption,
+    OutOption,
+    ResumeOption,
+    SaveEveryOption,
+    StartFromOption,
+    StepsOption,
+    TensorboardOption,
+    ValidBatchesOption,
+    ValidEveryOption,
+    ValidFractionOption,
+    WarmupStepsOption,
+)
 from moe_bench.errors import BadInputError
-from moe_bench.spec.derive_training import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from moe_bench.spec.training import TrainingJob
@@ -31,78 +48,36 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel=MODEL)
 def train(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run: log, checkpoints, job.json.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", metavar="PREFIX", help="A dataset of `data build`.")
-    ] = None,
+    out: OutOption,
+    data: DataOption = None,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
     changes: SetOption = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help=f"All of the run; {DEFAULT_STEPS} if not said.")
-    ] = None,
-    warmup_steps: Annotated[
-        int | None, typer.Option("--warmup-steps", min=0, help="Of the learning rate; a hundredth.")
-    ] = None,
-    decay_steps: Annotated[
-        int | None, typer.Option("--decay-steps", min=1, help="To its minimum, by a cosine; all steps.")
-    ] = None,
-    min_lr_fraction: Annotated[
-        float | None, typer.Option("--min-lr-fraction", min=0, max=1, help="The minimum; 0.1.")
-    ] = None,
-    expert_lr_factor: Annotated[
-        float | None, typer.Option("--expert-lr-factor", min=0.001, help="Of the experts' rate; 1.")
-    ] = None,
-    valid_fraction: Annotated[
-        float | None, typer.Option("--valid-fraction", help="Of the documents, the last ones; 0.05.")
-    ] = None,
-    valid_every: Annotated[
-        int | None, typer.Option("--valid-every", min=1, help="Steps between two validations; a tenth.")
-    ] = None,
-    valid_batches: Annotated[
-        int | None, typer.Option("--valid-batches", min=1, help="Global batches of each; 4.")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option("--save-every", min=1, help="Steps between two checkpoints; a tenth.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints, the newest; 2.")] = None,
-    health_every: Annotated[
-        int | None, typer.Option("--health-every", min=1, help="Steps added up in a line of health.jsonl.")
-    ] = None,
-    alarm_share: Annotated[
-        float | None,
-        typer.Option("--alarm-share", min=0.001, max=1, help="Of the tokens, to one expert; sqrt(k / E)."),
-    ] = None,
-    alarm_dead: Annotated[
-        int | None, typer.Option("--alarm-dead", min=1, help="Steps of an expert without a token; 100.")
-    ] = None,
-    tensorboard: Annotated[
-        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write event files there, as it goes.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, also with changes.")
-    ] = False,
-    start_from: Annotated[
-        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights.")
-    ] = None,
+    steps: StepsOption = None,
+    warmup_steps: WarmupStepsOption = None,
+    decay_steps: DecayStepsOption = None,
+    min_lr_fraction: MinLrFractionOption = None,
+    expert_lr_factor: ExpertLrFactorOption = None,
+    valid_fraction: ValidFractionOption = None,
+    valid_every: ValidEveryOption = None,
+    valid_batches: ValidBatchesOption = None,
+    save_every: SaveEveryOption = None,
+    keep: KeepOption = None,
+    health_every: HealthEveryOption = None,
+    alarm_share: AlarmShareOption = None,
+    alarm_dead: AlarmDeadOption = None,
+    tensorboard: TensorboardOption = None,
+    resume: ResumeOption = False,
+    start_from: StartFromOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
     from moe_bench.report.export.tensorboard import require_tensorboard
-    from moe_bench.results.training_run import find_checkpoint, read_job, require_no_run
     from moe_bench.spec.derive_training import Wishes, training_job
 
-    if resume and start_from is not None:
-        raise BadInputError("--from begins a run and --resume goes on with one: leave one of the two out")
     if tensorboard is not None:
         require_tensorboard()
-    before = read_job(out) if resume else None
-    if before is not None:
-        start_from, _ = find_checkpoint(out)
-    elif data is None:
-        raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
-    else:
-        require_no_run(out)
+    before, checkpoint = _begun(out, data, start_from, resume=resume)
     wishes = Wishes(
         data=None if data is None else str(data),
         num_steps=steps,
@@ -122,7 +97,23 @@ def train(
     all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes)
     job = training_job(plan, wishes, before=before)
-    _train(job, out, start_from, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
+    _train(job, out, checkpoint, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
+
+
+def _begun(
+    out: Path, data: Path | None, start_from: Path | None, *, resume: bool
+) -> tuple[TrainingJob | None, Path | None]:
+    """The job to go on with, None for a new one, and the checkpoint that it begins with."""
+    from moe_bench.results.training_run import find_checkpoint, read_job, require_no_run
+
+    if resume and start_from is not None:
+        raise BadInputError("--from begins a run and --resume goes on with one: leave one of the two out")
+    if resume:
+        return read_job(out), find_checkpoint(out)[0]
+    if data is None:
+        raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
+    require_no_run(out)
+    return None, start_from
 
 
 def _train(
