@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from logging.handlers import QueueHandler
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -29,9 +30,8 @@ class Writers:
         """`request` whose process ends with this rank and whose errors can be asked for."""
         if request.async_fn is None:  # this rank has nothing to write
             return request
-        return request._replace(
-            async_fn=_write, async_fn_args=(request.async_fn, self._problems, *request.async_fn_args)
-        )
+        # not among its arguments, of which Megatron-Core counts on the order (async_utils.py, preload_fn)
+        return request._replace(async_fn=partial(_write, request.async_fn, self._problems))
 
     def problems(self) -> tuple[str, ...]:
         """What the writers had to say since they were asked last."""

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import math
+import os
+import signal
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.filesystem import _write_item
 
 from moe_bench.cli.options import ScaleOption, plan_of
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, MeasurementError, MissingRequirementError
+from moe_bench.harness.build import torch_optimizers
 from moe_bench.harness.data.build import Wish, build_dataset
 from moe_bench.harness.data.tokenizer import byte_tokenizer
+from moe_bench.harness.mcore_config import megatron_arguments
+from moe_bench.harness.process_groups import process_groups
+from moe_bench.harness.rank import build, machine
+from moe_bench.harness.settings import settings_of
+from moe_bench.harness.substitution import Substitution, substituted
+from moe_bench.harness.training.checkpoint import load_checkpoint
 from moe_bench.harness.training.program import Start, train_rank
 from moe_bench.harness.workers import Seat
 from moe_bench.results.training_health import HealthLine
@@ -158,6 +172,87 @@ def test_too_little_text_is_refused(prefix: Path, tmp_path: Path, zygote: Zygote
     build_dataset(wish, byte_tokenizer(), on_bytes=lambda done, total: None)
     with pytest.raises(BadInputError, match="too few documents for sequences of 64 tokens"):
         train(zygote, job(wish.prefix, *TWO_EXPERT_RANKS), tmp_path)
+
+
+def betas_and_moments(job: TrainingJob, checkpoint: Path, seat: Seat) -> tuple[set[Any], bool]:
+    """Of an optimizer that has taken up a checkpoint: its betas, and whether it has moments."""
+    arguments = megatron_arguments(job.plan.recipe)
+    settings, rank = settings_of(arguments), seat.rendezvous
+    sizes = arguments.parallel_state
+    with (
+        machine(settings, rank) as (device, _),
+        process_groups(rank, backend="gloo", sizes=sizes, listen_fd=seat.listen_fd),
+    ):
+        built = build(arguments, settings, device=device, rates=job.learning_rate)
+        load_checkpoint(built, checkpoint)
+        inner = list(torch_optimizers(built.optimizer))
+        states = [state for one in inner for state in one.state.values()]
+        return (
+            {tuple(group["betas"]) for one in inner for group in one.param_groups},
+            bool(states) and all(bool(state["exp_avg_sq"].any()) for state in states),
+        )
+
+
+def test_betas_may_change_on_the_way(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, zygote: Zygote
+) -> None:
+    changed = job(prefix, *TWO_EXPERT_RANKS, "optimizer.adam_beta1=0.8", "optimizer.adam_beta2=0.98")
+    work = partial(betas_and_moments, changed, checkpoint(first_run, 3))
+    assert zygote.fork(2, work) == [({(0.8, 0.98)}, True)] * 2
+
+
+@functools.wraps(_write_item)  # the writer asks which arguments it has
+def refuse_second_checkpoint(*arguments: Any, **options: Any) -> Any:
+    """Stands for the function that writes one tensor into an open file."""
+    if any("step-0000002" in str(getattr(argument, "name", "")) for argument in arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return _write_item(*arguments, **options)
+
+
+def on_a_full_disk(job: TrainingJob, folder: Path, seat: Seat) -> list[LogLine]:
+    with substituted(Substitution(filesystem_async, "_write_item", refuse_second_checkpoint)):
+        return trained_lines(job, folder, Start(checkpoint=None), seat)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(
+    prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    short = job(prefix, *TWO_EXPERT_RANKS, num_steps=2, save_every=1, num_kept=1)
+    with pytest.raises(MissingRequirementError, match=r"No space left on device\); those before") as caught:
+        zygote.fork(2, partial(on_a_full_disk, short, tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not getattr(caught.value, "__notes__", ())
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-0000001"]
+    assert zygote.call(num_descendants) == 0
+
+
+def num_descendants() -> int:
+    return len(psutil.Process().children(recursive=True))
+
+
+def killed_after_a_save(job: TrainingJob, folder: Path, seat: Seat) -> None:
+    def on_line(line: LogLine) -> None:
+        if line.step == 2:
+            ranks = psutil.Process(os.getppid()).children()
+            helpers = [child.pid for rank in ranks for child in rank.children(recursive=True)]
+            (folder / "helpers").write_text(" ".join(map(str, helpers)))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    start = Start(checkpoint=None)
+    train_rank(job, folder, start, seat.rendezvous, on_line, ignored, listen_fd=seat.listen_fd)
+
+
+@pytest.mark.slow
+def test_what_writes_checkpoints_does_not_outlive_a_killed_rank(
+    prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    short = job(prefix, *TWO_EXPERT_RANKS, num_steps=3, save_every=1)
+    with pytest.raises(MeasurementError, match="signal 9"):
+        zygote.fork(2, partial(killed_after_a_save, short, tmp_path))
+    helpers = [int(pid) for pid in (tmp_path / "helpers").read_text().split()]
+    assert len(helpers) >= 2
+    alive = [psutil.Process(pid) for pid in helpers if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(alive, timeout=30)[1] == []
 
 
 def unigram_entropy(data: bytes) -> float:
