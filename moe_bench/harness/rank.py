@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -221,16 +221,20 @@ def build(
     *,
     device: Device,
     rates: LearningRate | None = None,
+    on_fresh: Callable[[tuple[torch.nn.Module, ...]], None] | None = None,
 ) -> Training:
     """Model and optimizer of this rank; `rates` is what a schedule of the learning rate wants of it.
 
-    Without a GPU every layout starts from the same weights; on GPUs Megatron-Core draws them.
+    Without a GPU every layout starts from the same weights, which `on_fresh` may change; on GPUs
+    Megatron-Core draws them.
     """
     config = transformer_config(arguments)
     set_seeds(settings.seed)
     chunks = model_chunks(arguments, settings, config, device=device)
     if device == "cpu":
         initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
+        if on_fresh is not None:
+            on_fresh(chunks)
     return training(arguments, settings, config, chunks, device=device, rates=rates)
 
 

@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from moe_bench.harness import sanity
-from moe_bench.harness.batches import BatchPlan, Device
-from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
+from moe_bench.harness.batches import BatchPlan
+from moe_bench.harness.build import Training
 from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.data.tokenizer import tokenizer_of
-from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
+from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.process_groups import process_groups
-from moe_bench.harness.rank import batch_plan, machine
-from moe_bench.harness.settings import Settings, settings_of
+from moe_bench.harness.rank import batch_plan, build, machine
+from moe_bench.harness.settings import settings_of
 from moe_bench.harness.step import loss_of, train_step
 from moe_bench.harness.trainer import speaks_for_job
 from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from moe_bench.harness.training.data import Text, read_text
 from moe_bench.harness.training.health import HealthCounter
 from moe_bench.harness.training.learning_rate import learning_rate_now, scheduler
-from moe_bench.harness.weights import initialise_by_name, nudge_by_name
+from moe_bench.harness.weights import nudge_by_name
 from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.results.training_run import CACHE, CHECKPOINTS
@@ -37,6 +39,10 @@ class Nudge:
     fraction: float
     seed: int
     """Of the directions."""
+
+    def apply(self, chunks: tuple[torch.nn.Module, ...]) -> None:
+        """To the weights of all chunks."""
+        nudge_by_name(chunks, fraction=self.fraction, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +84,14 @@ def train_rank(
             listen_fd=listen_fd,
         ),
     ):
-        built = _built(arguments, settings, job, nudge=start.nudge, device=device)
+        nudge = start.nudge
+        built = build(
+            arguments,
+            settings,
+            device=device,
+            rates=job.learning_rate,
+            on_fresh=None if nudge is None else nudge.apply,
+        )
         progress = Progress(num_steps=0)
         if start.checkpoint is not None:
             progress = load_checkpoint(built, start.checkpoint, with_optimizer=start.with_optimizer)
@@ -97,24 +110,6 @@ def train_rank(
         writer = CheckpointWriter(folder / CHECKPOINTS, num_kept=job.checkpoints.num_kept)
         run.steps(progress, writer)
         return job.num_steps if speaks_for_job() else None
-
-
-def _built(
-    arguments: MegatronArguments,
-    settings: Settings,
-    job: TrainingJob,
-    *,
-    nudge: Nudge | None,
-    device: Device,
-) -> Training:
-    config = transformer_config(arguments)
-    set_seeds(settings.seed)
-    chunks = model_chunks(arguments, settings, config, device=device)
-    if device == "cpu":
-        initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
-        if nudge is not None:
-            nudge_by_name(chunks, fraction=nudge.fraction, seed=nudge.seed)
-    return training(arguments, settings, config, chunks, device=device, rates=job.learning_rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
