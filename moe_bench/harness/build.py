@@ -96,7 +96,6 @@ def model_chunks(
         experts_are_fp8=settings.experts_are_fp8,
         fusions=frozenset(settings.triton_fusions),
         expert_steps=settings.expert_steps,
-        expert_steps=settings.expert_steps,
     )
     num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))
