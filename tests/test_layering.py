@@ -22,7 +22,7 @@ LAYERS = (
 )
 HARNESS_ONLY = {
     "torch", "megatron", "transformer_engine", "quack", "deep_ep", "apex", "transformers", "deepspeed",
-    "megablocks",
+    "megablocks", "modelopt",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from moe_bench.cli import (
     parity,
     predict,
     project,
+    quantize,
     read,
     recipes,
     report,
@@ -52,6 +53,7 @@ _VERBS = (
     evaluate,
     health,
     parity,
+    quantize,
 )
 """Modules whose import registers the verbs."""
 

@@ -88,6 +88,12 @@ def load_parity() -> ModuleType:
     return _loaded("moe_bench.harness.training.parity")
 
 
+def load_quantize() -> ModuleType:
+    """`moe_bench.harness.quantize.program`, imported quietly; MissingRequirementError without modelopt."""
+    require_package("modelopt", extra="modelopt")
+    return _loaded("moe_bench.harness.quantize.program")
+
+
 def _loaded(name: str) -> ModuleType:
     noisy = logging.getLogger("torch.utils.cpp_extension")
     level = noisy.level

@@ -1,0 +1,90 @@
+"""The verb that quantises a trained or random model and says what it costs: quantize."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_bench.cli.app import MODEL, app
+from moe_bench.cli.options import (
+    JsonOption,
+    RecipeArgument,
+    ScaleOption,
+    ScaleOptionType,
+    SetOption,
+    make_console,
+    plan_of,
+    print_view,
+)
+from moe_bench.errors import BadInputError
+
+
+class Format(StrEnum):
+    """Formats of weights and inputs."""
+
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
+
+
+@app.command(rich_help_panel=MODEL)
+def quantize(
+    recipe: RecipeArgument,
+    format: Annotated[Format, typer.Option("--format", help="Of weights and inputs of linear layers.")],
+    experts_only: Annotated[
+        bool, typer.Option("--experts-only", help="Routed experts alone; the rest stays as it is.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="RUN", help="Of `train`, or its folder; random weights."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="PREFIX", help="Of `data build`; random tokens.")
+    ] = None,
+    scale: ScaleOptionType = ScaleOption.FULL,
+    changes: SetOption = None,
+    calibration_batches: Annotated[
+        int, typer.Option("--calibration-batches", min=1, help="Global batches that set the scales.")
+    ] = 4,
+    evaluation_batches: Annotated[
+        int, typer.Option("--evaluation-batches", min=1, help="Global batches that judge.")
+    ] = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantise a model after its training: divergence, perplexity and size against the original."""
+    from moe_bench.harness.start import load_quantize
+    from moe_bench.report.progress import announce
+    from moe_bench.report.quantize_view import quantize_json, quantize_view
+    from moe_bench.spec.quantization import quantize_job
+
+    job = quantize_job(
+        plan_of(recipe, scale=scale, num_gpus=None, changes=changes),
+        format=format.value,
+        experts_only=experts_only,
+        data=None if data is None else str(data),
+        num_calibration_batches=calibration_batches,
+        num_evaluation_batches=evaluation_batches,
+    )
+    weights = None if checkpoint is None else _checkpoint(checkpoint)
+    announce(job.plan, make_console(stderr=True))
+    found = load_quantize().quantize(job, weights)
+    told = {
+        "weights": "random weights" if weights is None else f"weights of {weights}",
+        "text": "random tokens" if data is None else f"the held-out part of {data}",
+    }
+    print_view(quantize_view(found, **told), quantize_json(found, **told), as_json)
+
+
+def _checkpoint(path: Path) -> Path:
+    """The newest one of a run's folder, or the folder itself."""
+    from moe_bench.results.training_run import JOB, newest_checkpoint
+
+    if not (path / JOB).is_file():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise BadInputError(f"{path}: the run has no whole checkpoint yet; wait for one")
+    return newest

@@ -1,0 +1,54 @@
+"""What a quantisation found, as people read it: quality and size above, part by part below."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from moe_bench.report.columns import Columns
+from moe_bench.results.quantization import PartSize, Quantization
+
+_MIB = 2**20
+
+
+def quantize_view(found: Quantization, *, weights: str, text: str) -> RenderableType:
+    """`weights` and `text` say whose weights and what tokens these are."""
+    original = found.original_dtype
+    lines = (
+        f"{found.format} against {original}, {weights}, {found.num_tokens:,} tokens of {text}",
+        f"perplexity     {found.perplexity:.4f} -> {found.quantized_perplexity:.4f}",
+        f"KL divergence  {found.kl_divergence:.3e} nats per token",
+        f"same choice    {found.same_choice_fraction:.2%} of tokens",
+        f"weights        {found.original_bytes / _MIB:.3f} MiB -> {found.num_bytes / _MIB:.3f} MiB",
+        f"rounded by     {found.simulated_by}; no 8-bit or 4-bit product ran",
+        "",
+    )
+    table = Columns(
+        headings=("weights", "modules", "parameters", "bytes", "left out because"),
+        rows=tuple(map(_row, found.parts)),
+        right=frozenset({"modules", "parameters", "bytes"}),
+    )
+    return Group(Text("\n".join(lines)), table)
+
+
+def _row(part: PartSize) -> tuple[str, ...]:
+    return (
+        part.name,
+        str(part.num_modules),
+        f"{part.num_params:,}",
+        f"{part.num_bytes:,}",
+        part.left_out_because or "",
+    )
+
+
+def quantize_json(found: Quantization, *, weights: str, text: str) -> dict[str, object]:
+    """The same for programs."""
+    return {
+        "weights": weights,
+        "text": text,
+        "perplexity": found.perplexity,
+        "quantized_perplexity": found.quantized_perplexity,
+        "num_bytes": found.num_bytes,
+        "original_bytes": found.original_bytes,
+        **found.model_dump(mode="json"),
+    }
