@@ -10,7 +10,7 @@ from moe_bench.results.flops_convention import CONVENTIONS, OUR_COUNTING
 from moe_bench.results.published import PublishedRow
 from moe_bench.spec.model import ModelSpec
 
-GIGA, TERA = 1e9, 1e12
+GIGA, TERA, PERCENT = 1e9, 1e12, 100
 
 
 class Basis(StrEnum):
@@ -21,7 +21,7 @@ class Basis(StrEnum):
     TFLOPS = "TFLOPs"
     """Printed TFLOPs over the count that the source used."""
     MFU = "MFU"
-    """Printed MFU, with assumptions about its peak and its count (docs/registry.md)."""
+    """Printed MFU times the peak that it is of, over the count that the source used (docs/registry.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ def renormalised(row: PublishedRow, model: ModelSpec | None) -> Renormalised:
     """`row` on our scale; `model` is its architecture, None where `recipes/` has none.
 
     FLOPs/s per GPU = tokens/s per GPU x our FLOPs per token. Where a row prints TFLOPs alone, tokens/s = its
-    TFLOPs over its own convention's FLOPs per token, so that ours = printed x (our count / its count).
+    TFLOPs over its own convention's FLOPs per token, so that ours = printed x (our count / its count). Where
+    it prints an MFU alone, and the peak that this is of, its TFLOPs are their product.
     """
     tokens_per_s, basis = _tokens_per_s_per_gpu(row, model)
     ours = None if model is None else flops_per_token(row, model, OUR_COUNTING)
@@ -86,6 +87,11 @@ def _tokens_per_s_per_gpu(row: PublishedRow, model: ModelSpec | None) -> tuple[f
         basis = Basis.TFLOPS if row.estimate.basis == "tflops" else Basis.MFU
         return row.estimate.tokens_per_s_per_gpu, basis
     theirs = None if model is None else source_flops_per_token(row, model)
-    if row.metrics.tflops_per_gpu is None or theirs is None:
+    if theirs is None:
         return None, None
-    return row.metrics.tflops_per_gpu * TERA / theirs, Basis.TFLOPS
+    metrics = row.metrics
+    if metrics.tflops_per_gpu is not None:
+        return metrics.tflops_per_gpu * TERA / theirs, Basis.TFLOPS
+    if metrics.mfu_pct is not None and metrics.mfu_peak_tflops is not None:
+        return metrics.mfu_pct / PERCENT * metrics.mfu_peak_tflops * TERA / theirs, Basis.MFU
+    return None, None

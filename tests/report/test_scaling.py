@@ -34,9 +34,9 @@ from moe_bench.report.scaling_table import missing_text, scaling_frame, scaling_
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.record import Record
 from moe_bench.results.store import write_record
-from moe_bench.spec.catalogue import data_root
+from moe_bench.spec.catalogue import data_root, recipes_root
 from moe_bench.spec.family import scaled_recipe
-from moe_bench.spec.load import UnknownNameError
+from moe_bench.spec.load import Loader, UnknownNameError
 from moe_bench.spec.recipe import Recipe
 from tests.results.records import RECIPE, full, record
 
@@ -101,10 +101,11 @@ def test_deepseek_on_twice_the_gpus_loses_six_percent() -> None:
 
 
 def test_rows_that_print_an_mfu_alone_scale_by_its_ratio() -> None:
-    curve = only_curve(row_points(of_series("mpf-table4-mixtral-8x22b-method-folding"), {}))
+    mixtral = Loader(root=recipes_root(), rules=()).model("mixtral_8x22b")
+    rows = of_series("mpf-table4-mixtral-8x22b-method-folding")
+    curve = only_curve(row_points(rows, {mixtral.key: mixtral}))
     assert curve.mode is Mode.STRONG
-    # 44.9 % over 52.2 %, to the digits of the estimate
-    assert curve.efficiencies[-1].efficiency_ratio == pytest.approx(44.9 / 52.2, abs=1e-3)
+    assert curve.efficiencies[-1].efficiency_ratio == pytest.approx(44.9 / 52.2)
     assert {one.point.remark for one in curve.efficiencies} == {"from MFU"}
 
 
