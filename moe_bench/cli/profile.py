@@ -22,11 +22,15 @@ class ProfileChoice(StrEnum):
 
     TORCH = "torch"
     NSYS = "nsys"
+    PARTS = "parts"
 
 
 ProfileOption = Annotated[
     ProfileChoice | None,
-    typer.Option("--profile", help="More steps, after the timed ones, under torch.profiler or nsys."),
+    typer.Option(
+        "--profile",
+        help="More steps behind the timed ones: torch.profiler, nsys, or part by part.",
+    ),
 ]
 ProfileStepsOption = Annotated[int, typer.Option("--profile-steps", min=1, help="How many of them.")]
 TracedOption = Annotated[str | None, typer.Option("--traced", hidden=True)]
@@ -57,7 +61,11 @@ def profile_of(
     from moe_bench.launch.nsys import require_nsys, runs_under_nsys, start_under_nsys
     from moe_bench.spec.profile import Profile, is_profiled
 
-    tools: dict[ProfileChoice, ProfileTool] = {ProfileChoice.TORCH: "torch", ProfileChoice.NSYS: "nsys"}
+    tools: dict[ProfileChoice, ProfileTool] = {
+        ProfileChoice.TORCH: "torch",
+        ProfileChoice.NSYS: "nsys",
+        ProfileChoice.PARTS: "parts",
+    }
     stem = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-pid{os.getpid()}"
     is_theirs = traced is None and runs_under_nsys(current_environment())
     profile = Profile(

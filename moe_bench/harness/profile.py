@@ -1,4 +1,4 @@
-"""Steps under torch.profiler or Nsight Systems, every part of a layer named, and what the kernels took."""
+"""Steps under torch.profiler, Nsight Systems or a clock of its parts, every part of a layer named."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from moe_bench.harness.build import Training
 from moe_bench.harness.layer.parts import parts_named
 from moe_bench.harness.ranges import NvtxListener, bounded, heard_by, range_named
 from moe_bench.harness.substitution import Substitution, substituted
-from moe_bench.results.kernel_summary import kernel_lines, write_kernels
+from moe_bench.harness.timing import CudaMarks, DeviceMarks, HostClock
+from moe_bench.results.kernel_summary import PartLine, kernel_lines, write_kernels, write_parts
 from moe_bench.spec.profile import NSYS_SUFFIX, Profile
 
 TRACE_SUFFIX = "trace.json.gz"
 KERNELS_SUFFIX = "kernels.csv"
+PARTS_SUFFIX = "parts.csv"
 
 
 class RecordFunctionListener:
@@ -41,6 +43,38 @@ class RecordFunctionListener:
     def end(self, started: record_function) -> None:
         """End it; ranges may overlap, so that no `with` can hold them."""
         started.__exit__(None, None, None)
+
+
+class SpanClock:
+    """Marks the clock where every range starts and ends, and tells how long the ranges of a name were.
+
+    A range holds those inside it: the MoE layer's is that of its router, experts and all. Nothing is waited
+    for before `lines`.
+    """
+
+    def __init__(self, clock: DeviceMarks) -> None:
+        self._clock = clock
+        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def start(self, name: str) -> tuple[str, Any]:
+        """Mark the start."""
+        return name, self._clock.mark()
+
+    def end(self, started: tuple[str, Any]) -> None:
+        """Mark the end."""
+        name, mark = started
+        self._spans[name].append((mark, self._clock.mark()))
+
+    def lines(self) -> tuple[PartLine, ...]:
+        """Each name with its calls and seconds, in order of first appearance."""
+        return tuple(
+            PartLine(
+                name=name,
+                num_calls=len(spans),
+                total_s=sum(self._clock.between_s(start, end) for start, end in spans),
+            )
+            for name, spans in self._spans.items()
+        )
 
 
 def profiled(
@@ -63,6 +97,14 @@ def profiled(
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         return (Path(profile.file(rank, NSYS_SUFFIX)).name,) if profile.has_own_file else ()
+    if profile.tool == "parts":
+        spans = SpanClock(HostClock() if device == "cpu" else CudaMarks())
+        with parts_of_step_named(built), heard_by(spans):
+            run_steps()
+        parts = Path(profile.file(rank, PARTS_SUFFIX))
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        write_parts(parts, spans.lines())
+        return (parts.name,)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with (
         parts_of_step_named(built),

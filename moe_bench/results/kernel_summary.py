@@ -90,3 +90,23 @@ def write_kernels(path: Path, lines: Iterable[KernelLine]) -> None:
                     f"{line.time_fraction * 100:.2f}",
                 )
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartLine:
+    """All ranges of one name over the profiled steps, with what runs inside them."""
+
+    name: str
+    """`MoE layer fwd`, `attention bwd`."""
+    num_calls: int
+    total_s: float
+
+
+def write_parts(path: Path, lines: Iterable[PartLine]) -> None:
+    """The lines as CSV, times in milliseconds."""
+    with path.open("x", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("part", "calls", "total_ms", "mean_us"))
+        for line in lines:
+            mean_us = line.total_s / line.num_calls * 1e6
+            writer.writerow((line.name, line.num_calls, f"{line.total_s * 1e3:.4f}", f"{mean_us:.2f}"))

@@ -7,7 +7,8 @@ from typing import Literal
 from moe_bench.spec.base import PositiveInt, Spec, Text
 from moe_bench.spec.scale import Plan
 
-ProfileTool = Literal["torch", "nsys"]
+ProfileTool = Literal["torch", "nsys", "parts"]
+"""`parts` is our own: marks of the device's clock where the parts of a step start and end, and nothing else."""
 
 
 class Profile(Spec):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.harness.mcore_config import megatron_arguments
+from moe_bench.harness.profile import SpanClock
 from moe_bench.harness.session import Outcome, run
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.derive_slice import tiny_slice_plan
@@ -66,6 +67,46 @@ def test_every_part_is_named_in_a_trace_beside_its_kernels(
         kernels = list(csv.DictReader(file))
     assert {"GEMM", "grouped GEMM"} <= {line["kind"] for line in kernels}
     assert sum(float(line["percent"]) for line in kernels) == pytest.approx(100, abs=1)
+
+
+def test_parts_of_a_step_are_timed_with_what_runs_inside_them(zygote: Zygote, tmp_path: Path) -> None:
+    plan = plan_of("deepseek_v3", is_slice=True)
+    profile = Profile(tool="parts", num_steps=2, stem=str(tmp_path / "run"))
+    outcome = zygote.call(partial(profiled_run, profile), plan)
+    assert outcome.traces == ("run-rank0.parts.csv",)
+    with (tmp_path / outcome.traces[0]).open() as file:
+        parts = {line["part"]: line for line in csv.DictReader(file)}
+    own = [chunk for chunk in plan.recipe.chunks() if chunk.pipeline_rank == plan.pipeline_rank]
+    num_layers = sum(len(chunk.layers) for chunk in own)
+    assert int(parts["attention bwd"]["calls"]) == 2 * plan.recipe.num_micro_batches * num_layers
+    inside = sum(float(parts[f"{name} fwd"]["total_ms"]) for name in ("router", "permute", "fc1", "fc2"))
+    assert 0 < inside < float(parts["MoE layer fwd"]["total_ms"])
+
+
+def test_a_range_holds_those_inside_it_and_calls_of_a_name_add_up() -> None:
+    class Ticks:
+        """A clock that ticks once at every mark."""
+
+        def __init__(self) -> None:
+            self.now = 0
+
+        def mark(self) -> int:
+            self.now += 1
+            return self.now
+
+        def between_s(self, start: int, end: int) -> float:
+            return float(end - start)
+
+    spans = SpanClock(Ticks())
+    for _ in range(2):
+        layer = spans.start("MoE layer fwd")
+        router = spans.start("router fwd")
+        spans.end(router)
+        spans.end(layer)
+    assert [(line.name, line.num_calls, line.total_s) for line in spans.lines()] == [
+        ("router fwd", 2, 2.0),
+        ("MoE layer fwd", 2, 6.0),
+    ]
 
 
 def test_the_first_rank_of_every_stage_is_traced() -> None:

@@ -151,7 +151,7 @@ class _Planner:
                 if self.is_tiny:
                     return 2 * self._start_s, None
                 seconds, memory = slice_estimate(self.sources.slice_of(what))
-                return seconds + (_PROFILE_S if what.is_profiled else 0.0), memory
+                return seconds + (_PROFILE_S if what.profile else 0.0), memory
             case LayerWish():
                 return self._layer_estimate(what)
 
@@ -212,7 +212,7 @@ def _slice_arguments(what: SliceWish, *, is_tiny: bool) -> tuple[str, ...]:
     scale = ("tiny_slice",) if is_tiny else ("slice", "--kernels", what.kernels)
     changes = () if is_tiny else tuple(word for change in what.changes for word in ("--set", change))
     repeat = ("--repeat", str(what.repeat)) if what.repeat else ()
-    profile = ("--profile", "torch") if what.is_profiled else ()
+    profile = ("--profile", what.profile) if what.profile else ()
     return ("run", what.recipe, "--scale", *scale, *changes, *repeat, *profile)
 
 

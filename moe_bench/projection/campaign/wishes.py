@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_bench.results.calibration_tasks import OperationName
+from moe_bench.spec.profile import ProfileTool
 from moe_bench.spec.recipe import KernelFamily
 
 Kind = Literal["tests", "ceilings", "slice", "layer", "calibrate", "profile"]
@@ -36,7 +37,7 @@ class SliceWish:
     kernels: KernelFamily
     changes: tuple[str, ...] = ()
     repeat: int = 0
-    is_profiled: bool = False
+    profile: ProfileTool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +170,14 @@ def _rest() -> Iterator[Wish]:
         kind="profile",
         name=DEEPSEEK,
         question="every kernel of a step",
-        what=SliceWish(recipe=DEEPSEEK, kernels="torch_native", changes=SHORT, is_profiled=True),
+        what=SliceWish(recipe=DEEPSEEK, kernels="torch_native", changes=SHORT, profile="torch"),
     )
-    yield _slice(DEEPSEEK_FULL_RECOMPUTE, "torch_native", question="the same with full recomputation")
+    yield Wish(
+        kind="slice",
+        name=f"{DEEPSEEK_FULL_RECOMPUTE} torch_native parts",
+        question="full recomputation; how long the layer that was held alone takes within a step",
+        what=SliceWish(
+            recipe=DEEPSEEK_FULL_RECOMPUTE, kernels="torch_native", changes=SHORT, profile="parts"
+        ),
+    )
     yield _slice("qwen3_30b_a3b/h100_sxm_8g_bf16_quack", "quack", question="rows that nobody permutes")
