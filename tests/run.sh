@@ -5,7 +5,7 @@
 #   bash tests/run.sh -m slow      those that do not fit the budget of the default run
 #   bash tests/run.sh -m gpu -n 0  those that need a GPU, one after the other
 #
-# Two workers share the tests; MOE_BENCH_TEST_WORKERS changes that.
+# As many workers as cores share the tests; MOE_BENCH_TEST_WORKERS changes that.
 # MOE_BENCH_PYTHON names an interpreter to use; without it, .venv in the repository is made or brought up to date.
 set -euo pipefail
 
@@ -21,4 +21,4 @@ fi
 "$MOE_BENCH_PYTHON" -m ruff check .
 "$MOE_BENCH_PYTHON" -m mypy
 "$(dirname "$MOE_BENCH_PYTHON")/shellcheck" slurm/*.sh tests/*.sh .ci/run
-OMP_NUM_THREADS=1 "$MOE_BENCH_PYTHON" -m pytest --numprocesses "${MOE_BENCH_TEST_WORKERS:-2}" --dist loadgroup "$@"
+OMP_NUM_THREADS=1 "$MOE_BENCH_PYTHON" -m pytest --numprocesses "${MOE_BENCH_TEST_WORKERS:-$(nproc)}" --dist loadgroup "$@"
