@@ -8,7 +8,7 @@ from moe_bench.spec.base import PositiveInt, Spec, Text
 from moe_bench.spec.scale import Plan
 
 ProfileTool = Literal["torch", "nsys", "parts"]
-"""`parts` is our own: marks of the device's clock where the parts of a step start and end, and nothing else."""
+"""`parts` is our own: marks of the device's clock where the parts of a step start and end, no more."""
 
 
 class Profile(Spec):
