@@ -45,6 +45,20 @@ def test_a_toy_layer_is_taken_apart_and_written_with_everything_that_was_asked(
         assert one.case.name == "deepseek_v3/h100_sxm_256g_bf16"
         assert any("deepep" in difference for difference in one.differences)
     assert len(records(tmp_path)) == 2
+    assert main(["report", str(tmp_path), "--layers"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("deepseek_v3/h100_sxm_256g_bf16") == 2
+    assert "megatron torch_native SequentialMLP" in shown
+    assert main(["report", str(tmp_path), "--layers", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [one["record"] for one in again] == [one["record"] for one in printed]
+
+
+def test_where_no_layer_was_measured_the_report_says_what_measures_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path), "--layers"]) == 2
+    assert "no layer was measured; moe-bench layer does that" in capsys.readouterr().err
 
 
 def test_a_folded_layer_is_compared_and_a_sweep_is_drawn(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ def report(
         bool,
         typer.Option("--projected", help="With --scaling: projected curves, too; add --model to see few."),
     ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="MoE layers that `layer` measured, with their peers.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="With --scaling: draw the curves, too (.png, .svg, .pdf).")
     ] = None,
@@ -60,10 +63,14 @@ def report(
         raise BadInputError("--model, --plot and --projected go with --scaling; add it, or drop them")
     if html is None and recipes is not None:
         raise BadInputError("--recipe goes with --html; add it, or drop --recipe")
+    if layers and (scaling or html is not None):
+        raise BadInputError("--layers is a table of its own; drop --scaling and --html")
     if html is not None and scaling:
         raise BadInputError("--html draws scaling, too; drop --scaling")
     places = tuple(results or (results_root(),))
-    if html is not None:
+    if layers:
+        _print_layers(places, as_json)
+    elif html is not None:
         _write_page(html, places, recipes)
     elif scaling:
         _print_scaling(places, model, projected, plot, table_format, as_json)
@@ -73,6 +80,24 @@ def report(
         runs = _runs(places)
         frame = records_frame(runs, _parities(places, {run.plan.recipe.model.key for run in runs}))
         _print_frame(frame, lambda: frame_view(frame), table_format, as_json)
+
+
+def _print_layers(places: tuple[Path, ...], as_json: bool) -> None:
+    """Every layer's rates and marks, then what other engines took for the same work."""
+    from rich.console import Group
+
+    from moe_bench.report.layer_peers_view import layer_peers_view
+    from moe_bench.report.layer_view import layer_json, suite_view
+    from moe_bench.results.layer_record import layer_records
+
+    records = [record for place in places for record in layer_records(place)]
+    if not records and not as_json:
+        raise BadInputError(
+            f"{', '.join(map(str, places))}: no layer was measured; moe-bench layer does that"
+        )
+    peers = [layer_peers_view(record.peers) for record in records if record.peers is not None]
+    # predictions stand beside a measurement when it is made; here are measurements alone
+    print_view(Group(suite_view(records), *peers), [layer_json(one, {}, None) for one in records], as_json)
 
 
 def _runs(places: tuple[Path, ...]) -> tuple[RunSummary, ...]:
