@@ -7,6 +7,7 @@ sample. Medians, rates, residual and ratios are computed on read.
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from pathlib import Path
 from typing import Literal, TextIO
@@ -191,8 +192,13 @@ def read_layer_record(path: Path) -> LayerRecord:
 
 def layer_records(root: Path) -> tuple[LayerRecord, ...]:
     """All records of layers under `root`, by GPU and then in the order in which they were started."""
-    paths = sorted((root / LAYER_FOLDER).glob("*/*.json"), key=lambda path: (path.parent.name, path.name))
-    return tuple(map(read_layer_record, paths))
+    return tuple(map(read_layer_record, sorted((root / LAYER_FOLDER).glob("*/*.json"), key=_order)))
+
+
+def _order(path: Path) -> tuple[object, ...]:
+    """Numbers by their value: a job's second file, `-2.json`, comes after its first and before its tenth."""
+    words = re.split(r"(\d+)", path.stem)
+    return path.parent.name, *(int(word) if word.isdigit() else word for word in words)
 
 
 def _new_file(folder: Path, stem: str) -> TextIO:
