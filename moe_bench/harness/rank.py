@@ -75,6 +75,19 @@ def run_rank(
     where no number may come of it, MissingRequirementError where something asked for is not here.
     """
     settings = settings_of(arguments)
+    with joined(arguments, settings, rendezvous, listen_fd=listen_fd) as (device, applied):
+        report = measured(arguments, settings, rendezvous, watch, applied, device=device, profile=profile)
+        return _gathered(report, rendezvous)
+
+
+@contextlib.contextmanager
+def joined(
+    arguments: MegatronArguments, settings: Settings, rendezvous: Rendezvous, *, listen_fd: int | None
+) -> Iterator[tuple[Device, tuple[AppliedPatch, ...]]]:
+    """This rank's device with all process groups of the job, until the block ends; raises as `machine`.
+
+    A collective call of all ranks. `listen_fd` is the socket of forked ranks, None under a launcher.
+    """
     with (
         machine(settings, rendezvous) as (device, applied),
         process_groups(
@@ -84,8 +97,7 @@ def run_rank(
             listen_fd=listen_fd,
         ),
     ):
-        report = measured(arguments, settings, rendezvous, watch, applied, device=device, profile=profile)
-        return _gathered(report, rendezvous)
+        yield device, applied
 
 
 @contextlib.contextmanager

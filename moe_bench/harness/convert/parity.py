@@ -18,8 +18,7 @@ from moe_bench.harness.build import Training, model_chunks, set_seeds, training,
 from moe_bench.harness.convert.rearrange import global_tensors
 from moe_bench.harness.convert.reference import Reference, keep_outputs, reference
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.process_groups import process_groups
-from moe_bench.harness.rank import batch_plan, machine
+from moe_bench.harness.rank import batch_plan, joined
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.step import train_step
 from moe_bench.harness.weights import local_part, sharded_tensors
@@ -61,12 +60,7 @@ def parity_rank(case: ParityCase, seat: Seat) -> RankParity:
     """
     arguments = megatron_arguments(case.recipe)
     settings = settings_of(arguments)
-    with (
-        machine(settings, seat.rendezvous) as (device, _),
-        process_groups(
-            seat.rendezvous, backend="gloo", sizes=arguments.parallel_state, listen_fd=seat.listen_fd
-        ),
-    ):
+    with joined(arguments, settings, seat.rendezvous, listen_fd=seat.listen_fd) as (device, _):
         config = transformer_config(arguments)
         set_seeds(settings.seed)
         chunks = model_chunks(arguments, settings, config, device=device)

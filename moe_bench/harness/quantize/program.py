@@ -27,11 +27,10 @@ from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.data.tokenizer import tokenizer_of
 from moe_bench.harness.kernels.mla import DuplicatedLinear
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.process_groups import process_groups
 from moe_bench.harness.quantize.formats import EXPERTS, KEPT, STORAGE, block_misfit, modelopt_config
 from moe_bench.harness.quantize.layers import register_layers
 from moe_bench.harness.quantize.weights import load_weights
-from moe_bench.harness.rank import batch_plan, machine
+from moe_bench.harness.rank import batch_plan, joined
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.training.data import read_text
@@ -61,12 +60,7 @@ def quantize_rank(job: QuantizeJob, checkpoint: Path | None, seat: Seat) -> Quan
     """The same in this process, which is the only rank."""
     arguments = megatron_arguments(job.plan.recipe)
     settings = settings_of(arguments)
-    with (
-        machine(settings, seat.rendezvous) as (device, _),
-        process_groups(
-            seat.rendezvous, backend="gloo", sizes=arguments.parallel_state, listen_fd=seat.listen_fd
-        ),
-    ):
+    with joined(arguments, settings, seat.rendezvous, listen_fd=seat.listen_fd) as (device, _):
         config = transformer_config(arguments)
         set_seeds(settings.seed)
         built = without_optimizer(

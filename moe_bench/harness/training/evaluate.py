@@ -12,11 +12,12 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moe_bench.errors import BadInputError, MeasurementError
+from moe_bench.harness.all_ranks import Place, on_all_ranks
 from moe_bench.harness.batches import BatchPlan, step_batches
 from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.step import loss_of
 from moe_bench.harness.training.data import num_training_documents
-from moe_bench.harness.training.loaded import Loaded, loaded, on_all_ranks, told_by_one
+from moe_bench.harness.training.loaded import OTHER_LAYOUT, Loaded, loaded, told_by_one
 from moe_bench.results.evaluation import Evaluation
 from moe_bench.spec.derive_training import require_vocabulary
 from moe_bench.spec.rendezvous import Rendezvous
@@ -45,11 +46,13 @@ def evaluate(question: Question, *, rendezvous: Rendezvous | None) -> Evaluation
     finite.
     """
     require_vocabulary(question.plan, read_manifest(Path(question.data)).tokenizer, question.data)
-    return on_all_ranks(question.plan.recipe, partial(_evaluate_rank, question), rendezvous=rendezvous)
+    return on_all_ranks(
+        question.plan.recipe, partial(_evaluate_rank, question), rendezvous=rendezvous, remedy=OTHER_LAYOUT
+    )
 
 
-def _evaluate_rank(question: Question, rendezvous: Rendezvous, listen_fd: int | None) -> Evaluation:
-    with loaded(question.plan.recipe, question.checkpoint, rendezvous, listen_fd=listen_fd) as model:
+def _evaluate_rank(question: Question, place: Place) -> Evaluation:
+    with loaded(question.plan.recipe, question.checkpoint, place) as model:
         stream = read_stream(question.data, question.held_out_fraction)
         loss = told_by_one(_mean_loss(model, stream))
         if not 0 <= loss < float("inf"):

@@ -18,9 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from moe_bench.errors import BadInputError
+from moe_bench.harness.all_ranks import Place, on_all_ranks
 from moe_bench.harness.batches import MicroBatch, step_batches
 from moe_bench.harness.data.tokenizer import Tokenizer
-from moe_bench.harness.training.loaded import Loaded, loaded, on_all_ranks, told_by_one
+from moe_bench.harness.training.loaded import OTHER_LAYOUT, Loaded, loaded, told_by_one
 from moe_bench.results.evaluation import Generation
 from moe_bench.spec.derive_training import require_vocabulary
 from moe_bench.spec.recipe import Recipe
@@ -54,7 +55,8 @@ def generate(prompt: Prompt, tokenizer: Tokenizer, *, rendezvous: Rendezvous | N
     ids = tokenizer.encode(prompt.text)
     if not ids:
         raise BadInputError("--prompt: no token in it; say something to go on with")
-    return on_all_ranks(recipe, partial(_generate_rank, prompt, tokenizer, ids), rendezvous=rendezvous)
+    work = partial(_generate_rank, prompt, tokenizer, ids)
+    return on_all_ranks(recipe, work, rendezvous=rendezvous, remedy=OTHER_LAYOUT)
 
 
 def _require_causal(recipe: Recipe) -> None:
@@ -71,10 +73,8 @@ def _require_causal(recipe: Recipe) -> None:
         )
 
 
-def _generate_rank(
-    prompt: Prompt, tokenizer: Tokenizer, ids: Sequence[int], rendezvous: Rendezvous, listen_fd: int | None
-) -> Generation:
-    with loaded(prompt.plan.recipe, prompt.checkpoint, rendezvous, listen_fd=listen_fd) as model:
+def _generate_rank(prompt: Prompt, tokenizer: Tokenizer, ids: Sequence[int], place: Place) -> Generation:
+    with loaded(prompt.plan.recipe, prompt.checkpoint, place) as model:
         new: list[int] = []
         end = tokenizer.spec.end_of_document
         for token in _tokens(model, ids, prompt, vocab_size=tokenizer.spec.vocab_size):

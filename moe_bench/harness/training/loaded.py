@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,18 +11,17 @@ from typing import cast
 import torch
 from torch import distributed
 
-from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.harness.all_ranks import Place
 from moe_bench.harness.batches import BatchPlan
 from moe_bench.harness.build import Training, model_chunks, set_seeds, transformer_config, without_optimizer
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.process_groups import process_groups
-from moe_bench.harness.rank import batch_plan, machine
-from moe_bench.harness.requirements import require_runnable
+from moe_bench.harness.rank import batch_plan, joined
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.training.checkpoint import load_checkpoint
-from moe_bench.harness.workers import Seat, run_forked
 from moe_bench.spec.recipe import Recipe
-from moe_bench.spec.rendezvous import Rendezvous
+
+OTHER_LAYOUT = "name another layout with --set parallel.num_gpus=N"
+"""What else to do where another number of ranks was started than the recipe has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,24 +35,14 @@ class Loaded:
 
 
 @contextlib.contextmanager
-def loaded(
-    recipe: Recipe, checkpoint: Path, rendezvous: Rendezvous, *, listen_fd: int | None
-) -> Iterator[Loaded]:
+def loaded(recipe: Recipe, checkpoint: Path, place: Place) -> Iterator[Loaded]:
     """Hold the model of `recipe` with the weights of `checkpoint`, whatever layout saved them.
 
     A collective call of all ranks. Raises BadInputError with the tensor's name where they do not fit.
     """
     arguments = megatron_arguments(recipe)
     settings = settings_of(arguments)
-    with (
-        machine(settings, rendezvous) as (device, _),
-        process_groups(
-            rendezvous,
-            backend="nccl" if device == "cuda" else "gloo",
-            sizes=arguments.parallel_state,
-            listen_fd=listen_fd,
-        ),
-    ):
+    with joined(arguments, settings, place.rendezvous, listen_fd=place.listen_fd) as (device, _):
         config = transformer_config(arguments)
         set_seeds(settings.seed)
         chunks = model_chunks(arguments, settings, config, device=device)
@@ -65,36 +54,6 @@ def loaded(
             plan=batch_plan(settings, vocab_size=vocab_size, device=device),
             num_steps=progress.num_steps,
         )
-
-
-def on_all_ranks[Result](
-    recipe: Recipe, work: Callable[[Rendezvous, int | None], Result], *, rendezvous: Rendezvous | None
-) -> Result:
-    """What `work` returns on rank 0, given each rank's place and, of forked ranks, the socket of rank 0.
-
-    With a `rendezvous` this process is one rank and gets its own result. Without one, and without a GPU, the
-    ranks are forked from this process, which must have one thread and must have run no tensor operation.
-    """
-    arguments = megatron_arguments(recipe)
-    require_runnable(arguments)
-    settings = settings_of(arguments)
-    if rendezvous is not None:
-        if rendezvous.world_size != settings.world_size:
-            raise BadInputError(
-                f"{rendezvous.world_size} ranks were started and the recipe has {settings.world_size}; "
-                "start as many, or name another layout with --set parallel.num_gpus=N"
-            )
-        return work(rendezvous, None)
-    if settings.device is not None:
-        raise MissingRequirementError(
-            f"{settings.world_size} GPU ranks need a launcher: start them with torchrun or srun"
-        )
-
-    def forked(seat: Seat) -> Result:
-        return work(seat.rendezvous, seat.listen_fd)
-
-    first, *_ = run_forked(settings.world_size, forked, on_progress=lambda content: None)
-    return first
 
 
 def told_by_one(value: float | None) -> float:

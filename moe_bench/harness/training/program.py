@@ -15,8 +15,7 @@ from moe_bench.harness.build import Training
 from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.data.tokenizer import tokenizer_of
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.process_groups import process_groups
-from moe_bench.harness.rank import batch_plan, build, machine
+from moe_bench.harness.rank import batch_plan, build, joined
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.step import loss_of, train_step
 from moe_bench.harness.trainer import speaks_for_job
@@ -75,15 +74,7 @@ def train_rank(
     """
     arguments = megatron_arguments(job.plan.recipe)
     settings = settings_of(arguments)
-    with (
-        machine(settings, rendezvous) as (device, _),
-        process_groups(
-            rendezvous,
-            backend="nccl" if device == "cuda" else "gloo",
-            sizes=arguments.parallel_state,
-            listen_fd=listen_fd,
-        ),
-    ):
+    with joined(arguments, settings, rendezvous, listen_fd=listen_fd) as (device, _):
         nudge = start.nudge
         built = build(
             arguments,

@@ -6,13 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.harness.all_ranks import Place, on_all_ranks
 from moe_bench.harness.data.build import read_manifest
-from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.requirements import require_runnable
-from moe_bench.harness.settings import settings_of
 from moe_bench.harness.training.program import Start, train_rank
-from moe_bench.harness.workers import Message, Seat, run_forked
+from moe_bench.harness.workers import Message
 from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.spec.derive_training import require_vocabulary
@@ -42,21 +39,6 @@ def train(
     data or checkpoint do not fit the model, MissingRequirementError where something is not here.
     """
     require_vocabulary(job.plan, read_manifest(Path(job.data)).tokenizer, job.data)
-    arguments = megatron_arguments(job.plan.recipe)
-    require_runnable(arguments)
-    settings = settings_of(arguments)
-    if rendezvous is not None:
-        if rendezvous.world_size != settings.world_size:
-            raise BadInputError(
-                f"{rendezvous.world_size} ranks were started and the recipe has {settings.world_size}; "
-                "start as many, or name the member of its family with --num-gpus"
-            )
-        train_rank(job, folder, start, rendezvous, on_line, on_health)
-        return
-    if settings.device is not None:
-        raise MissingRequirementError(
-            f"{settings.world_size} GPU ranks need a launcher: start them with torchrun or srun"
-        )
 
     def on_progress(line: LogLine | HealthLine) -> None:
         if isinstance(line, LogLine):
@@ -64,15 +46,21 @@ def train(
         else:
             on_health(line)
 
-    run_forked(settings.world_size, partial(_forked, job, folder, start), on_progress=on_progress)
+    on_all_ranks(
+        job.plan.recipe,
+        partial(_rank, job, folder, start),
+        rendezvous=rendezvous,
+        remedy="name the member of its family with --num-gpus",
+        on_progress=on_progress,
+    )
 
 
-def _forked(job: TrainingJob, folder: Path, start: Start, seat: Seat) -> int | None:
+def _rank(job: TrainingJob, folder: Path, start: Start, place: Place) -> int | None:
     def on_line(line: LogLine) -> None:
-        seat.send(Message(kind="step", content=line.step))
-        seat.send(Message(kind="progress", content=line))
+        place.tell(Message(kind="step", content=line.step))
+        place.tell(Message(kind="progress", content=line))
 
     def on_health(line: HealthLine) -> None:
-        seat.send(Message(kind="progress", content=line))
+        place.tell(Message(kind="progress", content=line))
 
-    return train_rank(job, folder, start, seat.rendezvous, on_line, on_health, listen_fd=seat.listen_fd)
+    return train_rank(job, folder, start, place.rendezvous, on_line, on_health, listen_fd=place.listen_fd)
