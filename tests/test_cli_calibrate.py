@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.cli import main
-from moe_bench.cli.calibrate import DEFAULT_SYSTEM
+from moe_bench.cli.gpu import DEFAULT_SYSTEM
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.evidence.calibrated_constants import constants_for
 from moe_bench.projection.evidence.calibrated_shapes import read_calibrations
@@ -37,7 +37,7 @@ EXPECTED_REASONS = {
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the CPU path, also on a machine with a GPU; torch sees none either."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("moe_bench.cli.calibrate.gpu_here", lambda: None)
+    monkeypatch.setattr("moe_bench.cli.gpu.gpu_here", lambda: None)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *options: str) -> list[Task]:

@@ -23,7 +23,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested is the CPU path, also on a machine with a GPU; torch sees none either."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setattr("moe_bench.cli.h100.gpu_here", lambda: None)
+    monkeypatch.setattr("moe_bench.cli.gpu.gpu_here", lambda: None)
 
 
 def test_the_plan_prints_every_step_with_seconds_memory_and_command(

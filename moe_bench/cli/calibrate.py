@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import RUN, app
+from moe_bench.cli.gpu import (
+    INTERRUPTED,
+    gpu_to_measure_on,
+    journal_to_resume,
+    system_for_plan,
+    system_or_default,
+)
 from moe_bench.cli.options import JsonOption, make_console, make_loader, print_view, results_root
-from moe_bench.errors import BadInputError, MissingRequirementError
-from moe_bench.spec.catalogue import SYSTEMS_FOLDER, data_root, find_recipe, recipe_paths
+from moe_bench.errors import BadInputError
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +32,6 @@ if TYPE_CHECKING:
     from moe_bench.spec.recipe import Recipe
     from moe_bench.spec.system import SystemSpec
 
-DEFAULT_SYSTEM = "h100_sxm"
-"""Whose laws give the estimates where there is no GPU."""
-INTERRUPTED = 130
-"""128 and the signal's number, as shells have it."""
 TINY_MODELS = ("deepseek_v3", "gpt_oss_20b", "qwen3_30b_a3b")
 """Whose toys have every kind of operation: latent, windowed and grouped attention, both ways of routing."""
 
@@ -71,15 +74,8 @@ def calibrate(
         )
         print_view(plan_view(planned), plan_json(planned), as_json)
         return
-    if system is not None:
-        raise BadInputError("--system estimates without a GPU; add --plan, or drop it")
-    gpu = gpu_here()
-    if gpu is None and not tiny:
-        raise MissingRequirementError(
-            "calibrate needs a GPU and this machine has none; see what would run with --plan, or run the "
-            "command on the CPU with --tiny"
-        )
-    here = system_of_gpu(gpu, loader) if gpu is not None else loader.system(DEFAULT_SYSTEM)
+    gpu = gpu_to_measure_on("calibrate", system, tiny=tiny, toys="the command")
+    here = system_or_default(gpu, loader)
     planned = planned_calibration(found, here, loader, operations, tiny, budget_seconds)
     toys_on = here if gpu is not None else loader.system("cpu_host")
     _measure(
@@ -118,35 +114,6 @@ def calibrated_recipes(names: list[str] | None, loader: Loader, *, tiny: bool) -
     found = [loader.recipe(path) for path in paths]
     host = loader.system("cpu_host")
     return [calibration_toy(recipe, host=host) for recipe in found] if tiny else found
-
-
-def gpu_here() -> str | None:
-    """Name of the first GPU that the driver lists, which is that of torch; None without one."""
-    from moe_bench.launch.here import num_gpus_here
-    from moe_bench.launch.runner import run_captured
-
-    if num_gpus_here(run_captured) == 0:
-        return None
-    answer = run_captured(("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"))
-    return answer.stdout.strip().splitlines()[0].strip()
-
-
-def system_of_gpu(name: str, loader: Loader) -> SystemSpec:
-    keys = sorted(path.stem for path in (loader.root / SYSTEMS_FOLDER).glob("*.yaml"))
-    systems = [loader.system(key) for key in keys]
-    for one in systems:
-        if one.gpu is not None and one.gpu.device_name == name:
-            return one
-    raise BadInputError(
-        f"{name}: no system has this GPU; add recipes/systems/<name>.yaml with its datasheet figures"
-    )
-
-
-def system_for_plan(key: str | None, loader: Loader) -> SystemSpec:
-    if key is not None:
-        return loader.system(key)
-    gpu = gpu_here()
-    return loader.system(DEFAULT_SYSTEM) if gpu is None else system_of_gpu(gpu, loader)
 
 
 def planned_calibration(
@@ -233,12 +200,9 @@ def _journal(
         command=tuple(sys.argv), environment=current_environment(), source_root=data_root()
     )
     unfinished = unfinished_journals(root, here.gpu.name)
-    if resume:
-        if not unfinished:
-            raise BadInputError(
-                f"--resume: no unfinished calibration of {here.gpu.name} in {root}; leave it off"
-            )
-        return resume_journal(unfinished[-1], here, is_tiny=is_tiny)
-    if unfinished:
-        typer.echo(f"{unfinished[-1]} was not finished: --resume would go on with it", err=True)
+    begun = journal_to_resume(
+        unfinished, resume=resume, what="calibration", gpu_name=here.gpu.name, root=root
+    )
+    if begun is not None:
+        return resume_journal(begun, here, is_tiny=is_tiny)
     return start_journal(root, here, is_tiny=is_tiny)

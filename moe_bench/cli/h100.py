@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import RUN, app
-from moe_bench.cli.calibrate import (
+from moe_bench.cli.calibrate import calibrated_recipes, planned_calibration
+from moe_bench.cli.gpu import (
     DEFAULT_SYSTEM,
     INTERRUPTED,
-    calibrated_recipes,
-    gpu_here,
-    planned_calibration,
+    gpu_fact,
+    gpu_to_measure_on,
+    journal_to_resume,
     system_for_plan,
-    system_of_gpu,
+    system_or_default,
 )
 from moe_bench.cli.options import (
     JsonOption,
@@ -30,7 +31,7 @@ from moe_bench.cli.options import (
     print_view,
     results_root,
 )
-from moe_bench.errors import BadInputError, MeasurementError, MissingRequirementError
+from moe_bench.errors import BadInputError, MeasurementError
 from moe_bench.spec.catalogue import data_root, find_recipe
 
 if TYPE_CHECKING:
@@ -90,18 +91,10 @@ def h100(
         planned = _plan(system_for_plan(system, loader), loader, only, tiny, budget_seconds)
         print_view(campaign_plan_view(planned), campaign_plan_json(planned), as_json)
         return
-    if system is not None:
-        raise BadInputError("--system estimates without a GPU; add --plan, or drop it")
     if retry and not resume:
         raise BadInputError("--retry takes up steps of a campaign that was begun; add --resume, or drop it")
-    gpu = gpu_here()
-    if gpu is None and not tiny:
-        raise MissingRequirementError(
-            "h100 needs a GPU and this machine has none; see what would run with --plan, or run the list "
-            "with toys on the CPU with --tiny"
-        )
-    here = system_for_plan(None, loader) if gpu is None else system_of_gpu(gpu, loader)
-    planned = _plan(here, loader, only, tiny, budget_seconds)
+    gpu = gpu_to_measure_on("h100", system, tiny=tiny, toys="the list with toys")
+    planned = _plan(system_or_default(gpu, loader), loader, only, tiny, budget_seconds)
     root = out or results_root()
     journal = _journal(root, _header(planned, gpu=gpu, budget_s=budget_seconds), resume=resume)
     _measure(planned, root, journal, retries=retry, budget_s=budget_seconds, as_json=as_json)
@@ -230,16 +223,9 @@ def _header(plan: CampaignPlan, *, gpu: str | None, budget_s: float) -> Campaign
         git=git_state(data_root()),
         packages=installed_packages(),
         gpu_name=gpu or CPU,
-        driver_version=None if gpu is None else _driver_version(),
+        driver_version=None if gpu is None else gpu_fact("driver_version"),
         budget_s=budget_s,
     )
-
-
-def _driver_version() -> str:
-    from moe_bench.launch.runner import run_captured
-
-    answer = run_captured(("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
-    return answer.stdout.strip().splitlines()[0].strip()
 
 
 def _journal(root: Path, here: CampaignHeader, *, resume: bool) -> CampaignJournal:
@@ -248,12 +234,5 @@ def _journal(root: Path, here: CampaignHeader, *, resume: bool) -> CampaignJourn
     from moe_bench.results.journal import unfinished_journals
 
     unfinished = unfinished_journals(campaign_folder(root, here.gpu_name))
-    if resume:
-        if not unfinished:
-            raise BadInputError(
-                f"--resume: no unfinished campaign of {here.gpu_name} in {root}; leave it off"
-            )
-        return CampaignJournal.resume(unfinished[-1], here)
-    if unfinished:
-        typer.echo(f"{unfinished[-1]} was not finished: --resume would go on with it", err=True)
-    return CampaignJournal.start(root, here)
+    begun = journal_to_resume(unfinished, resume=resume, what="campaign", gpu_name=here.gpu_name, root=root)
+    return CampaignJournal.start(root, here) if begun is None else CampaignJournal.resume(begun, here)

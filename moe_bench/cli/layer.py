@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import RUN, app
-from moe_bench.cli.calibrate import gpu_here, system_for_plan, system_of_gpu
+from moe_bench.cli.gpu import gpu_here, system_for_plan, system_of_gpu
 from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.spec.catalogue import data_root, find_recipe
