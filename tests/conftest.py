@@ -23,16 +23,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs a GPU: {mark.args[0]}")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of a file, which share what they build, on one worker, and those of Slurm on one."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    root = Path(__file__).parent.parent
-    groups = {item: _group(item.path.relative_to(root).as_posix()) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] != SLURM)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep the tests of a file, which share what they build, on one worker, and those of Slurm on one.
+
+    xdist reads these marks before `pytest_collection_modifyitems` of a conftest is called.
+    """
+    if item.config.pluginmanager.hasplugin("xdist"):
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
-def _group(path: str) -> str:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of Slurm first."""
+    items.sort(key=lambda item: _group(item) != SLURM)
+
+
+def _group(item: pytest.Item) -> str:
+    path = item.path.relative_to(Path(__file__).parent.parent).as_posix()
     return SLURM if path.startswith(f"{SLURM}/") else path
