@@ -21,4 +21,4 @@ fi
 "$MOE_BENCH_PYTHON" -m ruff check .
 "$MOE_BENCH_PYTHON" -m mypy
 "$(dirname "$MOE_BENCH_PYTHON")/shellcheck" slurm/*.sh tests/*.sh .ci/run
-OMP_NUM_THREADS=1 "$MOE_BENCH_PYTHON" -m pytest --numprocesses "${MOE_BENCH_TEST_WORKERS:-$(nproc)}" --dist loadgroup "$@"
+OMP_NUM_THREADS=1 "$MOE_BENCH_PYTHON" -m pytest --numprocesses "${MOE_BENCH_TEST_WORKERS:-$(nproc)}" --dist loadgroup --no-loadscope-reorder "$@"
