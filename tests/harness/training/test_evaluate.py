@@ -1,10 +1,11 @@
-"""A converted checkpoint is evaluated and goes on with text: the same in two layouts."""
+"""A converted checkpoint is evaluated and goes on with text: the same in every layout."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from moe_bench.harness.data.tokenizer import byte_tokenizer
 from moe_bench.harness.training.evaluate import Question, Stream, evaluate, read_stream
 from moe_bench.harness.training.generate import Prompt, chosen, generate
 from moe_bench.results.evaluation import Evaluation, Generation
-from moe_bench.spec.derive_verify import VerifyLayout
 from moe_bench.spec.recipe import Recipe, TokenDrop
 from moe_bench.spec.sampling import Sampling
 from moe_bench.spec.scale import Plan
@@ -56,14 +56,33 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "ours"
 
 
-def toy(layout: VerifyLayout = "1 process") -> Recipe:
-    """In FP32, with a token for each byte and more."""
-    small = toy_of(MODEL, layout)
+def toy() -> Recipe:
+    """One process in FP32, with a token for each byte and more."""
+    small = toy_of(MODEL)
     return small.model_copy(update={"model": small.model.model_copy(update={"vocab_size": 512})})
 
 
-def plan(layout: VerifyLayout) -> Plan:
-    return as_plan(toy(layout))
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1 process": {},
+    "TP2 x EP2": {"num_gpus": 2, "tensor": 2, "expert": 2, "sequence_parallel": True},
+    "PP2": {"num_gpus": 2, "pipeline": 2},
+    "CP2": {"num_gpus": 2, "context": 2, "context_comm": "allgather"},
+    "PP2 x CP2 x EP2": {
+        "num_gpus": 4, "pipeline": 2, "context": 2, "context_comm": "allgather", "expert": 2,
+    },
+}  # fmt: skip
+
+
+def plan(layout: str) -> Plan:
+    one = toy()
+    parallel = one.parallel.model_copy(update=LAYOUTS[layout])
+    return as_plan(one.model_copy(update={"parallel": parallel}))
+
+
+IN_EVERY_LAYOUT = pytest.mark.parametrize(
+    "layout",
+    ["TP2 x EP2", "PP2", "CP2", pytest.param("PP2 x CP2 x EP2", marks=pytest.mark.slow)],
+)
 
 
 def as_plan(recipe: Recipe) -> Plan:
@@ -93,10 +112,11 @@ def alone(zygote: Zygote, converted: Path, prefix: Path) -> Evaluation:
     return evaluated(zygote, plan("1 process"), converted, prefix)
 
 
-def test_the_loss_is_the_same_in_two_layouts(
-    zygote: Zygote, converted: Path, prefix: Path, alone: Evaluation
+@IN_EVERY_LAYOUT
+def test_the_loss_is_that_of_one_process(
+    zygote: Zygote, converted: Path, prefix: Path, alone: Evaluation, layout: str
 ) -> None:
-    spread = evaluated(zygote, plan("TP2 x EP2"), converted, prefix)
+    spread = evaluated(zygote, plan(layout), converted, prefix)
     assert spread.num_tokens == alone.num_tokens == read_stream(str(prefix), None).num_tokens - 1
     assert spread.loss == pytest.approx(alone.loss, rel=1e-5)
     assert alone.num_steps == 0
@@ -135,10 +155,17 @@ def test_what_was_held_out_is_the_end_of_the_text(prefix: Path) -> None:
     assert tokens(whole)[-end.num_tokens :] == tokens(end)
 
 
-def test_the_likeliest_text_is_the_same_in_two_layouts(zygote: Zygote, converted: Path) -> None:
-    one = generated(zygote, plan("1 process"), converted, Sampling())
-    assert one.tokens == generated(zygote, plan("TP2 x EP2"), converted, Sampling()).tokens
-    assert len(one.tokens) == 8 or one.has_ended
+@pytest.fixture(scope="module")
+def told_alone(zygote: Zygote, converted: Path) -> Generation:
+    return generated(zygote, plan("1 process"), converted, Sampling())
+
+
+@IN_EVERY_LAYOUT
+def test_the_likeliest_text_is_that_of_one_process(
+    zygote: Zygote, converted: Path, told_alone: Generation, layout: str
+) -> None:
+    assert told_alone.tokens == generated(zygote, plan(layout), converted, Sampling()).tokens
+    assert len(told_alone.tokens) == 8 or told_alone.has_ended
 
 
 def test_what_is_drawn_depends_on_the_seed_alone_and_a_prompt_may_be_longer_than_a_sequence(
