@@ -34,6 +34,7 @@ ACTIVE_COUNTING = {
         (
             "olmoe_1b_7b",
             "olmoe_1b_7b_expert_choice",
+            "olmoe_1b_7b_gshard",
             "olmoe_1b_7b_pr_moe",
             "olmoe_1b_7b_sinkhorn",
             "olmoe_1b_7b_switch",

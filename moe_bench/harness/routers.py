@@ -1,4 +1,4 @@
-"""Routers that Megatron-Core lacks: expert choice, and capacities with a minimum or an order of their own."""
+"""Routers that Megatron-Core lacks: expert choice, GShard's two experts, capacities by order or minimum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    get_tokens_per_expert_and_token_count,
+    switch_load_balancing_loss_func,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -17,6 +22,11 @@ from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.routing import RecordedRouter, RoundRobinRouter, RouterBuilder
 from moe_bench.harness.settings import Settings
 from moe_bench.spec.recipe import TokenDrop
+
+CHANCE_STATE = "second-expert"
+"""Name of the random state that second experts are drawn from, in Megatron-Core's tracker."""
+CHANCE_SEED_OFFSET = 1_000_003
+"""Beyond the seeds of the tracker's own states, which lie within some thousands of the recipe's."""
 
 
 class ExpertChoiceRouter(TopKRouter):  # type: ignore[misc]
@@ -53,9 +63,7 @@ class CapacityRouter(TopKRouter):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, config: TransformerConfig, drop: TokenDrop, **kwargs: Any) -> None:
-        unlimited = copy.copy(config)
-        unlimited.moe_expert_capacity_factor = None
-        super().__init__(*args, config=unlimited, **kwargs)
+        super().__init__(*args, config=_unlimited(config), **kwargs)
         self._drop = drop
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,23 +73,105 @@ class CapacityRouter(TopKRouter):  # type: ignore[misc]
         return within_capacity(probs, chosen, capacity=capacity, drop=self._drop)
 
 
+class GShardRouter(TopKRouter):  # type: ignore[misc]
+    """A token's best expert, and its second best by chance (arXiv:2006.16668, algorithm 1).
+
+    With the weights of both normalised to g1 + g2 = 1, the second is sent to with probability 2 g2 while the
+    model trains, and always in evaluation. First choices fill an expert's capacity before second ones, each
+    in the order of tokens, and the balancing loss counts first choices alone. A second expert that the draw
+    leaves out takes no place, as in the authors' code (tensorflow/lingvo, core/gshard_layers.py,
+    Top2GatingOnLogits); in the paper's listing it does.
+
+    Draws come from a state of Megatron-Core's tracker, which recomputation restores, so that a token makes
+    the same choice both times. Its seed differs between ranks that route different tokens and is the same on
+    those that route the same ones; expert parallelism changes no draw.
+    """
+
+    def __init__(
+        self, *args: Any, config: TransformerConfig, drop: TokenDrop, seed: int, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, config=_unlimited(config), **kwargs)
+        self._drop = drop
+        tracker = get_cuda_rng_tracker()
+        if CHANCE_STATE not in tracker.get_states():
+            tracker.add(CHANCE_STATE, seed + CHANCE_SEED_OFFSET + self._rank_among_tokens())
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Probabilities and map [tokens, experts] of logits [sequence, batch, experts]."""
+        if padding_mask is not None:
+            raise MissingRequirementError("gshard does not know padded tokens; use batches without")
+        probs, chosen = super().routing(logits)
+        first = torch.zeros_like(chosen).scatter(1, probs.argmax(dim=1, keepdim=True), True)
+        second = chosen & ~first
+        if self.training:
+            weights = (probs * second).sum(dim=1)
+            with get_cuda_rng_tracker().fork(CHANCE_STATE):
+                draws = torch.rand_like(weights)
+            second = second & (2 * weights > draws).unsqueeze(1)
+        chosen = first | second
+        capacity = _capacity(self, self._drop, num_tokens=len(probs))
+        return within_capacity(
+            probs * chosen, chosen, capacity=capacity, drop=self._drop, rank=first.byte() + chosen
+        )
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, **options: Any
+    ) -> Tensor:
+        """l_aux = E sum_e (c_e / T) m_e, c_e tokens whose first choice is e, m_e its mean probability.
+
+        The paper's 1 / E in the place of E is a constant that the coefficient takes up, as in its code.
+        """
+        del routing_map, options
+        scores, coefficient = scores_for_aux_loss, self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0:
+            return probs
+        first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argmax(1, keepdim=True), True)
+        group = self.tp_cp_group
+        per_expert, num_tokens, total = get_tokens_per_expert_and_token_count(
+            routing_map=first, reduce_group=group, topk=1
+        )
+        loss = switch_load_balancing_loss_func(
+            probs=scores,
+            tokens_per_expert=per_expert,
+            total_num_tokens=total,
+            topk=1,
+            num_experts=self.num_experts,
+            moe_aux_loss_coeff=coefficient,
+        )
+        attached: Tensor = self.attach_and_log_load_balancing_loss(
+            probs, coefficient, loss, "load_balancing_loss", group, valid_token_count=num_tokens
+        )
+        return attached
+
+    def _rank_among_tokens(self) -> int:
+        """The same number on ranks that route the same tokens: tensor ranks without sequence parallelism."""
+        rank: int = self.tp_dp_cp_group.rank()
+        return rank if self.config.sequence_parallel else rank // self.tp_group.size()
+
+
 def within_capacity(
-    probs: Tensor, chosen: Tensor, *, capacity: int, drop: TokenDrop
+    probs: Tensor, chosen: Tensor, *, capacity: int, drop: TokenDrop, rank: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Probabilities and map [tokens, experts] of which every expert keeps at most `capacity` tokens.
 
-    Padded, it keeps exactly as many: tokens that did not choose it fill up, with probability 0.
+    By position the first tokens stay that chose it; those of the highest `rank`, where it is given, before
+    all others. Padded, it keeps exactly as many: tokens that did not choose it fill up, with probability 0.
     """
     if capacity >= len(probs):
         return probs, chosen
     if drop.policy == "probs":
         stay = probs.topk(capacity, dim=0, sorted=False).indices
     else:
-        stay = chosen.sort(dim=0, descending=True, stable=True).indices[:capacity]
+        order = chosen if rank is None else rank
+        stay = order.sort(dim=0, descending=True, stable=True).indices[:capacity]
     kept = torch.zeros_like(chosen).scatter(0, stay, True)
     if not drop.pad_to_capacity:
         kept = kept & chosen
     return probs * kept, kept
+
+
+LIMITING = (CapacityRouter, ExpertChoiceRouter, GShardRouter)
+"""Routers that work out capacities themselves."""
 
 
 def chosen_router(settings: Settings, config: TransformerConfig) -> RouterBuilder | None:
@@ -94,7 +184,10 @@ def chosen_router(settings: Settings, config: TransformerConfig) -> RouterBuilde
     elif settings.routing_mode == "round_robin":
         kinds.append(RoundRobinRouter)
     drop = _token_drop(settings, config)
-    if drop is not None and (settings.router_choice == "expert_choice" or drop.is_ours):
+    if drop is not None and settings.router_choice == "gshard":
+        kinds.append(GShardRouter)
+        options |= {"drop": drop, "seed": settings.seed}
+    elif drop is not None and (settings.router_choice == "expert_choice" or drop.is_ours):
         kinds.append(ExpertChoiceRouter if settings.router_choice == "expert_choice" else CapacityRouter)
         options["drop"] = drop
     if not kinds:
@@ -106,8 +199,15 @@ def chosen_router(settings: Settings, config: TransformerConfig) -> RouterBuilde
 def tell_dispatchers(modules: Iterable[torch.nn.Module]) -> None:
     """Let every router that limits its experts itself tell its layer's dispatcher the capacity."""
     for module in modules:
-        if isinstance(module, MoELayer) and isinstance(module.router, ExpertChoiceRouter | CapacityRouter):
+        if isinstance(module, MoELayer) and isinstance(module.router, LIMITING):
             module.router.dispatcher = module.token_dispatcher
+
+
+def _unlimited(config: TransformerConfig) -> TransformerConfig:
+    """The configuration without Megatron-Core's own capacity."""
+    unlimited = copy.copy(config)
+    unlimited.moe_expert_capacity_factor = None
+    return unlimited
 
 
 def _token_drop(settings: Settings, config: TransformerConfig) -> TokenDrop | None:

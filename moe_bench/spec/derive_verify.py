@@ -93,8 +93,8 @@ def verify_substitutions(recipe: Recipe, toy: Recipe) -> tuple[Substitution, ...
 
 
 def _is_filled(toy: Recipe) -> bool:
-    """Whether experts choose their tokens, which no class of Hugging Face's does, up to a capacity."""
-    return toy.model.moe is not None and toy.model.moe.router.choice == "expert_choice"
+    """Whether the router is one that no class of Hugging Face's has, and that asks for a capacity."""
+    return toy.model.moe is not None and toy.model.moe.router.choice in ("expert_choice", "gshard")
 
 
 def _verify_model(toy: ModelSpec) -> ModelSpec:

@@ -155,10 +155,10 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
         raise BadInputError(f"{recipe.name}: token_drop: a layer alone drops no tokens; set it to null")
     if model.moe.steps:
         raise BadInputError(f"{recipe.name}: model.moe.steps: a layer alone has no others; remove them")
-    if not model.moe.router.is_causal:
+    if model.moe.router.choice != "top_k":
         raise BadInputError(
-            f"{recipe.name}: model.moe.router.choice {model.moe.router.choice}: where a token goes depends "
-            "on others, and a layer alone is told where each goes; name a model whose tokens take their top-k"
+            f"{recipe.name}: model.moe.router.choice {model.moe.router.choice}: a layer alone is told "
+            "where each token goes; name a model whose tokens take their top-k"
         )
     if model.moe.latent_size is not None:
         raise BadInputError(f"{recipe.name}: model.moe.latent_size: no code builds such experts alone")

@@ -197,16 +197,18 @@ class Activation(Spec):
         return self.kind not in ("gelu", "squared_relu")
 
 
-RouterChoice = Literal["top_k", "sinkhorn", "expert_choice"]
+RouterChoice = Literal["top_k", "gshard", "sinkhorn", "expert_choice"]
 
 
 class Router(Spec):
     """How tokens choose experts, or experts tokens."""
 
     choice: RouterChoice = "top_k"
-    """`top_k`: a token takes its best experts. `sinkhorn`: its best after the scores of a rank's micro batch
-    were balanced (arXiv:2103.16716; Megatron-Core's). `expert_choice`: every expert takes its best tokens of
-    a rank's micro batch, T k / E of T (arXiv:2202.09368).
+    """`top_k`: a token takes its best experts. `gshard`: its best, and while it trains its second best with
+    twice that one's share of their weights as the chance; first choices fill capacities before second ones
+    (arXiv:2006.16668, algorithm 1). `sinkhorn`: its best after the scores of a rank's micro batch were
+    balanced (arXiv:2103.16716; Megatron-Core's). `expert_choice`: every expert takes its best tokens of a
+    rank's micro batch, T k / E of T (arXiv:2202.09368).
     """
     score_function: Literal["softmax", "sigmoid", "sqrt_softplus"]
     renormalise: bool
@@ -225,7 +227,7 @@ class Router(Spec):
     @property
     def is_causal(self) -> bool:
         """Whether a token's experts depend on no later token while it trains, capacities aside."""
-        return self.choice == "top_k"
+        return self.choice in ("top_k", "gshard")
 
 
 class ExpertStep(Spec):

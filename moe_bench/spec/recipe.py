@@ -43,6 +43,7 @@ OffloadModule = Literal[
     "fused_group_mlp",
 ]  # fmt: skip
 StateDtype = Literal["fp32", "bf16", "fp16", "fp8"]
+QuantFormat = Literal["fp8", "nvfp4", "mxfp4"]
 
 
 class Difference(Spec):
@@ -79,6 +80,19 @@ class LowPrecision(Spec):
     """Pad tokens per expert to the alignment of the kernels in the router."""
     reuse_grad_buffer: bool = False
     """Gather MXFP8 weights through the gradient buffer (saves memory)."""
+
+
+class QuantizationSpec(Spec):
+    """Weights and inputs of linear layers rounded in every forward pass while the model learns, and their
+    gradients handed through (nvidia-modelopt's quantisation-aware training). Throughput is not that of the
+    format: products stay in the recipe's precision.
+    """
+
+    format: QuantFormat
+    experts_only: bool = False
+    """Routed experts alone; attention, shared experts and dense layers stay as they are."""
+    num_calibration_batches: PositiveInt = 4
+    """Global batches that set the scales before the first step."""
 
 
 class Fusions(Spec):
@@ -278,6 +292,8 @@ class Recipe(Spec):
     """Multi-token prediction modules that are trained; 0 leaves the model's out."""
     parallel: ParallelSpec
     low_precision: LowPrecision | None = None
+    quantization: QuantizationSpec | None = None
+    """Null trains without; docs/quantize.md says which verbs take it."""
     kernels: KernelSpec
     dispatch: DispatchSpec
     token_drop: TokenDrop | None = None
@@ -343,11 +359,13 @@ class Recipe(Spec):
     def routing_is_causal(self) -> bool:
         """Whether no token's experts depend on tokens behind it; False where their loss is not causal.
 
-        A capacity that keeps the largest probabilities lets a later token push an earlier one out.
+        A capacity that keeps the largest probabilities lets a later token push an earlier one out, as does
+        one that first choices fill before second ones (GShard).
         """
         drop, moe = self.token_drop, self.model.moe
-        drops_by_score = drop is not None and drop.policy == "probs"
-        return moe is None or (moe.router.is_causal and not drops_by_score)
+        if moe is None or drop is None:
+            return moe is None or moe.router.is_causal
+        return moe.router.choice == "top_k" and drop.policy == "position"
 
     @property
     def tokens_per_step(self) -> int:

@@ -154,6 +154,12 @@ CASES: Mapping[str, Recipe] = {
     "balanced by Sinkhorn": toy(
         "mixtral_8x7b", {"num_gpus": 4, "expert": 2}, router={"choice": "sinkhorn", "renormalise": False}
     ),
+    "GShard's two experts": toy(
+        "mixtral_8x7b",
+        {"num_gpus": 4, "expert": 2},
+        router={"choice": "gshard"},
+        token_drop=TokenDrop(capacity_factor=1.25, policy="position"),
+    ),
     "expert choice": toy(
         "mixtral_8x7b",
         {**SPLIT, "num_gpus": 4, "expert": 2},

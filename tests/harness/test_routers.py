@@ -6,6 +6,7 @@ down from each paper, token by token; experts and balancing losses are written o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -16,9 +17,17 @@ import torch
 from torch import Tensor
 
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.routers import CapacityRouter, ExpertChoiceRouter, tell_dispatchers, within_capacity
+from moe_bench.harness.patches import patch_names, patches
+from moe_bench.harness.routers import (
+    CHANCE_STATE,
+    CapacityRouter,
+    ExpertChoiceRouter,
+    GShardRouter,
+    tell_dispatchers,
+    within_capacity,
+)
 from moe_bench.spec.model import ExpertStep
-from moe_bench.spec.recipe import Recipe, TokenDrop
+from moe_bench.spec.recipe import Recipe, Recompute, TokenDrop
 from tests.harness.kernels.configs import small_config
 from tests.harness.kernels.fused.layers import moe_layer
 from tests.harness.kernels.ranks import Groups, groups_of_one
@@ -34,7 +43,7 @@ TOKENS = SEQ_LEN * SEQUENCES
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[Groups]:
-    with groups_of_one() as groups:
+    with groups_of_one() as groups, patches(patch_names("host")):
         yield groups
 
 
@@ -54,7 +63,7 @@ def switch(logits: Tensor, *, capacity: int | None) -> Tensor:
 
 
 def two_experts(logits: Tensor, *, capacity: int | None = None) -> Tensor:
-    """arXiv:2006.16668, algorithm 1 without chance, and arXiv:2401.04088, 2.1: softmax over the best two.
+    """arXiv:2401.04088, 2.1: softmax over the best two.
 
     A capacity counts both choices of a token at once, in the order of the tokens.
     """
@@ -69,6 +78,36 @@ def two_experts(logits: Tensor, *, capacity: int | None = None) -> Tensor:
                 row[expert] = 1.0
         rows.append(row * p[token] / total)
     return torch.stack(rows)
+
+
+def gshard(logits: Tensor, *, capacity: int) -> Tensor:
+    """arXiv:2006.16668, algorithm 1: all first experts, then second ones where 2 g2 exceeds a draw of [0, 1).
+
+    The draws are those of the layer: the test has put the random state back.
+    """
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork(CHANCE_STATE):
+        draws = torch.rand(len(logits)).tolist()
+    p, best, taken = logits.softmax(-1), top(logits, 2), [0] * EXPERTS
+    kept = torch.zeros_like(p)
+    for token, (first, _) in enumerate(best):
+        if taken[first] < capacity:
+            kept[token, first] = 1.0
+        taken[first] += 1
+    for token, (first, second) in enumerate(best):
+        g2 = float(p[token, second] / (p[token, first] + p[token, second]))
+        if 2 * g2 > draws[token]:
+            if taken[second] < capacity:
+                kept[token, second] = 1.0
+            taken[second] += 1
+    totals = torch.stack([p[token, experts].sum() for token, experts in enumerate(best)])
+    return p / totals.unsqueeze(1) * kept
+
+
+def first_choices(logits: Tensor, top_k: int) -> Tensor:
+    """arXiv:2006.16668, algorithm 1, line 13, times E^2: E sum_e (c_e / S) m_e of first choices."""
+    return balancing(logits, 1)
 
 
 def most_probable(logits: Tensor, *, capacity: int) -> Tensor:
@@ -150,10 +189,15 @@ LOSS_FIELDS = {
     "moe_aux_loss_coeff": [0.3, 0.2],
     "moe_z_loss_coeff": 0.1,
 }
+AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3}
+Z_LOSS = {"moe_z_loss_coeff": 0.1}
 GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.3}
 FIRST = TokenDrop(capacity_factor=1.0, policy="position")
+HALF = TokenDrop(capacity_factor=0.5, policy="position")
+NARROW = TokenDrop(capacity_factor=0.5, pad_to_capacity=True, policy="position")
 TIGHT = TokenDrop(capacity_factor=0.5, policy="position", min_capacity=5)
 PADDED = TokenDrop(capacity_factor=0.75, pad_to_capacity=True, policy="position")
+ROOMY = TokenDrop(capacity_factor=4.0, policy="position")
 CHOICE = TokenDrop(capacity_factor=1.0, pad_to_capacity=True)
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 
@@ -161,9 +205,12 @@ CASES: dict[str, tuple[int, dict[str, Any], TokenDrop | None, Weigh, dict[Any, f
     "Switch, dropless": (1, PRE, None, functools.partial(switch, capacity=None), {}),
     "Switch, its first tokens": (1, PRE, FIRST, functools.partial(switch, capacity=6), {}),
     "Switch, at least five": (1, PRE, TIGHT, functools.partial(switch, capacity=5), {balancing: 0.0}),
-    "GShard": (2, {}, FIRST, functools.partial(two_experts, capacity=12), {}),
-    "GShard, padded": (2, {}, PADDED, functools.partial(two_experts, capacity=9), {}),
-    "GShard, gathered": (2, ALLGATHER, FIRST, functools.partial(two_experts, capacity=12), {}),
+    "GShard": (2, AUX, HALF, functools.partial(gshard, capacity=6), {first_choices: 0.3}),
+    "GShard, z loss, room for all": (2, Z_LOSS, ROOMY, functools.partial(gshard, capacity=48), {z_loss: 0.1}),
+    "GShard, padded, gathered": (2, ALLGATHER, NARROW, functools.partial(gshard, capacity=6), {}),
+    "top-2, its first tokens": (2, {}, FIRST, functools.partial(two_experts, capacity=12), {}),
+    "top-2, padded": (2, {}, PADDED, functools.partial(two_experts, capacity=9), {}),
+    "top-2, gathered": (2, ALLGATHER, FIRST, functools.partial(two_experts, capacity=12), {}),
     "Mixtral, all local losses": (2, LOSS_FIELDS, None, two_experts, LOSSES),
     "Mixtral, the global loss": (2, GLOBAL, None, two_experts, {balancing: 0.3}),
     "capacity by probability": (
@@ -185,7 +232,7 @@ CASES: dict[str, tuple[int, dict[str, Any], TokenDrop | None, Weigh, dict[Any, f
     "expert choice": (2, {}, CHOICE, functools.partial(expert_choice, capacity=12), {}),
     "expert choice, gathered, z loss": (
         2,
-        {**ALLGATHER, "moe_z_loss_coeff": 0.1},
+        {**ALLGATHER, **Z_LOSS},
         CHOICE,
         functools.partial(expert_choice, capacity=12),
         {z_loss: 0.1},
@@ -199,6 +246,8 @@ def layer_of(case: str) -> Any:
     if drop is not None:
         kind = ExpertChoiceRouter if "expert choice" in case else CapacityRouter
         submodules["router"] = functools.partial(kind, drop=drop)
+        if "GShard" in case:
+            submodules["router"] = functools.partial(GShardRouter, drop=drop, seed=7)
         fields = fields | {
             "moe_expert_capacity_factor": drop.capacity_factor,
             "moe_pad_expert_input_to_capacity": drop.pad_to_capacity,
@@ -212,6 +261,16 @@ def layer_of(case: str) -> Any:
     return layer
 
 
+@contextlib.contextmanager
+def same_chance() -> Iterator[None]:
+    """Put the random states back as they were, so that the textbook draws what the layer drew."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    states = get_cuda_rng_tracker().get_states()
+    yield
+    get_cuda_rng_tracker().set_states(states)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_computes_what_the_textbook_does(case: str, groups: Groups) -> None:
     top_k, _, _, weigh, losses = CASES[case]
@@ -219,8 +278,9 @@ def test_a_layer_computes_what_the_textbook_does(case: str, groups: Groups) -> N
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(SEQ_LEN, SEQUENCES, 64, generator=generator).requires_grad_()
     grad = torch.randn(SEQ_LEN, SEQUENCES, 64, generator=generator)
-    output, _ = layer(x)
-    output.backward(grad)
+    with same_chance():
+        output, _ = layer(x)
+        output.backward(grad)
     plain = x.detach().double().view(-1, 64).requires_grad_()
     expected, loss = textbook(layer, plain, weigh, losses, top_k)
     ((expected * grad.double().view(-1, 64)).sum() + loss).backward()
@@ -253,12 +313,36 @@ def test_every_choice_keeps_to_its_limits(case: str, groups: Groups) -> None:
     assert int(per_token.max()) <= top_k
     if limit is None:
         assert set(per_token.tolist()) == {top_k}
+    elif drop is ROOMY:
+        assert set(per_token.tolist()) == {1, 2}
     else:
         dropped = per_token == 0
         assert bool(dropped.any()), "the capacity does not bite"
         # the residual is all that is left of them
         assert not output.view(-1, 64)[dropped].any()
         assert bool((output.view(-1, 64)[~dropped] != 0).any(dim=1).all())
+
+
+def test_a_second_expert_gets_a_token_as_often_as_twice_its_weight_says(groups: Groups) -> None:
+    layer = layer_of("GShard, z loss, room for all")
+    x = torch.randn(1, SEQUENCES, 64, generator=torch.Generator().manual_seed(11)).repeat(4000, 1, 1)
+    with torch.no_grad():
+        _, chosen = layer.router(x)
+        weights, every = layer.eval().router(x)
+    assert every.sum(1).unique().tolist() == [2]
+    for token in range(SEQUENCES):
+        # 4000 draws of probability q deviate by 0.032 at four standard deviations
+        expected = 2 * float(weights[token].sort().values[-2])
+        found = float(chosen[token::SEQUENCES].sum(1).float().mean()) - 1
+        assert 0.1 < expected < 0.9
+        assert found == pytest.approx(expected, abs=0.032)
+
+
+def test_first_choices_fill_a_capacity_before_second_ones_of_earlier_tokens() -> None:
+    chosen = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1]], dtype=torch.bool)
+    first = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]], dtype=torch.bool)
+    _, kept = within_capacity(chosen.float(), chosen, capacity=3, drop=FIRST, rank=first.byte() + chosen)
+    assert kept.T.tolist() == [[True, True, True, False], [True, False, True, True]]
 
 
 def test_a_capacity_of_evaluation_is_another_and_the_dispatcher_knows_it(groups: Groups) -> None:
@@ -315,6 +399,20 @@ def pyramid() -> Recipe:
     )
     moe = moe.model_copy(update={"steps": steps, "shared_expert_ffn_hidden_size": 32})
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": moe})})
+
+
+def test_second_experts_are_the_same_recomputed_and_over_expert_ranks(zygote: Zygote) -> None:
+    toy = routed("gshard", ROOMY, aux_loss="aux_loss", aux_loss_coefficient=0.1)
+    full = Recompute(granularity="full", method="uniform", num_layers=1)
+    data = laid_out(toy, parallel={"num_gpus": 2})
+    expert = laid_out(toy, parallel={"num_gpus": 2, "expert": 2}, recompute=full)
+    plain, split = (zygote.train(megatron_arguments(recipe)).samples for recipe in (data, expert))
+    assert split.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert split.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
+    assert split.tokens_per_expert == plain.tokens_per_expert
+    per_layer = [sum(layer) for step in plain.tokens_per_expert for layer in step]
+    # 8 sequences of 32 tokens: more than one choice of each, less than two
+    assert all(256 < num_choices < 512 for num_choices in per_layer)
 
 
 ROUTED = {

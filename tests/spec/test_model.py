@@ -115,6 +115,14 @@ def test_routers_that_see_later_tokens_say_so() -> None:
         update={"token_drop": TokenDrop(capacity_factor=1.0, policy="probs")}
     )
     assert not by_score.routing_is_causal
+    # first choices of later tokens come before second ones of earlier tokens
+    first_come = by_score.model_copy(update={"token_drop": TokenDrop(capacity_factor=1.0, policy="position")})
+    assert first_come.routing_is_causal
+    moe = first_come.model.moe
+    assert moe is not None
+    gshard = moe.model_copy(update={"router": moe.router.model_copy(update={"choice": "gshard"})})
+    model = first_come.model.model_copy(update={"moe": gshard})
+    assert not first_come.model_copy(update={"model": model}).routing_is_causal
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What Sinkhorn's balancing, expert choice and capacities ask of the rest of a recipe."""
+"""What GShard's two experts, Sinkhorn's balancing, expert choice and capacities ask of a recipe's rest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from moe_bench.spec.recipe import Recipe
 
 _ROUTER = "megatron/core/transformer/moe/router.py"
 _CONFIG = "megatron/core/transformer/transformer_config.py"
+_DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py:550"
 _OURS = "moe_bench/harness/routers.py"
 _KEY = "model.moe.router"
 
@@ -33,13 +34,44 @@ def sinkhorn_capacity(recipe: Recipe) -> Iterator[Found]:
 
 @rule("Sinkhorn's rounds go on until the host has read that they change little", f"{_ROUTER}:295")
 def sinkhorn_and_graphs(recipe: Recipe) -> Iterator[Found]:
-    graphs = recipe.cuda_graphs
-    if graphs.implementation == "none" or _choice(recipe) != "sinkhorn":
+    if _choice(recipe) == "sinkhorn":
+        yield from _captured_router(recipe, "sinkhorn")
+
+
+@rule(
+    "two experts with softmax weights that sum to one, the first of the sequence first",
+    "arXiv:2006.16668, algorithm 1",
+)
+def gshard(recipe: Recipe) -> Iterator[Found]:
+    moe, drop = recipe.model.moe, recipe.token_drop
+    if moe is None or moe.router.choice != "gshard":
         return
-    if graphs.implementation == "full_iteration" or not graphs.modules:
-        yield "cuda_graphs.implementation", f"{graphs.implementation} of whole layers", "capture attn alone"
-    elif {"moe", "moe_router"} & set(graphs.modules):
-        yield "cuda_graphs.modules", "the router with sinkhorn", "capture attn alone"
+    router = moe.router
+    asked = (
+        ("model.moe.top_k", moe.top_k != 2, f"{moe.top_k}", "2"),
+        (f"{_KEY}.score_function", router.score_function != "softmax", router.score_function, "softmax"),
+        (f"{_KEY}.renormalise", not router.renormalise, "false", "true"),
+        (f"{_KEY}.num_groups", router.num_groups is not None, f"{router.num_groups}", "null"),
+        (f"{_KEY}.scaling_factor", router.scaling_factor != 1.0, f"{router.scaling_factor}", "1.0"),
+        (f"{_KEY}.aux_loss", router.aux_loss not in ("none", "aux_loss"), router.aux_loss, "aux_loss"),
+        ("kernels.fusions.router", recipe.kernels.fusions.router, "true", "false"),
+        ("token_drop.policy", drop is not None and drop.policy == "probs", "probs", "position"),
+    )
+    for key, is_asked, value, fix in asked:
+        if is_asked:
+            yield key, f"{value} with gshard", f"write {fix}"
+
+
+@rule("dispatchers count on two rows of every token where experts have no capacity", _DISPATCHER)
+def gshard_capacity(recipe: Recipe) -> Iterator[Found]:
+    if _choice(recipe) == "gshard" and recipe.token_drop is None:
+        yield "token_drop", "null with gshard", "write {capacity_factor: 1.0, policy: position}"
+
+
+@rule("second experts are drawn from a random state that a captured graph does not move on", _OURS)
+def gshard_and_graphs(recipe: Recipe) -> Iterator[Found]:
+    if _choice(recipe) == "gshard":
+        yield from _captured_router(recipe, "gshard")
 
 
 @rule("experts weigh tokens by their softmax, and are balanced without a loss", "arXiv:2202.09368, 3.2")
@@ -66,7 +98,7 @@ def expert_choice_capacity(recipe: Recipe) -> Iterator[Found]:
 @rule("tokens are dealt out through their own choice", _OURS)
 def recorded_choice(recipe: Recipe) -> Iterator[Found]:
     choice = _choice(recipe)
-    if recipe.routing.mode == "recorded" and choice not in (None, "top_k"):
+    if recipe.routing.mode == "recorded" and choice not in (None, "top_k", "gshard"):
         yield "routing.mode", f"recorded with {choice}", "use natural"
 
 
@@ -129,11 +161,22 @@ def _plain_scores(recipe: Recipe, choice: str) -> Iterator[Found]:
         yield "kernels.fusions.router", f"true with {choice}", "write false"
 
 
+def _captured_router(recipe: Recipe, choice: str) -> Iterator[Found]:
+    """CUDA graphs that hold the router."""
+    graphs = recipe.cuda_graphs
+    if graphs.implementation == "none":
+        return
+    if graphs.implementation == "full_iteration" or not graphs.modules:
+        yield "cuda_graphs.implementation", f"{graphs.implementation} of whole layers", "capture attn alone"
+    elif {"moe", "moe_router"} & set(graphs.modules):
+        yield "cuda_graphs.modules", f"the router with {choice}", "capture attn alone"
+
+
 def _choice(recipe: Recipe) -> str | None:
     return None if recipe.model.moe is None else recipe.model.moe.router.choice
 
 
 RULES = (
-    sinkhorn, sinkhorn_capacity, sinkhorn_and_graphs, expert_choice, expert_choice_capacity, recorded_choice,
-    padded_capacity, expert_steps,
+    gshard, gshard_capacity, gshard_and_graphs, sinkhorn, sinkhorn_capacity, sinkhorn_and_graphs,
+    expert_choice, expert_choice_capacity, recorded_choice, padded_capacity, expert_steps,
 )  # fmt: skip
