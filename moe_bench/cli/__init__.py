@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 import typer
@@ -57,6 +58,21 @@ _VERBS = (
 )
 """Modules whose import registers the verbs."""
 
+_ABOUT_A_PLACE = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What the system says of a place that a user named or filled; any other failure of a file is ours."""
+
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
 
 
@@ -70,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except typer.TyperException as error:
         typer.echo(str(error), err=True)
+        return BadInputError.exit_code
+    except OSError as error:
+        if error.errno not in _ABOUT_A_PLACE or error.filename is None:
+            raise
+        typer.echo(f"{error.filename}: {error.strerror}; free the place, or name another", err=True)
         return BadInputError.exit_code
     except typer.Abort:
         return 130

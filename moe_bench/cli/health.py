@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_bench.cli.app import MODEL, app
+from moe_bench.cli.files import picture_to_write
 from moe_bench.cli.options import JsonOption, print_view
 from moe_bench.errors import BadInputError
 
@@ -16,7 +17,13 @@ from moe_bench.errors import BadInputError
 def health(
     folder: Annotated[Path, typer.Argument(help="Of a run of `train`, also of one that still runs.")],
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Heatmap and entropy: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            callback=picture_to_write,
+            help="Heatmap and entropy: .png, .svg or .pdf.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

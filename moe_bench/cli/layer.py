@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import RUN, app
+from moe_bench.cli.files import picture_to_write
 from moe_bench.cli.gpu import gpu_here, system_for_plan, system_of_gpu
 from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError, MissingRequirementError
@@ -107,7 +108,8 @@ SweepArgument = Annotated[
     bool, typer.Option("--sweep", help="Balanced, then loads by ever steeper power laws.")
 ]
 PlotArgument = Annotated[
-    Path | None, typer.Option("--plot", help="Of a sweep: a picture, .png, .svg or .pdf.")
+    Path | None,
+    typer.Option("--plot", callback=picture_to_write, help="Of a sweep: a picture, .png, .svg or .pdf."),
 ]
 HeldArgument = Annotated[
     float | None, typer.Option("--held-seconds", min=0.1, help="Also without a pause for so long.")

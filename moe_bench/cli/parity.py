@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moe_bench.cli.app import MODEL, app
+from moe_bench.cli.files import picture_to_write
 from moe_bench.cli.options import (
     JsonOption,
     NumGpusOption,
@@ -23,6 +24,13 @@ from moe_bench.cli.options import (
 )
 from moe_bench.errors import MeasurementError
 from moe_bench.spec.catalogue import data_root
+
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", callback=picture_to_write, help="Losses, differences: .png, .svg, .pdf."
+    ),
+]
 
 
 @app.command(rich_help_panel=MODEL)
@@ -41,9 +49,7 @@ def parity(
         int, typer.Option("--repeats", min=2, help="Runs of the base from weights a rounding off.")
     ] = 4,
     out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Losses, differences: .png, .svg, .pdf.")
-    ] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Whether two settings of a recipe learn alike: losses step by step, against what rounding explains."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_bench.cli.app import PREDICT, app
+from moe_bench.cli.files import drawing_to_write
 from moe_bench.cli.options import JsonOption, RecipeArgument, ScaleOption, SetOption, plan_of, print_view
 
 
@@ -48,7 +49,12 @@ def dryrun(
         typer.Option("--micro-batches", help="Run so many; default as few as reach the steady state."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write an SVG: a bar per pipeline rank, a timeline.")
+        Path | None,
+        typer.Option(
+            "--plot",
+            callback=drawing_to_write,
+            help="Write an SVG: a bar per pipeline rank, a timeline.",
+        ),
     ] = None,
     changes: SetOption = None,
     as_json: JsonOption = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import PREDICT, app
+from moe_bench.cli.files import any_file_to_write, drawing_to_write
 from moe_bench.cli.options import (
     JsonOption,
     RecipeArgument,
@@ -61,11 +62,20 @@ PriceOption = Annotated[
     float | None, typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: the price, too.")
 ]
 TraceOption = Annotated[
-    Path | None, typer.Option("--trace", help="Write the pipeline for ui.perfetto.dev (JSON).")
+    Path | None,
+    typer.Option(
+        "--trace",
+        callback=any_file_to_write,
+        help="Write the pipeline for ui.perfetto.dev (JSON).",
+    ),
 ]
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw where the step goes (SVG).")]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", callback=drawing_to_write, help="Draw where the step goes (SVG)."),
+]
 PipelineOption = Annotated[
-    Path | None, typer.Option("--plot-pipeline", help="Draw which rank computes when (SVG).")
+    Path | None,
+    typer.Option("--plot-pipeline", callback=drawing_to_write, help="Draw which rank computes when (SVG)."),
 ]
 
 UncalibratedOption = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import READ, app
+from moe_bench.cli.files import any_file_to_write
 from moe_bench.cli.options import JsonOption, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError, GateError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
@@ -128,9 +129,12 @@ def gate(
     new: Annotated[Path, typer.Argument(help="The same.")],
     vary: VaryOption = None,
     within: BandOption = BAND,
-    junit: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML here.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", callback=any_file_to_write, help="Write JUnit XML here.")
+    ] = None,
     summary: Annotated[
-        Path | None, typer.Option("--summary", help="Append a Markdown table to this file.")
+        Path | None,
+        typer.Option("--summary", callback=any_file_to_write, help="Append a Markdown table to this file."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

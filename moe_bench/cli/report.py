@@ -11,6 +11,7 @@ import typer
 
 from moe_bench import __version__
 from moe_bench.cli.app import READ, app
+from moe_bench.cli.files import any_file_to_write, picture_to_write
 from moe_bench.cli.options import JsonOption, TableFormat, make_loader, print_view, results_root
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
     from moe_bench.report.scaling import MissingPoint, ScalingPoint
     from moe_bench.results.parity import Parity
     from moe_bench.results.summary import RunSummary
+
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        callback=picture_to_write,
+        help="With --scaling: draw the curves, too (.png, .svg, .pdf).",
+    ),
+]
+PageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", callback=any_file_to_write, help="Write one self-contained page instead of a table."
+    ),
+]
 
 
 @app.command(rich_help_panel=READ)
@@ -43,12 +59,8 @@ def report(
     layers: Annotated[
         bool, typer.Option("--layers", help="MoE layers that `layer` measured, with their peers.")
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="With --scaling: draw the curves, too (.png, .svg, .pdf).")
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write one self-contained page instead of a table.")
-    ] = None,
+    plot: PlotOption = None,
+    html: PageOption = None,
     recipes: Annotated[
         list[str] | None,
         typer.Option("--recipe", help="With --html: a card for this recipe, run or not; repeatable."),
@@ -166,7 +178,6 @@ def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -
             version=__version__,
         )
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     typer.echo(path)
 

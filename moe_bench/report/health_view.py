@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moe_bench.errors import BadInputError
 from moe_bench.report.columns import Columns
-from moe_bench.report.scaling_plot import FORMATS
 from moe_bench.results.training_health import HealthLine, LayerHealth
 
 if TYPE_CHECKING:
@@ -93,12 +91,7 @@ def load_ratios(line: HealthLine) -> list[list[float]]:
 
 
 def write_health_plot(lines: Sequence[HealthLine], path: Path) -> None:
-    """Draw the load of the last line, experts by layers, and the entropy of all lines into `path`.
-
-    Raises BadInputError for a suffix that is none of FORMATS.
-    """
-    if path.suffix not in FORMATS:
-        raise BadInputError(f"{path}: plots are written as {', '.join(FORMATS)}; change the suffix")
+    """Draw the load of the last line, experts by layers, and the entropy of all lines into `path`."""
     # half a second of import that no other verb should pay for
     from matplotlib.figure import Figure
 

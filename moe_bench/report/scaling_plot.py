@@ -15,7 +15,6 @@ from moe_bench.report.scaling_table import curve_letter, missing_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
 MAX_COLUMNS = 3
 _NAME_WIDTH = 58
 """Characters after which the name of a curve is folded."""
@@ -29,10 +28,8 @@ _LINES = {Kind.MEASURED: "-", Kind.PUBLISHED: "--", Kind.PROJECTED: ":"}
 def write_scaling_plot(curves: Sequence[Curve], path: Path) -> None:
     """Draw `curves`, sorted by subject and mode, into `path`; the suffix says how.
 
-    Raises BadInputError where there is no curve, or for a suffix that is none of FORMATS.
+    Raises BadInputError where there is no curve.
     """
-    if path.suffix not in FORMATS:
-        raise BadInputError(f"{path}: plots are written as {', '.join(FORMATS)}; change the suffix")
     if not curves:
         raise BadInputError(f"{path}: there is no scaling curve to draw; name other results, or drop --plot")
     # half a second of import that no other verb should pay for

@@ -224,11 +224,9 @@ def test_the_plot_is_written_in_the_format_that_the_name_says(tmp_path: Path, su
     assert head.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in head
 
 
-def test_a_plot_of_nothing_or_in_an_unknown_format_is_refused(tmp_path: Path) -> None:
+def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="no scaling curve"):
         write_scaling_plot((), tmp_path / "x.png")
-    with pytest.raises(BadInputError, match="change the suffix"):
-        write_scaling_plot((), tmp_path / "x.jpeg")
 
 
 def test_sizes_without_room_for_their_label_have_a_tick_alone() -> None:
