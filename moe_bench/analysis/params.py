@@ -234,14 +234,6 @@ def mtp_projection_params(*, hidden: int) -> Weights:
     return Weights(2 * hidden * hidden)
 
 
-def layer_weights(
-    model: ModelSpec, *, is_moe: bool, num_experts: int | None, family: KernelFamily | None
-) -> PartWeights:
-    """Parameters of one decoder layer of attention and an MLP or experts; see `structure_weights`."""
-    structure = LayerStructure(mixer="attention", ffn="moe" if is_moe else "dense")
-    return structure_weights(model, structure, num_experts=num_experts, family=family)
-
-
 def structure_weights(
     model: ModelSpec, structure: LayerStructure, *, num_experts: int | None, family: KernelFamily | None
 ) -> PartWeights:

@@ -22,7 +22,6 @@ CONFIG = "config.json"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer one is no header."""
-BYTES_PER_ELEMENT: Mapping[str, int] = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Of buffers that old checkpoints hold and every class computes."""
 

@@ -157,4 +157,4 @@ def _train(
             )
     if is_speaker:
         lines = tuple(read_log(folder))
-        print_view(training_view(job, lines, folder), training_json(job, lines, folder), as_json)
+        print_view(training_view(lines, folder), training_json(job, lines, folder), as_json)

@@ -19,7 +19,7 @@ PLAIN_LINES = 20
 """Lines that a long run writes into a log, beside those with a validation loss."""
 
 
-def training_view(job: TrainingJob, lines: Sequence[LogLine], folder: Path) -> RenderableType:
+def training_view(lines: Sequence[LogLine], folder: Path) -> RenderableType:
     """The steps with a validation loss, the last of them with the checkpoints."""
     rows = [
         (

@@ -66,14 +66,6 @@ def kernel_lines(calls: Iterable[tuple[str, int, float]]) -> tuple[KernelLine, .
     return tuple(sorted(lines, key=lambda line: -line.total_s))
 
 
-def seconds_by_kind(lines: Iterable[KernelLine]) -> dict[str, float]:
-    """Seconds of each kind, the longest first."""
-    total: dict[str, float] = {}
-    for line in lines:
-        total[line.kind] = total.get(line.kind, 0.0) + line.total_s
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
-
-
 def write_kernels(path: Path, lines: Iterable[KernelLine]) -> None:
     """The lines as CSV, times in milliseconds."""
     with path.open("x", newline="", encoding="utf-8") as file:

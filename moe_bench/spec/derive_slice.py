@@ -199,7 +199,7 @@ def _alone(recipe: Recipe, stage: int, routing: Routing, *, steps: Steps) -> Rec
         update={
             "dispatch": _dispatch(recipe.dispatch),
             "routing": routing,
-            "recompute": _recompute(recipe, stage),
+            "recompute": _recompute(recipe),
             "overlap": Overlap(
                 grad_reduce=recipe.overlap.grad_reduce,
                 param_gather=recipe.overlap.param_gather,
@@ -232,7 +232,7 @@ def _dispatch(dispatch: DispatchSpec) -> DispatchSpec:
     )
 
 
-def _recompute(recipe: Recipe, stage: int) -> Recompute:
+def _recompute(recipe: Recipe) -> Recompute:
     """Without the dense MLP, where the model as it runs has none."""
     recompute = recipe.recompute
     modules = tuple(name for name in recompute.modules if name != "mlp" or recipe.model.num_dense_layers)

@@ -13,7 +13,6 @@ from moe_bench.analysis.params import (
     embedding_params,
     gated_delta_net_params,
     grouped_query_attention_params,
-    layer_weights,
     main_weights,
     mamba_params,
     mlp_params,
@@ -27,7 +26,7 @@ from moe_bench.analysis.params import (
     sum_parts,
 )
 from moe_bench.spec.load import Loader
-from moe_bench.spec.model import GatedDeltaNet, Mamba2, ModelSpec
+from moe_bench.spec.model import GatedDeltaNet, LayerStructure, Mamba2, ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
 from tests.analysis.conftest import RecipeMaker
@@ -132,7 +131,8 @@ def test_transformer_engine_norms_the_input_of_uncompressed_queries_once_more(
 
 def test_sinks_are_one_parameter_per_head(models: dict[str, ModelSpec]) -> None:
     model = models["gpt_oss_20b"]
-    attention = layer_weights(model, is_moe=True, num_experts=32, family=None)[Part.ATTENTION]
+    layer = LayerStructure(mixer="attention", ffn="moe")
+    attention = structure_weights(model, layer, num_experts=32, family=None)[Part.ATTENTION]
     projections = grouped_query_attention_params(
         hidden=2880, num_heads=64, num_query_groups=8, head_dim=64, qkv_bias=True, output_bias=True
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.results.kernel_summary import kernel_kind, kernel_lines, seconds_by_kind, write_kernels
+from moe_bench.results.kernel_summary import kernel_kind, kernel_lines, write_kernels
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,6 @@ def test_shares_sum_to_one_and_the_longest_comes_first(tmp_path: Path) -> None:
     lines = kernel_lines([("aten::mul", 4, 1.0), ("aten::mm", 2, 3.0), ("aten::view", 9, 0.0)])
     assert [line.name for line in lines] == ["aten::mm", "aten::mul"]
     assert [line.time_fraction for line in lines] == [0.75, 0.25]
-    assert seconds_by_kind(lines) == {"GEMM": 3.0, "elementwise": 1.0}
     path = tmp_path / "kernels.csv"
     write_kernels(path, lines)
     assert path.read_text().splitlines() == [

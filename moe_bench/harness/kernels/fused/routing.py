@@ -130,6 +130,7 @@ class _Route(torch.autograd.Function):
                 chosen.view(torch.uint8),
                 num_tokens,
                 num_experts,
+                top_k=choice.top_k,
                 has_bias=bias is not None,
                 num_groups=choice.num_groups,
                 groups_per_token=choice.groups_per_token,
@@ -166,7 +167,6 @@ def _launch(num_tokens: int, num_experts: int, choice: Choice) -> tuple[tuple[in
     groups = triton.next_power_of_2(choice.num_groups)
     tokens = max(1, BLOCK_ENTRIES // (groups * width))
     return (triton.cdiv(num_tokens, tokens),), {
-        "top_k": choice.top_k,
         "score": choice.score,
         "pools_all": choice.pools_all,
         "counts_all": choice.is_for_losses,
@@ -339,7 +339,6 @@ def _backward_kernel(
     grad_logits_ptr: tl.tensor,
     num_tokens: tl.tensor,
     num_experts: tl.tensor,
-    top_k: tl.constexpr,
     score: tl.constexpr,
     pools_all: tl.constexpr,
     counts_all: tl.constexpr,
