@@ -60,14 +60,14 @@ def launches() -> dict[str, Launch]:
     of_choice = routing._launch(4096, 256, choice)[1]
     for option in ("num_warps", "enable_fp_fusion"):
         of_choice.pop(option)
-    groups = {"num_groups": 8, "groups_per_token": 4, "per_group": 2, "is_before": False, "has_bias": True}
+    groups = {"top_k": 8, "num_groups": 8, "groups_per_token": 4, "per_group": 2}
     gated = {"alpha": 1.702, "offset": 1.0, "clamp": 7.0, "block": 1024}
     quantized = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"}
     return {
         "routing.forward": Launch(
             kernel=routing._forward_kernel,
             types={"logits": "*fp32", "bias": "*fp32", "weights": "*fp32", "chosen": "*u8"},
-            constants={**of_choice, **groups},
+            constants={**of_choice, **groups, "is_before": False, "has_bias": True},
             aligned=("num_experts",),
         ),
         "routing.backward": Launch(
