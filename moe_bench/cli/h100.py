@@ -22,7 +22,6 @@ from moe_bench.cli.gpu import (
 )
 from moe_bench.cli.options import (
     JsonOption,
-    KernelsOption,
     OneRank,
     ScaleOption,
     make_console,
@@ -138,7 +137,7 @@ def _sources(system: SystemSpec, loader: Loader, *, tiny: bool) -> Sources:
             scale=ScaleOption.SLICE,
             num_gpus=None,
             changes=list(wish.changes),
-            one_rank=OneRank(kernels=KernelsOption(wish.kernels)),
+            one_rank=OneRank(kernels=wish.kernels),
         )
 
     def layers_of(wish: LayerWish) -> Sequence[LayerCase]:

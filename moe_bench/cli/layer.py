@@ -24,13 +24,13 @@ from moe_bench.spec.layer_case import (
     sweep_of,
     traced_routing,
 )
+from moe_bench.spec.recipe import KernelFamily, Precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from moe_bench.results.layer_record import LayerRecord
     from moe_bench.spec.load import Loader
-    from moe_bench.spec.recipe import KernelFamily
     from moe_bench.spec.system import SystemSpec
 
 TINY_SCALE = 16
@@ -71,19 +71,6 @@ class SuiteOption(StrEnum):
     SONICMOE = "sonicmoe"
 
 
-class PrecisionOption(StrEnum):
-    """Arithmetic of the experts' products."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP8_DELAYED = "fp8_delayed"
-    FP8_TENSORWISE = "fp8_tensorwise"
-    FP8_BLOCKWISE = "fp8_blockwise"
-    FP8_ROWWISE = "fp8_rowwise"
-    MXFP8 = "mxfp8"
-    NVFP4 = "nvfp4"
-
-
 SuiteArgument = Annotated[
     SuiteOption | None, typer.Option("--suite", help="Instead of a recipe: the layers of a publication.")
 ]
@@ -92,7 +79,7 @@ TokensArgument = Annotated[
 ]
 RoutingArgument = Annotated[str | None, typer.Option("--routing", metavar="HOW", help=f"{_ROUTING}.")]
 PrecisionArgument = Annotated[
-    PrecisionOption | None, typer.Option("--precision", help="Default: the recipe's.")
+    Precision | None, typer.Option("--precision", help="Of the experts' products; default: the recipe's.")
 ]
 ExpertsArgument = Annotated[
     list[ExpertsOption] | None,
@@ -250,7 +237,7 @@ def _layers(
 def _changed(
     case: LayerCase,
     routing: str | None,
-    precision: PrecisionOption | None,
+    precision: Precision | None,
     dispatcher: ExchangeOption,
     *,
     folded: bool,
@@ -260,9 +247,8 @@ def _changed(
         "dispatch": case.dispatch.model_copy(update={"dispatcher": dispatcher.value})
     }
     if precision is not None:
-        update["precision"] = precision.value
-        is_same = precision.value == case.precision
-        update["low_precision"] = case.low_precision if is_same else None
+        update["precision"] = precision
+        update["low_precision"] = case.low_precision if precision == case.precision else None
     case = case.model_copy(update=update)
     if routing is not None:
         case = case.with_routing(_routing(routing))

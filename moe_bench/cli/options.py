@@ -15,12 +15,13 @@ import typer
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
 from moe_bench.spec.load import Loader
+from moe_bench.spec.recipe import KernelFamily, Routing
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from moe_bench.spec.problem import Problem
-    from moe_bench.spec.recipe import KernelFamily, Recipe, Routing
+    from moe_bench.spec.recipe import Recipe
     from moe_bench.spec.rendezvous import Rendezvous
     from moe_bench.spec.scale import Plan
 
@@ -36,14 +37,6 @@ class ScaleOption(StrEnum):
     SMOKE = "smoke"
     SLICE = "slice"
     TINY_SLICE = "tiny_slice"
-
-
-class KernelsOption(StrEnum):
-    """Families of kernels."""
-
-    TRANSFORMER_ENGINE = "transformer_engine"
-    TORCH_NATIVE = "torch_native"
-    QUACK = "quack"
 
 
 class TableFormat(StrEnum):
@@ -78,7 +71,7 @@ NumGpusOption = Annotated[
     ),
 ]
 KernelsOptionType = Annotated[
-    KernelsOption | None,
+    KernelFamily | None,
     typer.Option("--kernels", help="Of a slice: its kernels, the recipe's where it is left out."),
 ]
 RoutingOption = Annotated[
@@ -196,13 +189,13 @@ def derived_plan(
 class OneRank:
     """What was typed about a slice."""
 
-    kernels: KernelsOption | None = None
+    kernels: KernelFamily | None = None
     routing: str = "balanced"
     stage: int | None = None
 
     def arguments(self) -> tuple[str, ...]:
         """The options again, for a command that starts the same run."""
-        arguments = [] if self.kernels is None else ["--kernels", self.kernels.value]
+        arguments = [] if self.kernels is None else ["--kernels", self.kernels]
         arguments += [] if self.routing == "balanced" else ["--routing", self.routing]
         arguments += [] if self.stage is None else ["--stage", str(self.stage)]
         return tuple(arguments)
@@ -214,23 +207,13 @@ def _slice(
     from moe_bench.analysis.memory import rank_fits
     from moe_bench.spec.derive_slice import SliceChoice, slice_plan, tiny_slice_plan
 
-    families: dict[KernelsOption, KernelFamily] = {
-        KernelsOption.TRANSFORMER_ENGINE: "transformer_engine",
-        KernelsOption.TORCH_NATIVE: "torch_native",
-        KernelsOption.QUACK: "quack",
-    }
-    choice = SliceChoice(
-        kernels=None if one_rank.kernels is None else families[one_rank.kernels],
-        routing=_routing(one_rank.routing),
-        stage=one_rank.stage,
-    )
+    choice = SliceChoice(kernels=one_rank.kernels, routing=_routing(one_rank.routing), stage=one_rank.stage)
     if scale is ScaleOption.TINY_SLICE:
         return tiny_slice_plan(recipe, host=loader.system("cpu_host"), modified=modified, choice=choice)
     return slice_plan(recipe, fits=rank_fits, modified=modified, choice=choice)
 
 
 def _routing(text: str) -> Routing:
-    from moe_bench.spec.recipe import Routing
     from moe_bench.spec.routing_trace import read_trace
 
     if text == "balanced":

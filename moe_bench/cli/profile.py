@@ -5,28 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_bench.spec.profile import Profile, ProfileTool, is_profiled
+
 if TYPE_CHECKING:
-    from moe_bench.spec.profile import Profile, ProfileTool
     from moe_bench.spec.rendezvous import Rendezvous
     from moe_bench.spec.scale import Plan
 
 
-class ProfileChoice(StrEnum):
-    """Profilers."""
-
-    TORCH = "torch"
-    NSYS = "nsys"
-    PARTS = "parts"
-
-
 ProfileOption = Annotated[
-    ProfileChoice | None,
+    ProfileTool | None,
     typer.Option(
         "--profile",
         help="More steps behind the timed ones: torch.profiler, nsys, or part by part.",
@@ -37,13 +29,13 @@ TracedOption = Annotated[str | None, typer.Option("--traced", hidden=True)]
 """Set in a process that nsys started (moe_bench/launch/nsys.py)."""
 
 
-def profile_arguments(choice: ProfileChoice | None, num_steps: int) -> tuple[str, ...]:
+def profile_arguments(tool: ProfileTool | None, num_steps: int) -> tuple[str, ...]:
     """The options again, for a command that starts the same run."""
-    return () if choice is None else ("--profile", choice.value, "--profile-steps", str(num_steps))
+    return () if tool is None else ("--profile", tool, "--profile-steps", str(num_steps))
 
 
 def profile_of(
-    choice: ProfileChoice | None,
+    tool: ProfileTool | None,
     num_steps: int,
     *,
     plan: Plan,
@@ -55,23 +47,15 @@ def profile_of(
 
     Raises BadInputError for nsys without a GPU, MissingRequirementError where it is not installed.
     """
-    if choice is None:
+    if tool is None:
         return None
     from moe_bench.launch.environment import current_environment
     from moe_bench.launch.nsys import require_nsys, runs_under_nsys, start_under_nsys
-    from moe_bench.spec.profile import Profile, is_profiled
 
-    tools: dict[ProfileChoice, ProfileTool] = {
-        ProfileChoice.TORCH: "torch",
-        ProfileChoice.NSYS: "nsys",
-        ProfileChoice.PARTS: "parts",
-    }
     stem = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-pid{os.getpid()}"
     is_theirs = traced is None and runs_under_nsys(current_environment())
-    profile = Profile(
-        tool=tools[choice], num_steps=num_steps, stem=traced or str(stem), has_own_file=not is_theirs
-    )
-    if choice is ProfileChoice.NSYS and not is_theirs:
+    profile = Profile(tool=tool, num_steps=num_steps, stem=traced or str(stem), has_own_file=not is_theirs)
+    if tool == "nsys" and not is_theirs:
         require_nsys(plan)
         if place is not None and traced is None and is_profiled(plan, place.rank):
             folder.mkdir(parents=True, exist_ok=True)

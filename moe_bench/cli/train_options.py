@@ -7,15 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moe_bench.spec.derive_training import DEFAULT_STEPS
-
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of the run: log, checkpoints, job.json.")]
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="PREFIX", help="A dataset of `data build`.")
 ]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", min=1, help=f"All of the run; {DEFAULT_STEPS} if not said.")
-]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="All of the run; 1000.")]
 WarmupStepsOption = Annotated[
     int | None, typer.Option("--warmup-steps", min=0, help="Of the learning rate; a hundredth.")
 ]
@@ -42,14 +38,14 @@ SaveEveryOption = Annotated[
 ]
 KeepOption = Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints, the newest; 2.")]
 HealthEveryOption = Annotated[
-    int | None, typer.Option("--health-every", min=1, help="Steps added up in a line of health.jsonl.")
+    int | None, typer.Option("--health-every", min=1, help="Steps added up in a line of health.jsonl; a hundredth.")
 ]
 AlarmShareOption = Annotated[
     float | None,
     typer.Option("--alarm-share", min=0.001, max=1, help="Of the tokens, to one expert; sqrt(k / E)."),
 ]
 AlarmDeadOption = Annotated[
-    int | None, typer.Option("--alarm-dead", min=1, help="Steps of an expert without a token; 100.")
+    int | None, typer.Option("--alarm-dead", min=1, help="Steps of an expert without a token; a tenth, 100 at most.")
 ]
 TensorboardOption = Annotated[
     Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write event files there, as it goes.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moe_bench.spec.base import PositiveInt, Spec, Text
-from moe_bench.spec.scale import Plan
+
+if TYPE_CHECKING:
+    from moe_bench.spec.scale import Plan
 
 ProfileTool = Literal["torch", "nsys", "parts"]
 """`parts` is our own: marks of the device's clock where the parts of a step start and end, no more."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.main import get_command
 
+from moe_bench.cli import app
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import BadInputError
 from moe_bench.spec.dataset import TokenizerSpec
@@ -37,6 +39,21 @@ def test_defaults_follow_the_number_of_steps() -> None:
     assert job.learning_rate.num_warmup_steps == 2
     assert job.learning_rate.num_decay_steps == 200
     assert job.validation.every_steps == job.checkpoints.every_steps == 20
+
+
+def test_the_help_of_train_names_the_defaults() -> None:
+    job = training_job(plan(), Wishes(data="set"), before=None)
+    defaults = {
+        "--steps": job.num_steps,
+        "--min-lr-fraction": job.learning_rate.minimum_fraction,
+        "--expert-lr-factor": f"{job.learning_rate.expert_factor:g}",
+        "--valid-fraction": job.validation_fraction,
+        "--valid-batches": job.validation.num_batches,
+        "--keep": job.checkpoints.num_kept,
+    }
+    options = {name: one for one in get_command(app).commands["train"].params for name in one.opts}
+    for name, value in defaults.items():
+        assert options[name].help.endswith(f"; {value}."), name
 
 
 def test_what_was_said_before_holds_until_it_is_said_anew() -> None:

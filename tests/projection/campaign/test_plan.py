@@ -41,7 +41,7 @@ def system(loader: Loader) -> SystemSpec:
 
 def sources(loader: Loader, *installed: str) -> Sources:
     from moe_bench.cli.calibrate import calibrated_recipes, planned_calibration
-    from moe_bench.cli.options import KernelsOption, OneRank, ScaleOption, plan_of
+    from moe_bench.cli.options import OneRank, ScaleOption, plan_of
     from moe_bench.results.calibration_tasks import OPERATIONS
 
     def calibration_of(wish: CalibrateWish) -> CalibrationPlan:
@@ -55,7 +55,7 @@ def sources(loader: Loader, *installed: str) -> Sources:
             scale=ScaleOption.SLICE,
             num_gpus=None,
             changes=list(wish.changes),
-            one_rank=OneRank(kernels=KernelsOption(wish.kernels)),
+            one_rank=OneRank(kernels=wish.kernels),
         ),
         layers_of=lambda wish: (
             [shape.case(scale_down=1) for shape in SHAPES]
