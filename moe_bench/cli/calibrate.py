@@ -11,12 +11,21 @@ import typer
 from moe_bench.cli.app import RUN, app
 from moe_bench.cli.gpu import (
     INTERRUPTED,
+    PlannedSystemOption,
+    ResumeOption,
     gpu_to_measure_on,
     journal_to_resume,
     system_for_plan,
     system_or_default,
 )
-from moe_bench.cli.options import JsonOption, make_console, make_loader, print_view, results_root
+from moe_bench.cli.options import (
+    JsonOption,
+    ResultsRootOption,
+    make_console,
+    make_loader,
+    print_view,
+    results_root,
+)
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 
@@ -47,19 +56,15 @@ def calibrate(
     only: Annotated[
         str | None, typer.Option("--only", metavar="OPERATION,...", help="As dense_gemm,launch.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest run that was not finished here.")
-    ] = False,
+    resume: ResumeOption = False,
     budget_seconds: Annotated[
         float | None, typer.Option("--budget-seconds", min=1, help="The most valuable that fit into it.")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print every measurement with its seconds and memory; no torch.")
     ] = False,
-    system: Annotated[
-        str | None, typer.Option("--system", help="With --plan: the system to estimate for.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    system: PlannedSystemOption = None,
+    out: ResultsRootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what single operations achieve on this GPU; the projection reads the file."""

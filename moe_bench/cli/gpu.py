@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,13 @@ DEFAULT_SYSTEM = "h100_sxm"
 """Whose laws give the estimates where there is no GPU."""
 INTERRUPTED = 130
 """128 and the signal's number, as shells have it."""
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with the newest that was not finished here.")
+]
+PlannedSystemOption = Annotated[
+    str | None, typer.Option("--system", help="With --plan: the system to estimate for.")
+]
 
 
 def gpu_here() -> str | None:

@@ -14,6 +14,8 @@ from moe_bench.cli.calibrate import calibrated_recipes, planned_calibration
 from moe_bench.cli.gpu import (
     DEFAULT_SYSTEM,
     INTERRUPTED,
+    PlannedSystemOption,
+    ResumeOption,
     gpu_fact,
     gpu_to_measure_on,
     journal_to_resume,
@@ -23,6 +25,7 @@ from moe_bench.cli.gpu import (
 from moe_bench.cli.options import (
     JsonOption,
     OneRank,
+    ResultsRootOption,
     ScaleOption,
     make_console,
     make_loader,
@@ -64,19 +67,15 @@ def h100(
     only: Annotated[
         str | None, typer.Option("--only", metavar="KIND,...", help="As slice,layer,calibrate.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest campaign that was not finished here.")
-    ] = False,
+    resume: ResumeOption = False,
     retry: Annotated[
         bool, typer.Option("--retry", help="With --resume: also the steps that failed.")
     ] = False,
     budget_seconds: Annotated[
         float, typer.Option("--budget-seconds", min=1, help="The most valuable that fit into it.")
     ] = DEFAULT_BUDGET_S,
-    system: Annotated[
-        str | None, typer.Option("--system", help="With --plan: the system to estimate for.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    system: PlannedSystemOption = None,
+    out: ResultsRootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what one GPU tells of the whole cluster: kernels, layers, slices, peers, in order of value."""

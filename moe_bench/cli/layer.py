@@ -13,7 +13,14 @@ import typer
 from moe_bench.cli.app import RUN, app
 from moe_bench.cli.files import picture_to_write
 from moe_bench.cli.gpu import gpu_here, system_for_plan, system_of_gpu
-from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, results_root
+from moe_bench.cli.options import (
+    JsonOption,
+    ResultsRootOption,
+    SetOption,
+    make_loader,
+    print_view,
+    results_root,
+)
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.spec.catalogue import data_root, find_recipe
 from moe_bench.spec.layer_case import (
@@ -130,7 +137,7 @@ def layer(
         bool, typer.Option("--plan", help="Print what is projected of each layer; no GPU, no torch.")
     ] = False,
     changes: SetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    out: ResultsRootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time one MoE layer alone and its parts: router, permute, dispatch, expert GEMMs, combine, unpermute."""

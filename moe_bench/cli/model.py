@@ -13,6 +13,7 @@ import typer
 from moe_bench.cli.app import MODEL, app
 from moe_bench.cli.options import (
     JsonOption,
+    ResultsRootOption,
     ScaleOption,
     SetOption,
     make_console,
@@ -38,7 +39,7 @@ def verify(
         typer.Argument(help="<model>, <model>/<run> or a YAML file; a bare model means its default run."),
     ],
     changes: SetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    out: ResultsRootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that a recipe's model is Hugging Face's: logits and gradients of one step on the same weights."""

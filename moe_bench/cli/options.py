@@ -54,6 +54,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Derive another recipe; repeatable.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ResultsRootOption = Annotated[Path | None, typer.Option("--out", help="Instead of results/.")]
 ScaleOptionType = Annotated[
     ScaleOption,
     typer.Option(

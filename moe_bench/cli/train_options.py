@@ -38,14 +38,16 @@ SaveEveryOption = Annotated[
 ]
 KeepOption = Annotated[int | None, typer.Option("--keep", min=1, help="Checkpoints, the newest; 2.")]
 HealthEveryOption = Annotated[
-    int | None, typer.Option("--health-every", min=1, help="Steps added up in a line of health.jsonl; a hundredth.")
+    int | None,
+    typer.Option("--health-every", min=1, help="Steps added up in a line of health.jsonl; a hundredth."),
 ]
 AlarmShareOption = Annotated[
     float | None,
     typer.Option("--alarm-share", min=0.001, max=1, help="Of the tokens, to one expert; sqrt(k / E)."),
 ]
 AlarmDeadOption = Annotated[
-    int | None, typer.Option("--alarm-dead", min=1, help="Steps of an expert without a token; a tenth, 100 at most.")
+    int | None,
+    typer.Option("--alarm-dead", min=1, help="Steps of an expert without a token; a tenth, 100 at most."),
 ]
 TensorboardOption = Annotated[
     Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write event files there, as it goes.")
