@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import maybe_load_config
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from moe_bench.checkpoints.rule import Rule, Shape
 from moe_bench.checkpoints.safetensors_folder import CONFIG, INDEX
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.convert.rearrange import to_huggingface
 from moe_bench.harness.convert.unfinished import finished_folder
 
@@ -197,7 +198,7 @@ def convert_to_huggingface(
             tensors = dict(_tensors(group, reader, on_tensor))
             places |= dict.fromkeys(tensors, file)
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            _save(tensors, folder / file, target=target)
             del tensors  # before those of the next file are made
         dtype = str(reader.dtype(rules[0])).removeprefix("torch.")
         _write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": places})
@@ -229,6 +230,13 @@ def _tensors(
         for copy in rule.copies:
             yield copy, parts[0].clone(memory_format=torch.contiguous_format)
         on_tensor(rule)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, *, target: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which says only in words what the system said
+        raise MissingRequirementError(f"{target}: {error}; nothing of it was kept") from error
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:

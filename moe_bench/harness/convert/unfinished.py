@@ -26,11 +26,25 @@ def finished_folder(path: Path) -> Iterator[Path]:
         _sync(unfinished)
         unfinished.rename(path)
         _sync(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:
+        refusal = _of_the_system(error)
+        if refusal is None:
+            raise
+        reason = refusal.strerror or str(refusal)
         raise MissingRequirementError(f"{path}: {reason}; nothing of it was kept") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """What the system said under `error`.
+
+    Where a tensor does not fit, torch's writer raises a RuntimeError of its own over it as it closes the
+    file (caffe2/serialize/inline_container.cc, "unexpected pos").
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _sync(folder: Path) -> None:

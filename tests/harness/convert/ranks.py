@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
+from moe_bench.checkpoints.rule import Rule
 from moe_bench.checkpoints.safetensors_folder import logical_tensors
 from moe_bench.harness.build import model_chunks, transformer_config
+from moe_bench.harness.convert.convert import convert_to_megatron
 from moe_bench.harness.convert.rearrange import global_tensors
 from moe_bench.harness.convert.stored import tensor_reader
 from moe_bench.harness.mcore_config import megatron_arguments
@@ -47,3 +51,16 @@ def rank_loads(key: str, folder: Path, saved: Path, seat: Seat) -> int:
             parameter.data = parameter.data.bfloat16()
         dist_checkpointing.save({"model": chunk.sharded_state_dict(metadata=metadata)}, str(saved))
         return len(shards)
+
+
+def killed_in_the_middle(key: str, folder: Path, seat: Seat) -> None:
+    """Kills itself before the last of the tensors is written."""
+    rules = rules_of(toy_of(key))
+    seen: list[Rule] = []
+
+    def on_tensor(rule: Rule) -> None:
+        seen.append(rule)
+        if len(seen) == len(rules) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    convert_to_megatron(rules, logical_tensors(folder / "theirs"), folder / "ours", on_tensor=on_tensor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import resource
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from moe_bench.checkpoints.config import require_same_config
 from moe_bench.checkpoints.family import FAMILIES, family_of
 from moe_bench.checkpoints.rule import Place, Rule
 from moe_bench.checkpoints.safetensors_folder import logical_tensors, require_match
-from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.errors import BadInputError, MeasurementError, MissingRequirementError
 from moe_bench.harness.convert.convert import convert_to_megatron, to_huggingface
 from moe_bench.harness.convert.rearrange import global_tensors
 from tests.harness.convert.checkpoints import (
@@ -32,7 +34,7 @@ from tests.harness.convert.checkpoints import (
     write_folder,
     write_toy,
 )
-from tests.harness.convert.ranks import rank_loads
+from tests.harness.convert.ranks import killed_in_the_middle, rank_loads
 from tests.harness.zygote import Zygote
 
 ONE_OF_EACH = {
@@ -200,20 +202,40 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
         to_megatron(tmp_path / "theirs", tmp_path / "ours", "mixtral_8x7b")
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Have the system refuse what a file takes beyond that, in the middle of a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("num_bytes", [100, 1_000, 30_000, 100_000])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, num_bytes: int) -> None:
     write_toy(tmp_path / "theirs", "mixtral_8x7b")
     to_megatron(tmp_path / "theirs", tmp_path / "whole", "mixtral_8x7b")
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr("moe_bench.harness.convert.to_megatron.FileSystemWriter.write_data", full)
-    with pytest.raises(MissingRequirementError, match="No space left on device"):
-        to_megatron(tmp_path / "theirs", tmp_path / "ours", "mixtral_8x7b")
-    monkeypatch.setattr("moe_bench.harness.convert.to_huggingface.save_file", full)
-    with pytest.raises(MissingRequirementError, match="No space left on device"):
-        back(tmp_path / "whole", tmp_path / "again", "mixtral_8x7b")
+    with files_of_at_most(num_bytes):
+        with pytest.raises(MissingRequirementError, match="File too large") as caught:
+            to_megatron(tmp_path / "theirs", tmp_path / "ours", "mixtral_8x7b")
+        assert "\n" not in str(caught.value)
+        with pytest.raises(MissingRequirementError, match="File too large"):
+            back(tmp_path / "whole", tmp_path / "again", "mixtral_8x7b", max_shard_bytes=1_000_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "whole"]
+
+
+def test_a_kill_leaves_nothing_under_the_name_and_the_next_try_is_whole(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    tensors = write_toy(tmp_path / "theirs", "mixtral_8x7b")
+    with pytest.raises(MeasurementError, match="signal 9"):
+        zygote.fork(1, partial(killed_in_the_middle, "mixtral_8x7b", tmp_path))
+    assert not (tmp_path / "ours").exists()
+    to_megatron(tmp_path / "theirs", tmp_path / "ours", "mixtral_8x7b")
+    back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
+    assert same_bits(read_folder(tmp_path / "again"), tensors)
 
 
 def test_a_distributed_checkpoint_that_is_damaged_is_told_by_a_tensor(tmp_path: Path) -> None:
