@@ -25,7 +25,8 @@ class LayerTimes:
     tensor_s: Floats
     """[layer, direction]: exposed tensor-parallel traffic, forward and backward."""
     context_s: Floats
-    """[layer, direction]: context-parallel traffic that attention does not hide."""
+    """[layer, direction]: context-parallel traffic that attention does not hide: the rest of a ring, and
+    gathers and all-to-alls, which it waits for."""
     expert_s: Floats
     """[layer, direction]: exposed dispatch and combine, and what hiding them costs other kernels."""
     host_s: Floats
@@ -52,6 +53,7 @@ def layer_times(table: LayerTable, constants: Constants) -> LayerTimes:
     kernels_s = np.stack([forward, backward], axis=1)
     attention_s = _by_direction(parts_s[:, :, _ATTENTION])
     context_s = _exposed_ring(attention_s, traffic_s[:, :, Link.CONTEXT])
+    context_s = context_s + traffic_s[:, :, Link.CONTEXT_GATHER]
     tensor_s = traffic_s[:, :, Link.TENSOR]
     busy_s = kernels_s + context_s + tensor_s
     expert_s = _exposed_dispatch(busy_s, traffic_s[:, :, Link.EXPERT], table, constants)

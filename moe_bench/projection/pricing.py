@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from moe_bench.analysis.collectives import Group
+from moe_bench.analysis.collectives import Collective, Group
 from moe_bench.projection.efficiency import Cost, Efficiency, Scale
 from moe_bench.projection.evidence.grade import Grade
 from moe_bench.projection.evidence.rates import KERNEL_START_S
@@ -50,6 +50,9 @@ class Link(IntEnum):
     EXPERT = 0
     TENSOR = 1
     CONTEXT = 2
+    """A ring of keys and values, each message beside the attention to the one before."""
+    CONTEXT_GATHER = 3
+    """Gathers and all-to-alls of context ranks: attention begins when they are over."""
 
 
 _LINK_OF = {
@@ -101,7 +104,7 @@ class Pricer:
             compute_s=_floats(cost.compute_s for cost in costs),
             memory_s=_floats(cost.memory_s for cost in costs),
             overhead_s=_floats(cost.overhead_s for cost in costs),
-            link=_ints(_LINK_OF.get(message.group, Link.TENSOR) for message, _ in times),
+            link=_ints(_link(message) for message, _ in times),
             message_pass=_ints(PASSES.index(message.in_pass) for message, _ in times),
             is_flex=np.array([time.is_flex for _, time in times], dtype=bool),
             is_overlapped=np.array([message.is_overlapped for message, _ in times], dtype=bool),
@@ -242,6 +245,11 @@ def _grades(operations: Iterable[Operation], costs: Iterable[Cost]) -> dict[Part
         part = _part(operation)
         grades[part] = max(grades.get(part, Grade.MEASURED_HERE), grade, least)
     return grades
+
+
+def _link(message: Message) -> Link:
+    link = _LINK_OF.get(message.group, Link.TENSOR)
+    return Link.CONTEXT_GATHER if link is Link.CONTEXT and message.op is not Collective.SEND else link
 
 
 def _part(operation: Operation) -> Part:

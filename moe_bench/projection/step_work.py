@@ -127,17 +127,21 @@ def optimizer_bytes(recipe: Recipe) -> float:
     """Bytes that the optimizer step moves on the rank that has most layers.
 
     Per parameter of its shard: the gradient's square read, 4; gradient 4, main weight 4 + 4, both moments
-    read and written, the new weight 2. Per parameter of the whole rank: the gradient buffer zeroed, g.
+    read and written, the new weight 2. Per parameter whose gradient the rank accumulates, all of its own or
+    Megatron-FSDP's shard: the buffer zeroed, g. Several optimizer instances hold that many times as much.
     Offloaded state passes over PCIe instead, which is not counted.
     """
     optimizer, parallel = recipe.optimizer, recipe.parallel
     params = rank_params(recipe, _fullest_rank(recipe))
     is_sharded = parallel.data_sharding != "none"
-    dense = params.dense / (parallel.dense_shards if is_sharded else 1)
-    expert = params.expert / (parallel.expert_data if is_sharded else 1)
+    instances = parallel.num_optimizer_instances
+    dense = params.dense / (parallel.dense_shards / instances if is_sharded else 1)
+    expert = params.expert / (parallel.expert_data / instances if is_sharded else 1)
     moments = STATE_BYTES[optimizer.exp_avg_dtype] + STATE_BYTES[optimizer.exp_avg_sq_dtype]
     per_shard = 4 * _FP32_BYTES + 2 * moments + activation_element_bytes(recipe)
-    return (dense + expert) * per_shard + (params.dense + params.expert) * gradient_bytes(recipe)
+    divides_gradients = parallel.data_sharding == "megatron_fsdp" and parallel.fsdp_strategy != "optim"
+    zeroed = dense + expert if divides_gradients else params.dense + params.expert
+    return (dense + expert) * per_shard + zeroed * gradient_bytes(recipe)
 
 
 def _fullest_rank(recipe: Recipe) -> int:

@@ -136,7 +136,7 @@ def _add_core(
                 in_pass=in_pass,
                 num_flops=num_flops,
                 seq_len=seq_len,
-                context=parallel.context,
+                context=1 if parallel.context_comm == "a2a" else parallel.context,
                 qk_head_dim=qk_dim,
                 v_head_dim=v_dim,
             )
