@@ -1,4 +1,4 @@
-"""Files that verbs write: a name that cannot be written to ends before the work, in one line."""
+"""Files that verbs write, and options that cannot be: they end before the work, in one line."""
 
 from __future__ import annotations
 
@@ -62,3 +62,9 @@ def test_a_file_in_place_of_a_folder_ends_in_one_line(
     arguments = ["search", "olmoe_1b_7b", "--system", "h100_sxm", "--num-gpus", "8"]
     assert main([*arguments, "--write", str(tmp_path / "taken")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_wrong_value_is_refused_with_the_name_of_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["project", "olmoe_1b_7b", "--train-tokens", "inf"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'--train-tokens'" in line

@@ -72,6 +72,8 @@ _ABOUT_A_PLACE = frozenset(
     }
 )
 """What the system says of a place that a user named or filled; any other failure of a file is ours."""
+_ABOUT_A_DISK = frozenset({errno.EDQUOT, errno.ENOSPC})
+"""What it says while a file is written, without the name of the file."""
 
 app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
 
@@ -85,12 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.echo("\n".join((str(error), *getattr(error, "__notes__", ()))), err=True)
         return error.exit_code
     except typer.TyperException as error:
-        typer.echo(str(error), err=True)
+        typer.echo(error.format_message(), err=True)
         return BadInputError.exit_code
     except OSError as error:
-        if error.errno not in _ABOUT_A_PLACE or error.filename is None:
+        if error.errno not in (_ABOUT_A_PLACE if error.filename is not None else _ABOUT_A_DISK):
             raise
-        typer.echo(f"{error.filename}: {error.strerror}; free the place, or name another", err=True)
+        where = "" if error.filename is None else f"{error.filename}: "
+        typer.echo(f"{where}{error.strerror}; free the place, or name another", err=True)
         return BadInputError.exit_code
     except typer.Abort:
         return 130

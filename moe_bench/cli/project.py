@@ -19,6 +19,7 @@ from moe_bench.cli.options import (
     make_loader,
     print_view,
     results_root,
+    whole_numbers,
 )
 from moe_bench.errors import BadInputError, RecipeError
 from moe_bench.spec.catalogue import data_root, find_recipe
@@ -56,7 +57,9 @@ LoadOption = Annotated[
 ]
 TokensOption = Annotated[
     float | None,
-    typer.Option("--train-tokens", min=1, help="Time, GPU-hours and energy to train so many, as 15e12."),
+    typer.Option(
+        "--train-tokens", min=1, max=1e18, help="Time, GPU-hours and energy to train so many, as 15e12."
+    ),
 ]
 PriceOption = Annotated[
     float | None, typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: the price, too.")
@@ -129,7 +132,8 @@ def project(
         data["what_if"] = {"changes": what_if, **project_json.forecast_json(other)}
     sized = [made.projection]
     if num_gpus is not None:
-        curve = _curve(asked, _sizes(num_gpus), strong, modified, basis, load)
+        sizes = whole_numbers(num_gpus, option="--num-gpus", example="256,1024,16384")
+        curve = _curve(asked, sizes, strong, modified, basis, load)
         sized = [point.projection for point in curve.points]
         parts.append(project_view.scale_view(curve))
         data["scaling"] = project_json.scale_json(curve)
@@ -202,13 +206,6 @@ def _other(name: str, changes: tuple[str, ...], asked: list[str], basis: Basis, 
     return forecast(
         recipe, basis=replace(basis, constants=split.constants), load=load, schedule=split.schedule
     )
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip().replace("_", "") for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise BadInputError(f"--num-gpus {text}: write whole numbers, as 256,1024,16384")
-    return tuple(map(int, parts))
 
 
 def _write_files(

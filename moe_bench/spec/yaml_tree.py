@@ -60,7 +60,7 @@ class Node:
 
 
 def read_yaml(path: Path, *, shown_as: str) -> Node:
-    """The tree of the YAML mapping in `path`; RecipeError for broken YAML and for repeated keys."""
+    """The tree of the YAML mapping in `path`; RecipeError for what is no text, broken YAML, repeated keys."""
     return parse_yaml(_text_of(path, shown_as), shown_as=shown_as)
 
 
@@ -81,6 +81,8 @@ def _text_of(path: Path, shown_as: str) -> str:
         raise RecipeError(
             (_whole_file(shown_as, f"cannot be read ({error.strerror})", "check the path"),)
         ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError((_whole_file(shown_as, "is not text", "write YAML in UTF-8"),)) from error
 
 
 def _parsed(text: str, roots: tuple[type[yaml.Node], ...], *, shown_as: str) -> Node:
@@ -92,6 +94,9 @@ def _parsed(text: str, roots: tuple[type[yaml.Node], ...], *, shown_as: str) -> 
         raise RecipeError(
             (Mistake(file=shown_as, line=line, key="-", problem=problem, fix="mend the syntax"),)
         ) from error
+    except yaml.reader.ReaderError as error:
+        problem = f"holds the character #x{error.character:04x}, which YAML has not"
+        raise RecipeError((_whole_file(shown_as, problem, "write text"),)) from error
     if not isinstance(root, roots):
         raise RecipeError((_whole_file(shown_as, "is not a mapping", "write `key: value` lines"),))
     mistakes: list[Mistake] = []

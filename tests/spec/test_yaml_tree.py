@@ -1,9 +1,11 @@
 """YAML's silent turns become text or errors, and every node knows its line."""
 
+from pathlib import Path
+
 import pytest
 
 from moe_bench.errors import RecipeError
-from moe_bench.spec.yaml_tree import parse_value, parse_yaml
+from moe_bench.spec.yaml_tree import parse_value, parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,12 @@ def test_a_value_is_set_below_mappings_that_do_not_exist_yet() -> None:
 def test_a_file_that_is_no_mapping_is_refused() -> None:
     with pytest.raises(RecipeError, match="is not a mapping"):
         parse_yaml("- 1\n", shown_as="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"a: \x80\n", "is not text"), (b"a: \x01\n", "holds the character #x0001")]
+)
+def test_a_file_that_is_no_text_is_refused(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=problem):
+        read_yaml(tmp_path / "x.yaml", shown_as="x.yaml")
