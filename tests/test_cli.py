@@ -9,7 +9,8 @@ import pytest
 
 from moe_bench import __version__
 from moe_bench.cli import main
-from moe_bench.errors import EXIT_CODES, MeasurementError
+from moe_bench.cli.options import whole_numbers
+from moe_bench.errors import EXIT_CODES, BadInputError, MeasurementError
 from moe_bench.results.store import write_record
 from tests.results.records import record
 from tests.spec.conftest import RECIPE
@@ -64,6 +65,16 @@ def test_check_loads_neither_torch_nor_pandas() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+def test_whole_numbers_are_listed_with_commas() -> None:
+    assert whole_numbers("64, 1_024,64", option="--num-gpus", example="64") == (64, 1024, 64)
+
+
+@pytest.mark.parametrize("text", ["", "64,", "0", "64;128", "-8", "²"])
+def test_what_is_no_list_of_whole_numbers_is_refused(text: str) -> None:
+    with pytest.raises(BadInputError, match=f"--num-gpus {text}: write whole numbers, as 64,128"):
+        whole_numbers(text, option="--num-gpus", example="64,128")
 
 
 def test_the_command_line_starts_without_rules_and_toys() -> None:

@@ -248,6 +248,14 @@ def run_arguments(
     return tuple(arguments)
 
 
+def whole_numbers(text: str, *, option: str, example: str) -> tuple[int, ...]:
+    """What was listed behind `option`, in its order; BadInputError for anything but numbers from 1."""
+    words = [word.strip().replace("_", "") for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise BadInputError(f"{option} {text}: write whole numbers, as {example}")
+    return tuple(map(int, words))
+
+
 def results_root() -> Path:
     """`results/` of the checkout, or of the working directory where moe_bench is installed as a wheel."""
     root = data_root()

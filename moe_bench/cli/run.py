@@ -29,6 +29,7 @@ from moe_bench.cli.options import (
     print_view,
     results_root,
     run_arguments,
+    whole_numbers,
 )
 from moe_bench.cli.profile import (
     ProfileOption,
@@ -246,14 +247,15 @@ def submit(
 ) -> None:
     """Queue a recipe with Slurm at the size that it needs, its scaling family, or an experiment."""
     from moe_bench.cli.experiment import planned_jobs, write_recipe_files
-    from moe_bench.launch.variants import interleaved, sizes_of
+    from moe_bench.launch.variants import interleaved
     from moe_bench.launch.verbs import submit_verb
 
     if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
         raise BadInputError(f"submit --scale {scale.value}: a slice is one process; use run on one machine")
     trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
     trackers.require()
-    variants = interleaved(vary or (), num_repeats=repeats, sizes=sizes_of(num_gpus))
+    sizes = () if num_gpus is None else whole_numbers(num_gpus, option="--num-gpus", example="64,128,256")
+    variants = interleaved(vary or (), num_repeats=repeats, sizes=sizes)
     # every one is checked before the first is queued
     planned = planned_jobs(
         recipe, variants, scale=scale, strong=strong, changes=changes, first_repeat=repeat, folder=families

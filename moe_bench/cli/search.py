@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import PREDICT, app
-from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view
-from moe_bench.errors import BadInputError
+from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, whole_numbers
 from moe_bench.spec.catalogue import data_root
 
 if TYPE_CHECKING:
@@ -59,18 +58,12 @@ def search(
         changes=tuple(changes or ()),
     )
     base = search_base(asked, make_loader())
-    space = search_space(base.recipe, micro_batch_sizes=_sizes(micro_batch), pinned=asked.pinned)
+    micro_batch_sizes = dict.fromkeys(whole_numbers(micro_batch, option="--micro-batch", example="1,2,4"))
+    space = search_space(base.recipe, micro_batch_sizes=tuple(micro_batch_sizes), pinned=asked.pinned)
     result = search_layouts(space, num_wanted=top)
     paths = () if write is None else _written(result.ranked, write, base.notes, _command(asked, micro_batch))
     record = record_of(base.recipe, load_rows(data_root() / "results" / "published"))
     print_view(search_view(result, base, record, paths), search_json(result, base, record, paths), as_json)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise BadInputError(f"--micro-batch {text}: write whole numbers, as 1,2,4")
-    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _written(

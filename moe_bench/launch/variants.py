@@ -45,31 +45,22 @@ def interleaved(vary: Sequence[str], *, num_repeats: int, sizes: Sequence[int] =
     """The product of `sizes` in GPUs and of `vary` (`FIELD=VALUE,VALUE,...` each), `num_repeats` times.
 
     All combinations once, then all of them again: what drifts over the day, a warm machine or a busy fabric,
-    falls on every combination alike. Raises BadInputError for a field that is none or a value given twice.
+    falls on every combination alike. Raises BadInputError for a field that is none, and for a size or a value
+    that is given twice.
     """
     axes = [_axis(one) for one in vary]
     fields = [axis[0].partition("=")[0] for axis in axes]
     if len(set(fields)) < len(fields):
         raise BadInputError(f"--vary: {', '.join(fields)}: a field may vary once; list its values together")
+    if len(set(sizes)) < len(sizes):
+        listed = ",".join(map(str, sizes))
+        raise BadInputError(f"--num-gpus {listed}: a size is given twice; repeat runs with --repeats")
     return tuple(
         Variant(num_gpus=num_gpus, changes=changes, repeat=repeat)
         for repeat in range(num_repeats)
         for num_gpus in sizes or (None,)
         for changes in itertools.product(*axes)
     )
-
-
-def sizes_of(text: str | None) -> tuple[int, ...]:
-    """Numbers of GPUs, `64,128,256`; empty for None. BadInputError for anything else, or one given twice."""
-    if text is None:
-        return ()
-    words = text.split(",")
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise BadInputError(f"--num-gpus {text}: expected numbers of GPUs, such as 64,128,256")
-    sizes = tuple(int(word) for word in words)
-    if len(set(sizes)) < len(sizes):
-        raise BadInputError(f"--num-gpus {text}: a size is given twice; repeat runs with --repeats")
-    return sizes
 
 
 def _axis(text: str) -> tuple[str, ...]:

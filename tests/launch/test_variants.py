@@ -1,7 +1,7 @@
 import pytest
 
 from moe_bench.errors import BadInputError
-from moe_bench.launch.variants import Variant, interleaved, sizes_of
+from moe_bench.launch.variants import Variant, interleaved
 
 
 def test_an_experiment_is_the_product_of_its_values_interleaved() -> None:
@@ -52,12 +52,6 @@ def test_the_sizes_of_a_family_are_one_more_axis_of_the_product() -> None:
     assert [job.repeat for job in jobs] == [0] * 4 + [1] * 4
 
 
-def test_sizes_are_numbers_of_gpus() -> None:
-    assert sizes_of("64,128,256") == (64, 128, 256)
-    assert sizes_of(None) == ()
-
-
-@pytest.mark.parametrize("text", ["", "64,", "0", "64;128", "-8", "64,64"])
-def test_what_is_no_list_of_sizes_is_refused(text: str) -> None:
-    with pytest.raises(BadInputError, match=f"--num-gpus {text}"):
-        sizes_of(text)
+def test_a_size_given_twice_is_refused() -> None:
+    with pytest.raises(BadInputError, match="--num-gpus 64,64: a size is given twice"):
+        interleaved((), num_repeats=1, sizes=(64, 64))
