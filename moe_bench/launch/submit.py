@@ -10,6 +10,7 @@ from pathlib import Path
 from moe_bench.errors import EXIT_CODES, MeasurementError, MissingRequirementError, SchedulerError
 from moe_bench.launch.environment import Allocation, allocation_from
 from moe_bench.launch.job import Job, job_size
+from moe_bench.launch.job_state import SLURM_STATES, JobState
 from moe_bench.launch.rendezvous import first_host, master_port, node_address
 from moe_bench.launch.runner import NOT_INSTALLED, Runner
 from moe_bench.launch.site import find_site
@@ -19,17 +20,6 @@ from moe_bench.spec.recipe import Recipe
 
 POLL_S = 2.0
 MAX_RESTARTS = 3
-_RUNNING = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "STOPPED",
-}
-"""States of a job that has not ended; all others are final (squeue(1), JOB STATE CODES)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +205,7 @@ def wait_for(job_id: int, *, run: Runner, sleep: Callable[[float], None]) -> int
         if done.returncode:
             raise SchedulerError(done.stderr.strip())
         fields = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
-        if fields["JobState"] not in _RUNNING:
+        if SLURM_STATES.get(fields["JobState"], JobState.UNKNOWN).has_ended:
             code = int(fields["ExitCode"].split(":")[0])
             return code or (0 if fields["JobState"] == "COMPLETED" else 1)
         sleep(POLL_S)

@@ -199,6 +199,12 @@ def test_waiting_ends_with_the_jobs_code(state: str, code: str, expected: int) -
     assert pauses == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("state", ["RESIZING", "STAGE_OUT", "SPECIAL_EXIT", "A_WORD_OF_A_LATER_SLURM"])
+def test_waiting_goes_on_in_every_state_that_does_not_end_a_job(state: str) -> None:
+    run = Sequel((state, "0:0"), ("COMPLETED", "0:0"))
+    assert wait_for(5, run=run, sleep=lambda _: None) == 0
+
+
 def test_waiting_for_a_job_that_slurm_has_forgotten_is_an_error() -> None:
     run = FakeRunner({}, code=1, stderr="slurm_load_jobs error: Invalid job id specified\n")
     with pytest.raises(SchedulerError, match="Invalid job id specified"):
