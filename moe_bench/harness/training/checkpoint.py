@@ -59,7 +59,7 @@ class CheckpointWriter:
         final = checkpoint_path(self._folder, progress.num_steps)
         unfinished = final.with_name(f".{final.name}{_UNFINISHED}")
         if distributed.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            self._remove_unfinished()  # of a run that was killed here
             unfinished.mkdir(parents=True)
         distributed.barrier()
         request = dist_checkpointing.save(
@@ -98,13 +98,24 @@ class CheckpointWriter:
             raise self._unwritten(str(error)) from error
 
     def _unwritten(self, reason: str) -> MissingRequirementError:
+        # torch's writer hides what the system said (caffe2/serialize/inline_container.cc, "unexpected pos")
+        num_free_bytes = shutil.disk_usage(self._folder).free
         if distributed.get_rank() == 0:
-            for unfinished in self._folder.glob(f".*{_UNFINISHED}"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        return MissingRequirementError(
-            f"{self._folder}: a checkpoint could not be written ({reason}); those before it are whole: make "
-            "room and go on with --resume"
+            self._remove_unfinished()
+        steps = saved_steps(self._folder)
+        remedy = (
+            f"step {steps[-1]} is whole: make room and go on with --resume"
+            if steps
+            else "there was none before: make room and begin anew"
         )
+        return MissingRequirementError(
+            f"{self._folder}: a checkpoint could not be written ({reason}; {num_free_bytes:,} bytes free); "
+            f"{remedy}"
+        )
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in self._folder.glob(f".*{_UNFINISHED}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _name(self, unfinished: Path, final: Path) -> None:
         if distributed.get_rank() == 0:

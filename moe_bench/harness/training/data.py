@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +14,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import distributed
 
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.batches import BatchPlan, MicroBatch, step_batches
 from moe_bench.harness.data.tokenizer import Tokenizer
 from moe_bench.spec.training import TrainingJob
@@ -40,27 +44,69 @@ def read_text(job: TrainingJob, tokenizer: Tokenizer, *, cache: Path) -> Text:
 
     Megatron-Core's indices of documents and samples are kept in the folder `cache`.
 
-    Raises BadInputError where a split has no whole sample.
+    Raises BadInputError where a split has no whole sample, MissingRequirementError where the disk refuses.
     """
     recipe = job.plan.recipe
     _require_whole_samples(job)
     batch = recipe.global_batch_size
     sizes = [job.num_steps * batch, job.validation.num_batches * batch, 0]
     train_percent = 100 * (1 - job.validation_fraction)
-    config = GPTDatasetConfig(
-        random_seed=recipe.seed,
-        sequence_length=recipe.seq_len,
-        blend=([job.data], None),
-        split=f"{train_percent:.6f},{100 - train_percent:.6f},0",
-        path_to_cache=str(cache),
-        tokenizer=tokenizer.library,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    with _named_when_whole(cache) as unfinished:
+        config = GPTDatasetConfig(
+            random_seed=recipe.seed,
+            sequence_length=recipe.seq_len,
+            blend=([job.data], None),
+            split=f"{train_percent:.6f},{100 - train_percent:.6f},0",
+            path_to_cache=str(unfinished),
+            tokenizer=tokenizer.library,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        train, valid, _ = BlendedMegatronDatasetBuilder(_Indexed, sizes, lambda: True, config).build()
     return Text(train=train, valid=valid)
+
+
+class _Indexed(GPTDataset):  # type: ignore[misc]
+    """Megatron-Core's dataset, which says what the system says where its indices cannot be written."""
+
+    def __init__(self, *arguments: Any) -> None:
+        try:
+            super().__init__(*arguments)
+        except OSError as error:  # the builder makes a plain Exception of it (build_generic_dataset)
+            config: GPTDatasetConfig = arguments[-1]
+            raise MissingRequirementError(
+                f"{Path(config.path_to_cache).parent}: the order of samples could not be written "
+                f"({error.strerror or error}); make room"
+            ) from error
+
+
+@contextlib.contextmanager
+def _named_when_whole(cache: Path) -> Iterator[Path]:
+    """Lend a folder that knows what is in `cache`, and move what is made in it there when the block ends.
+
+    A collective call of all ranks. Megatron-Core writes its files under the names by which it finds them
+    (gpt_dataset.py, _build_document_sample_shuffle_indices): one that a kill cut short would be read.
+    """
+    unfinished = cache.with_name(f".{cache.name}.unfinished")
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in (cache, unfinished):
+            folder.mkdir(parents=True, exist_ok=True)
+        for whole in cache.iterdir():
+            (unfinished / whole.name).symlink_to(whole.resolve())
+    try:
+        yield unfinished
+        if distributed.is_initialized():
+            distributed.barrier()  # all have opened them
+        for made in unfinished.iterdir() if is_first else ():
+            if not made.is_symlink():
+                made.replace(cache / made.name)
+    finally:
+        if is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _require_whole_samples(job: TrainingJob) -> None:

@@ -6,6 +6,7 @@ import errno
 import functools
 import math
 import os
+import resource
 import signal
 from collections import Counter
 from functools import partial
@@ -218,12 +219,67 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(
     prefix: Path, tmp_path: Path, zygote: Zygote
 ) -> None:
     short = job(prefix, *TWO_EXPERT_RANKS, num_steps=2, save_every=1, num_kept=1)
-    with pytest.raises(MissingRequirementError, match=r"No space left on device\); those before") as caught:
+    with pytest.raises(MissingRequirementError, match=r"No space left .* step 1 is whole") as caught:
         zygote.fork(2, partial(on_a_full_disk, short, tmp_path))
     assert "\n" not in str(caught.value)
     assert not getattr(caught.value, "__notes__", ())
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-0000001"]
     assert zygote.call(num_descendants) == 0
+
+
+def with_small_files(job: TrainingJob, folder: Path, num_bytes: int, seat: Seat) -> list[LogLine]:
+    """Where the system refuses in the middle of a write, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    return trained_lines(job, folder, Start(checkpoint=None), seat)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "problem"),
+    [
+        (20_000, r"run: the order of samples could not be written \(.*\); make room"),
+        (200_000, r"checkpoint could not be written \(.* bytes free\); there was none before"),
+    ],
+)
+def test_a_disk_that_is_full_within_a_file_is_one_line_and_leaves_no_part_of_it(
+    num_bytes: int, problem: str, prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    short, folder = job(prefix, *TWO_EXPERT_RANKS, num_steps=1, save_every=1), tmp_path / "run"
+    with pytest.raises(MissingRequirementError, match=problem) as caught:
+        zygote.fork(2, partial(with_small_files, short, folder, num_bytes))
+    assert "\n" not in str(caught.value)
+    assert not list(folder.glob(f"{CHECKPOINTS}/*"))
+    whole = 8 if "checkpoint" in problem else 0  # four files of each part of the text
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == whole
+
+
+@functools.wraps(_write_item)
+def kill_in_second_checkpoint(*arguments: Any, **options: Any) -> Any:
+    """Kills the rank when its writer has begun."""
+    written = _write_item(*arguments, **options)
+    if any("step-0000002" in str(getattr(argument, "name", "")) for argument in arguments):
+        os.kill(os.getppid(), signal.SIGKILL)
+    return written
+
+
+def killed_within_a_save(job: TrainingJob, folder: Path, seat: Seat) -> list[LogLine]:
+    with substituted(Substitution(filesystem_async, "_write_item", kill_in_second_checkpoint)):
+        return trained_lines(job, folder, Start(checkpoint=None), seat)
+
+
+def test_a_kill_within_a_save_keeps_the_checkpoints_before_and_the_run_goes_on(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    rates = {"num_warmup_steps": 1, "num_decay_steps": 6}
+    asked = job(prefix, *TWO_EXPERT_RANKS, num_steps=3, save_every=1, **rates)
+    with pytest.raises(MeasurementError, match="signal 9"):
+        zygote.fork(2, partial(killed_within_a_save, asked, tmp_path))
+    checkpoints = tmp_path / CHECKPOINTS
+    assert saved_steps(checkpoints) == (1,)
+    assert {path.name for path in checkpoints.iterdir()} == {"step-0000001", ".step-0000002.unfinished"}
+    goes_on = job(prefix, *TWO_EXPERT_RANKS, num_steps=3, save_every=3, **rates)
+    lines = train(zygote, goes_on, tmp_path, Start(checkpoint=checkpoint_path(checkpoints, 1)))
+    assert [line.loss for line in lines] == [line.loss for line in first_run[1][1:3]]
+    assert {path.name for path in checkpoints.iterdir()} == {"step-0000001", "step-0000003"}
 
 
 def num_descendants() -> int:
@@ -262,17 +318,16 @@ def unigram_entropy(data: bytes) -> float:
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "num_steps"),
     [
-        "qwen3_30b_a3b",
-        pytest.param("deepseek_v3", marks=pytest.mark.slow),
-        pytest.param("gpt_oss_20b", marks=pytest.mark.slow),
+        ("qwen3_30b_a3b", 30),
+        pytest.param("deepseek_v3", 100, marks=pytest.mark.slow),
+        pytest.param("gpt_oss_20b", 40, marks=pytest.mark.slow),
     ],
 )
 def test_a_toy_of_the_recipe_learns_more_than_how_often_letters_come(
-    recipe: str, prefix: Path, tmp_path: Path, zygote: Zygote
+    recipe: str, num_steps: int, prefix: Path, tmp_path: Path, zygote: Zygote
 ) -> None:
-    num_steps = 30
     lines = train(
         zygote,
         job(
