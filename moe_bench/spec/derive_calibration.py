@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
+from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Overlap, Recipe, Recompute, Steps
 from moe_bench.spec.scale import smoke_plan
 from moe_bench.spec.system import SystemSpec
 
 LAUNCHING_MODEL = "qwen3_30b_a3b"
 """Whose layers are launched: grouped-query attention and experts, and nothing that others lack."""
-
-_ONE_PROCESS = {
-    "num_gpus": 1,
-    "tensor": 1,
-    "pipeline": 1,
-    "virtual_pipeline": 1,
-    "context": 1,
-    "expert": 1,
-    "expert_tensor": 1,
-    "layout": None,
-    "sequence_parallel": False,
-    "embedding_counts_as_layer": False,
-    "loss_counts_as_layer": False,
-    "data_sharding": "distributed_optimizer",
-}
 
 
 def calibration_toy(recipe: Recipe, *, host: SystemSpec) -> Recipe:
@@ -44,7 +30,7 @@ def launching_toy(recipe: Recipe, *, num_layers: int, host: SystemSpec, system: 
             "micro_batch_size": 1,
             "global_batch_size": 1,
             "num_mtp_layers": 0,
-            "parallel": toy.parallel.model_copy(update=_ONE_PROCESS),
+            "parallel": ParallelSpec(num_gpus=1),
             "recompute": Recompute(),
             "overlap": Overlap(),
             "steps": Steps(num_warmup=1, num_timed=1),

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from moe_bench.report.html.chart import Chart
-from moe_bench.report.html.page import pixels
+from moe_bench.report.html.rendering import template
 
 
 def chart_svg(chart: Chart) -> str:
     """The chart with its title and legend, styles inside; nothing is fetched. Raises ValueError for cells."""
     if chart.cells is not None:
         raise ValueError(f"chart {chart.key}: cells are not XML, for they are written without quotes")
-    templates = Environment(
-        loader=PackageLoader("moe_bench.report.html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["px"] = pixels
-    return templates.get_template("alone.svg.j2").render(chart=chart).strip() + "\n"
+    return template("alone.svg.j2").render(chart=chart).strip() + "\n"
 
 
 def write_chart(chart: Chart, path: Path) -> None:

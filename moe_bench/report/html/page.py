@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-
 from moe_bench.analysis.memory import memory_fit
 from moe_bench.report.html.chart import Chart
 from moe_bench.report.html.facts import Fact, recipe_facts, row_sources, run_provenance
 from moe_bench.report.html.job_drawing import JobDrawing, job_drawing
 from moe_bench.report.html.memory_chart import memory_chart
+from moe_bench.report.html.rendering import template
 from moe_bench.report.html.run_charts import (
     load_chart,
     load_heatmap,
@@ -109,14 +107,6 @@ class Absence:
 
 def render_page(data: ReportData) -> str:
     """The page as HTML: styles inside, no script, nothing fetched."""
-    templates = Environment(
-        loader=PackageLoader("moe_bench.report.html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"px": pixels, "soft": breakable}
     runs = data.runs
     lines = throughput_lines(data.recipes, data.rows, runs, data.projected)
     curves = model_curves(data, runs)
@@ -124,7 +114,7 @@ def render_page(data: ReportData) -> str:
     reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, runs, projected=projected)
     rows = rows_shown(data.rows, lines, curves)
     latest = latest_records(data.records)
-    return templates.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         data=data,
         num_runs=len(runs),
         overview=[overview_row(run, data.parities) for run in runs[-MAX_OVERVIEW_RUNS:]],
@@ -139,16 +129,6 @@ def render_page(data: ReportData) -> str:
         num_rows=len(rows),
         absences=absences(data, runs, curves),
     )
-
-
-def pixels(value: float) -> str:
-    """A length to a tenth of a pixel, without a trailing zero."""
-    return f"{round(value, 1):g}"
-
-
-def breakable(name: str) -> Markup:
-    """A long name that may be folded behind each slash and underscore."""
-    return Markup(escape(name).replace("/", Markup("/<wbr>")).replace("_", Markup("_<wbr>")))
 
 
 def latest_records(records: Sequence[Record]) -> tuple[Record, ...]:
