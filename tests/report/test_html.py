@@ -236,7 +236,7 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_record(
         tmp_path / "results", run(DEEPSEEK, 0.5, started_at="2026-11-20T09:00:00+00:00", scale="smoke")
     )
-    out = tmp_path / "a" / "report.html"
+    out = tmp_path / "report.html"
     assert main(["report", str(tmp_path / "results"), "--html", str(out), "--recipe", "qwen3_30b_a3b"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     page = Page(out.read_text(encoding="utf-8"))
