@@ -120,6 +120,28 @@ def test_a_dataset_with_more_tokens_than_the_model_is_refused_before_anything_is
     assert not (tmp_path / "run" / JOB).exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "{run}", "--data", "{set}"),
+        ("train", *RECIPE, "--out", "{run}", "--resume", "--data", "{set}", "--steps", "3"),
+    ],
+)
+def test_text_that_was_tokenized_otherwise_than_what_the_run_has_learned_is_refused(
+    arguments: tuple[str, ...],
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest = json.loads(Path(f"{data}.json").read_text())
+    manifest["tokenizer"] |= {"kind": "huggingface", "path": "gone", "fingerprint": "0", "vocab_size": 300}
+    (tmp_path / "set.json").write_text(json.dumps(manifest))
+    assert main([argument.format(run=finished, set=tmp_path / "set") for argument in arguments]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "set: a tokenizer of 300 tokens (gone); the run has learned those of another, of 258" in last
+
+
 @pytest.mark.slow
 def test_other_tokenizer_files_than_those_of_the_dataset_are_refused(data: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):

@@ -69,10 +69,13 @@ def evaluate(
         held_out_fraction = held_out_fraction or job.validation_fraction
     plan = _plan(job, recipe, scale=scale, num_gpus=num_gpus, changes=changes)
     here = _announced(plan)
-    from moe_bench.harness.start import load_evaluate
+    from moe_bench.harness.start import load_data, load_evaluate
     from moe_bench.report.evaluation_view import evaluation_json, evaluation_view
+    from moe_bench.spec.derive_training import require_same_tokenizer
 
     harness = load_evaluate()
+    if job is not None:
+        require_same_tokenizer(job, load_data().read_manifest(Path(data)).tokenizer, data)
     question = harness.Question(
         plan=plan, checkpoint=checkpoint, data=data, held_out_fraction=held_out_fraction
     )
@@ -167,16 +170,18 @@ def _announced(plan: Plan) -> Rendezvous | None:
 def _tokenizer(name: str | None, job: TrainingJob | None) -> Tokenizer:
     """The one that was named, or the one that the run's dataset was made with."""
     from moe_bench.harness.start import load_data, load_tokenizer
+    from moe_bench.spec.derive_training import require_same_tokenizer
 
-    if name is None and job is None:
-        raise BadInputError(f"--tokenizer: which one? it lies in no run; name {BYTES} or a folder")
     tokenizers = load_tokenizer()
     found: Tokenizer
     if name == BYTES:
         found = tokenizers.byte_tokenizer()
     elif name is not None:
         found = tokenizers.huggingface_tokenizer(Path(name))
+    elif job is not None:
+        found = tokenizers.tokenizer_of(job.tokenizer or load_data().read_manifest(Path(job.data)).tokenizer)
     else:
-        manifest = load_data().read_manifest(Path(job.data if job is not None else ""))
-        found = tokenizers.tokenizer_of(manifest.tokenizer)
+        raise BadInputError(f"--tokenizer: which one? it lies in no run; name {BYTES} or a folder")
+    if job is not None:
+        require_same_tokenizer(job, found.spec, "--tokenizer")
     return found

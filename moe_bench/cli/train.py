@@ -125,17 +125,21 @@ def _train(
     tensorboard: Path | None,
     as_json: bool,
 ) -> None:
-    from moe_bench.harness.start import load_training
+    from moe_bench.harness.start import load_data, load_training
     from moe_bench.report.progress import announce
     from moe_bench.report.training_follow import Follower
     from moe_bench.report.training_view import training_json, training_progress, training_view
     from moe_bench.results.training_log import read_log
+    from moe_bench.spec.derive_training import require_same_tokenizer
 
     console, place = make_console(stderr=True), rank_here()
     is_speaker = place is None or place.rank == 0
     if is_speaker:
         announce(job.plan, console)
     harness = load_training()
+    tokenizer = load_data().read_manifest(Path(job.data)).tokenizer
+    require_same_tokenizer(job, tokenizer, job.data)
+    job = job.model_copy(update={"tokenizer": tokenizer})
     start = harness.Start(checkpoint=checkpoint, with_optimizer=goes_on)
     with training_progress(job, console, is_alone=place is None) as on_line:
         follower = Follower(

@@ -26,6 +26,10 @@ class TokenizerSpec(Spec):
     end_of_document: NonNegativeInt
     """Token that follows every document."""
 
+    def is_same_as(self, other: TokenizerSpec) -> bool:
+        """Whether both make the same tokens of a text; where their files lie does not matter."""
+        return self.model_copy(update={"path": None}) == other.model_copy(update={"path": None})
+
 
 class SourceFile(Spec):
     """One file that documents were read from."""

@@ -48,6 +48,16 @@ def require_vocabulary(plan: Plan, tokenizer: TokenizerSpec, data: str) -> None:
         )
 
 
+def require_same_tokenizer(job: TrainingJob, tokenizer: TokenizerSpec, said: str) -> None:
+    """Raise BadInputError where `said`, a dataset or an option, has other tokens than the run has learned."""
+    if job.tokenizer is not None and not job.tokenizer.is_same_as(tokenizer):
+        raise BadInputError(
+            f"{said}: a tokenizer of {tokenizer.vocab_size} tokens ({tokenizer.path or tokenizer.kind}); the "
+            f"run has learned those of another, of {job.tokenizer.vocab_size} "
+            f"({job.tokenizer.path or job.tokenizer.kind}); use that"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What a user says of a training run; None is left to what was said before, or to a default."""
@@ -89,6 +99,7 @@ def training_job(plan: Plan, wishes: Wishes, *, before: TrainingJob | None) -> T
         return TrainingJob(
             plan=training_plan(plan),
             data=said["data"],
+            tokenizer=None if before is None else before.tokenizer,
             validation_fraction=said["validation_fraction"],
             num_steps=num_steps,
             learning_rate=LearningRate(

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from moe_bench.spec.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
+from moe_bench.spec.dataset import TokenizerSpec
 from moe_bench.spec.scale import Plan
 
 
@@ -62,6 +63,8 @@ class TrainingJob(Spec):
     plan: Plan
     data: Text
     """Prefix of the dataset."""
+    tokenizer: TokenizerSpec | None = None
+    """That of the dataset; None before it was read."""
     validation_fraction: Fraction
     """Of the documents, the last ones, which are not trained on."""
     num_steps: PositiveInt

@@ -9,7 +9,13 @@ from moe_bench.cli import app
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import BadInputError
 from moe_bench.spec.dataset import TokenizerSpec
-from moe_bench.spec.derive_training import TOY_BATCH_SIZE, Wishes, require_vocabulary, training_job
+from moe_bench.spec.derive_training import (
+    TOY_BATCH_SIZE,
+    Wishes,
+    require_same_tokenizer,
+    require_vocabulary,
+    training_job,
+)
 from moe_bench.spec.scale import Plan
 
 
@@ -87,3 +93,14 @@ def test_tokens_that_the_model_does_not_know_are_refused() -> None:
     tokenizer = TokenizerSpec(kind="bytes", vocab_size=513, end_of_document=256)
     with pytest.raises(BadInputError, match=r"has 513 tokens and qwen3_30b_a3b knows 512"):
         require_vocabulary(plan(), tokenizer, "set")
+
+
+def test_another_tokenizer_than_the_run_has_learned_is_refused_wherever_its_files_lie() -> None:
+    learned = TokenizerSpec(kind="huggingface", path="/a", fingerprint="f", vocab_size=300, end_of_document=0)
+    fresh = training_job(plan(), Wishes(data="set"), before=None)
+    job = fresh.model_copy(update={"tokenizer": learned})
+    require_same_tokenizer(job, learned.model_copy(update={"path": "/b"}), "set")
+    require_same_tokenizer(fresh, learned, "set")
+    assert training_job(plan(), Wishes(), before=job).tokenizer == learned
+    with pytest.raises(BadInputError, match="set: a tokenizer of 300 tokens"):
+        require_same_tokenizer(job, learned.model_copy(update={"fingerprint": "g"}), "set")
