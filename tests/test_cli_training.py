@@ -56,3 +56,24 @@ def test_a_router_that_sees_later_tokens_is_refused_before_anything_is_loaded(
     asked = ["parity", "olmoe_1b_7b_expert_choice", "--scale", "smoke", "--data", str(tmp_path / "none")]
     assert main([*asked, "--vary", "seed=7"]) == 2
     assert "sees later tokens" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "what is compared? name two recipes"),
+        (["olmoe_1b_7b"], "what is compared? name two recipes"),
+        (["olmoe_1b_7b", "--all", "--vary", "seed=7"], "--all and --again are of --plain"),
+        (["--plain"], "add --scale smoke"),
+        (["--plain", "--scale", "smoke"], "name some, or --all"),
+        (["--plain", "--scale", "smoke", "--all", "olmoe_1b_7b"], "name some, or --all"),
+        (["--plain", "olmoe_1b_7b", "--vary", "seed=7"], "drop --vary, or drop --plain"),
+        (["olmoe_1b_7b", "mixtral_8x7b", "--scale", "smoke"], "another model than olmoe_1b_7b"),
+        (["--plain", "olmoe_1b_7b_sinkhorn", "--scale", "smoke"], "a sinkhorn router sees later tokens"),
+    ],
+)
+def test_what_parity_cannot_compare_is_said_at_once(
+    arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["parity", *arguments, "--data", str(tmp_path / "none")]) == 2
+    assert problem in capsys.readouterr().err.splitlines()[-1]

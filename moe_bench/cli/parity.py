@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,17 +16,26 @@ from moe_bench.cli.files import picture_to_write
 from moe_bench.cli.options import (
     JsonOption,
     NumGpusOption,
-    RecipeArgument,
     ScaleOption,
     ScaleOptionType,
     SetOption,
     make_console,
+    make_loader,
     plan_of,
     print_view,
     results_root,
 )
-from moe_bench.errors import MeasurementError
-from moe_bench.spec.catalogue import data_root
+from moe_bench.errors import BadInputError, MeasurementError
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from rich.console import Console
+
+    from moe_bench.results.parity import Evidence, Parity
+    from moe_bench.spec.scale import Plan
+    from moe_bench.spec.training import TrainingJob
 
 PlotOption = Annotated[
     Path | None,
@@ -35,12 +47,30 @@ PlotOption = Annotated[
 
 @app.command(rich_help_panel=MODEL)
 def parity(
-    recipe: RecipeArgument,
     data: Annotated[Path, typer.Option("--data", metavar="PREFIX", help="A dataset of `data build`.")],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BASE [VARIANT]]",
+            help="Two recipes, or one with --vary; any number with --plain. <model>, <model>/<run>, a file.",
+        ),
+    ] = None,
     vary: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--vary", metavar="FIELD=VALUE", help="What the variant changes; all of them together."),
-    ],
+    ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="Hold recipes against their plain settings (one process, nothing fused, overlapped or "
+            "recomputed), unless there is such evidence already.",
+        ),
+    ] = False,
+    is_all: Annotated[bool, typer.Option("--all", help="With --plain: every shipped recipe.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --plain: also where there is evidence.")
+    ] = False,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
     changes: SetOption = None,
@@ -53,39 +83,194 @@ def parity(
     as_json: JsonOption = False,
 ) -> None:
     """Whether two settings of a recipe learn alike: losses step by step, against what rounding explains."""
-    from moe_bench.spec.derive_parity import require_causal
-    from moe_bench.spec.derive_training import Wishes, training_job
+    session = _Session(
+        data=data,
+        num_steps=steps,
+        num_repeats=repeats,
+        scale=scale,
+        num_gpus=num_gpus,
+        changes=tuple(changes or ()),
+        root=out or results_root(),
+    )
+    if not plain:
+        if is_all or again:
+            raise BadInputError("parity: --all and --again are of --plain; add it or drop them")
+        _two(session, recipes or (), vary or (), plot, as_json)
+        return
+    if vary:
+        raise BadInputError("parity: --plain says what is compared; drop --vary, or drop --plain")
+    if scale is not ScaleOption.SMOKE:
+        raise BadInputError("parity: --plain trains toys on this machine; add --scale smoke")
+    if bool(recipes) == is_all:
+        raise BadInputError("parity: which recipes? name some, or --all for every shipped one")
+    if plot is not None and (is_all or len(recipes or ()) > 1):
+        raise BadInputError("parity: --plot draws one recipe; name one, or drop it")
+    _plain(session, recipes or _shipped(), plot, is_all=is_all, again=again, as_json=as_json)
 
-    wishes = Wishes(
-        data=str(data), num_steps=steps, validate_every=steps, num_validation_batches=1, save_every=steps
-    )
-    base, variant = (
-        training_job(
-            plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=[*(changes or ()), *more]),
-            wishes,
-            before=None,
+
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """What was typed that holds for every comparison."""
+
+    data: Path
+    num_steps: int
+    num_repeats: int
+    scale: ScaleOption
+    num_gpus: int | None
+    changes: tuple[str, ...]
+    root: Path
+
+    @cached_property
+    def harness(self) -> ModuleType:
+        from moe_bench.harness.start import load_parity
+
+        return load_parity()
+
+    @cached_property
+    def trained(self) -> object:
+        return self.harness.Trained()
+
+    @cached_property
+    def console(self) -> Console:
+        return make_console(stderr=True)
+
+    def plan(self, recipe: str, vary: Sequence[str] = ()) -> Plan:
+        changes = [*self.changes, *vary]
+        return plan_of(recipe, scale=self.scale, num_gpus=self.num_gpus, changes=changes)
+
+    def job(self, plan: Plan) -> TrainingJob:
+        from moe_bench.spec.derive_training import Wishes, training_job
+
+        steps = self.num_steps
+        wishes = Wishes(
+            data=str(self.data),
+            num_steps=steps,
+            validate_every=steps,
+            num_validation_batches=1,
+            save_every=steps,
         )
-        for more in ((), vary)
-    )
-    for job in (base, variant):
-        require_causal(job.plan.recipe)  # refused before anything is loaded
-    from moe_bench.harness.start import load_parity
-    from moe_bench.launch.environment import current_environment
+        return training_job(plan, wishes, before=None)
+
+    def compare(self, base: Plan, variant: Plan) -> tuple[Path, Parity]:
+        """The comparison of both, and the file that it was written to."""
+        from moe_bench.launch.environment import current_environment
+        from moe_bench.results.parity import write_parity
+        from moe_bench.spec.derive_parity import changes_between, require_causal
+
+        jobs = self.job(base), self.job(variant)
+        for job in jobs:
+            require_causal(job.plan.recipe)  # refused before anything is loaded
+        harness = self.harness
+        case = harness.ParityCase(
+            base=jobs[0],
+            variant=jobs[1],
+            varied=changes_between(*(job.plan.recipe for job in jobs)),
+            num_repeats=self.num_repeats,
+        )
+        found = harness.compare_losses(
+            case,
+            environment=current_environment(),
+            command=("moe-bench", *sys.argv[1:]),
+            source_root=data_root(),
+            trained=self.trained,
+            on_run=lambda name: self.console.print(
+                f"{base.asked}, {variant.recipe.precision}: {name}", highlight=False
+            ),
+        )
+        return write_parity(self.root, found), found
+
+
+def _two(
+    session: _Session, recipes: Sequence[str], vary: Sequence[str], plot: Path | None, as_json: bool
+) -> None:
+    """One comparison: of a recipe with what `vary` makes of it, or of two recipes of one model."""
+    if len(recipes) not in (1, 2) or (len(recipes) == 1 and not vary):
+        raise BadInputError("parity: what is compared? name two recipes, or one with --vary or --plain")
+    base, variant = session.plan(recipes[0]), session.plan(recipes[-1], vary)
     from moe_bench.report.parity_plot import write_parity_plot
     from moe_bench.report.parity_view import parity_json, parity_view, verdict_text
-    from moe_bench.results.parity import write_parity
+    from moe_bench.spec.derive_parity import require_same_model
 
-    harness, console = load_parity(), make_console(stderr=True)
-    found = harness.compare_losses(
-        harness.ParityCase(base=base, variant=variant, varied=tuple(vary), num_repeats=repeats),
-        environment=current_environment(),
-        command=("moe-bench", *sys.argv[1:]),
-        source_root=data_root(),
-        on_run=lambda name: console.print(f"training: {name}", highlight=False),
-    )
-    path = write_parity(out or results_root(), found)
+    if len(recipes) == 2:
+        require_same_model(base, variant)
+    path, found = session.compare(base, variant)
     if plot is not None:
-        write_parity_plot(found, plot)
+        write_parity_plot((found,), plot)
     print_view(parity_view(found, path), parity_json(found, path), as_json)
     if not found.is_equal:
         raise MeasurementError(f"{found.base.plan.asked}: {verdict_text(found)}")
+
+
+def _shipped() -> list[str]:
+    """Every shipped recipe, first the default run of each model: its evidence is worth most."""
+    loader = make_loader()
+    names = [f"{path.parent.name}/{path.stem}" for path in recipe_paths(loader.root)]
+    return sorted(
+        names, key=lambda name: name.partition("/")[2] != loader.default_run(name.partition("/")[0])
+    )
+
+
+def _plain(
+    session: _Session,
+    recipes: Sequence[str],
+    plot: Path | None,
+    *,
+    is_all: bool,
+    again: bool,
+    as_json: bool,
+) -> None:
+    """Hold recipes against their plain settings; those of all that cannot be compared are named."""
+    from moe_bench.report.parity_plot import write_parity_plot
+    from moe_bench.report.parity_view import evidence_json, evidence_view
+    from moe_bench.spec.derive_parity import require_causal
+
+    found: dict[str, Evidence] = {}
+    skipped: dict[str, str] = {}
+    seen: set[str] = set()
+    for recipe in recipes:
+        plan = session.plan(recipe)
+        try:
+            require_causal(plan.recipe)
+        except BadInputError as error:
+            if not is_all:
+                raise
+            skipped[plan.asked] = str(error).partition(": ")[2]
+            continue
+        found[plan.asked] = _evidence(session, recipe, plan, seen=seen if again else None)
+    if plot is not None:
+        write_parity_plot(next(iter(found.values())).comparisons, plot)
+    print_view(evidence_view(found, skipped), evidence_json(found, skipped), as_json)
+    different = [name for name, evidence in found.items() if evidence.verdict == "differs"]
+    if different:
+        raise MeasurementError(
+            f"{', '.join(different)}: does not learn like the plain setting; see its record"
+        )
+
+
+def _evidence(session: _Session, recipe: str, plan: Plan, *, seen: set[str] | None) -> Evidence:
+    """What there is for `plan`, or what comparing it now gives.
+
+    With `seen` only what was compared since counts: the settings in it, to which this one's are added.
+    """
+    from moe_bench.results.parity import evidence_of, read_parities
+    from moe_bench.spec.check import require_legal
+    from moe_bench.spec.derive_parity import fp32_plan, plain_plan, settings_key
+
+    key = settings_key(plan.recipe)
+    models = [plan.recipe.model.key]
+    variants = {settings_key(one.recipe): one for one in (fp32_plan(plan), plan)}
+    if seen is None or key in seen:
+        evidence = evidence_of(read_parities(session.root, models=models), plan)
+        if evidence is not None and len(evidence.comparisons) == len(variants):
+            return evidence
+    loader = make_loader()
+    path = find_recipe(recipe, loader)
+    for variant in variants.values():
+        base = require_legal(plain_plan(variant), path, loader)
+        session.compare(base, require_legal(variant, path, loader))
+    if seen is not None:
+        seen.add(key)
+    evidence = evidence_of(read_parities(session.root, models=models), plan)
+    if evidence is None:
+        raise RuntimeError(f"{plan.asked}: what was written is not found again")
+    return evidence

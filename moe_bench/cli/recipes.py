@@ -45,7 +45,9 @@ def list_recipes(
     as_json: JsonOption = False,
 ) -> None:
     """The recipes that are here."""
-    from moe_bench.report.recipe_list import recipe_line, recipe_list
+    from moe_bench.report.recipe_list import parity_mark, recipe_line, recipe_list
+    from moe_bench.results.parity import evidence_of, read_parities
+    from moe_bench.spec.scale import full_plan
 
     # the shipped recipes are legal by test, and asking again would take as long as everything else
     loader = Loader(root=recipes_root(), rules=())
@@ -60,10 +62,17 @@ def list_recipes(
         return
     paths = [path for path in recipe_paths(loader.root) if model in (None, path.parent.name)]
     recipes = [loader.recipe(path) for path in paths]
+    parities = {
+        key: read_parities(results_root(), models=[key]) for key in {one.model.key for one in recipes}
+    }
+    marks = [
+        parity_mark(evidence_of(parities[one.model.key], full_plan(one, modified=()))) for one in recipes
+    ]
     if as_json:
-        typer.echo(json.dumps([recipe_line(recipe) for recipe in recipes], indent=1))
+        lines = [recipe_line(recipe, mark) for recipe, mark in zip(recipes, marks, strict=True)]
+        typer.echo(json.dumps(lines, indent=1))
     else:
-        typer.echo(recipe_list(recipes, width=terminal_width()))
+        typer.echo(recipe_list(recipes, marks, width=terminal_width()))
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -94,7 +103,9 @@ def show(
     from moe_bench.report.show import arguments_view, plan_view, size_json, size_view
 
     one_rank = OneRank(kernels=kernels, routing=routing, stage=stage)
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong, one_rank=one_rank)
+    plan = plan_of(
+        recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong, one_rank=one_rank, rounds=True
+    )
     if params:
         size = counted_size(plan.recipe.model)
         print_view(size_view(size), size_json(size), as_json)
@@ -124,13 +135,13 @@ def show(
 
 def _evidence(plan: Plan) -> dict[str, str]:
     """What `verify` last found of the model as it is, if it names a class, and `parity` of these settings."""
-    from moe_bench.report.parity_view import parity_line
+    from moe_bench.report.parity_view import evidence_line as parity_line
     from moe_bench.report.verify_view import evidence_line
-    from moe_bench.results.parity import latest_parity, read_parities
+    from moe_bench.results.parity import evidence_of, read_parities
     from moe_bench.results.verification import latest_verification
 
     root, model = results_root(), plan.recipe.model
-    parity = parity_line(latest_parity(read_parities(root, models=[model.key]), plan), plan)
+    parity = parity_line(evidence_of(read_parities(root, models=[model.key]), plan), plan)
     if model.hf_model_type is None:
         return {"parity": parity}
     return {"model proof": evidence_line(latest_verification(root, model)), "parity": parity}

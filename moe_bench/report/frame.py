@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
-from moe_bench.report.parity_view import UNPROVEN, parity_mark
-from moe_bench.report.recipe_list import layout_label
+from moe_bench.report.parity_view import marks_notes
+from moe_bench.report.recipe_list import layout_label, parity_mark
 from moe_bench.report.show import GIB
 from moe_bench.report.tables import TFLOPS
-from moe_bench.results.parity import Parity, latest_parity
+from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.summary import Run, summary_of
 
 COLUMNS = (
@@ -85,7 +85,7 @@ def _row(run: Run, parities: Sequence[Parity]) -> dict[str, object]:
         "num_substitutions": len(plan.substitutions),
         "started_at": summary.started_at,
         "commit": summary.commit,
-        "parity": parity_mark(latest_parity(parities, plan)),
+        "parity": parity_mark(evidence_of(parities, plan)),
     }
 
 
@@ -104,8 +104,10 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 
 def frame_view(frame: pd.DataFrame) -> RenderableType:
-    """The table for a terminal: fewer columns, shorter headings; a sentence where there is no record, and one
-    where settings are unproven."""
+    """The table for a terminal: fewer columns, shorter headings, and what the marks of parity mean.
+
+    A sentence where there is no record.
+    """
     if frame.empty:
         return Text("no record there; `moe-bench run RECIPE` and `moe-bench submit RECIPE` write them")
     shown = {
@@ -120,9 +122,7 @@ def frame_view(frame: pd.DataFrame) -> RenderableType:
             heading for column, heading in shown.items() if pd.api.types.is_numeric_dtype(frame[column])
         ),
     )
-    if not (frame["parity"] == parity_mark(None)).any():
-        return table
-    return Group(table, Text(UNPROVEN, style="dim"))
+    return Group(table, *(Text(note, style="dim") for note in marks_notes(frame["parity"])))
 
 
 def _text(value: object) -> str:

@@ -1,32 +1,39 @@
-"""Two settings of a recipe as people compare them: losses, what rounding explains, verdict, and a picture."""
+"""Two settings of a recipe as people compare them, and what all comparisons say of a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
-from moe_bench.results.parity import Parity
+from moe_bench.results.parity import Evidence, Parity
 from moe_bench.spec.scale import Plan
 
-UNPROVEN = "unproven: nobody has shown that these settings learn like others; moe-bench parity RECIPE"
-"""What the mark means."""
+COMMAND = "moe-bench parity --plain RECIPE --scale smoke --data PREFIX"
+MARKS: Mapping[str, str] = {
+    "unproven": f"nobody has shown that these settings learn like plain ones; {COMMAND}",
+    "partly": "what runs without a GPU learns like the plain setting; moe-bench show RECIPE names the rest",
+    "differs": "these settings do not learn like plain ones; moe-bench show RECIPE says from which step on",
+}
+"""What the marks in tables mean; `equal` says it itself."""
 MAX_STEPS = 12
 """Of a table; all of them are in the record."""
 _HEADINGS = ("step", "base", "variant", "difference", "tolerance")
+_NORM_HEADINGS = ("norm", "norm of variant", "its difference", "its tolerance")
 
 
 def parity_view(parity: Parity, path: Path) -> RenderableType:
     """Some of the steps, the verdict, what the tolerance comes from, and where the record lies."""
     base = parity.base.plan
     num_ranks = [side.plan.num_ranks for side in (parity.base, parity.variant)]
+    headings = (_HEADINGS + _NORM_HEADINGS)[: 1 + 4 * len(parity.curves)]
     table = Columns(
-        headings=_HEADINGS,
+        headings=headings,
         rows=tuple(_row(parity, index) for index in steps_shown(parity)),
-        right=frozenset(_HEADINGS),
+        right=frozenset(headings),
     )
     notes = (
         verdict_text(parity),
@@ -41,36 +48,35 @@ def parity_view(parity: Parity, path: Path) -> RenderableType:
 
 def verdict_text(parity: Parity) -> str:
     """`equal` with what could have been seen, or `differs` with the first step that does."""
-    step = parity.first_different_step
-    if step is None:
-        last = parity.tolerances[-1] / parity.base.losses[-1]
-        return (
-            f"equal over {len(parity.base.losses)} steps; less than {last:.2g} of the loss would not be seen"
-        )
-    base, variant = parity.base.losses[step - 1], parity.variant.losses[step - 1]
+    curve = parity.first_different
+    if curve is None or (step := curve.first_different_step) is None:
+        return f"equal over {len(parity.base.learned.losses)} steps; {_unseen_text(parity)} would not be seen"
+    base, variant = curve.base[step - 1], curve.variant[step - 1]
     return (
-        f"differs from step {step}: losses {base:.6f} and {variant:.6f}, apart by {abs(base - variant):.2g} "
-        f"where rounding explains {parity.tolerances[step - 1]:.2g}"
+        f"differs from step {step}: {curve.name} {base:.6f} and {variant:.6f}, apart by "
+        f"{abs(base - variant):.2g} where rounding explains {curve.tolerances[step - 1]:.2g}"
     )
+
+
+def _unseen_text(parity: Parity) -> str:
+    parts = (f"{curve.tolerances[-1] / curve.base[-1]:.2g} of the {curve.name}" for curve in parity.curves)
+    return f"less than {' and '.join(parts)}"
 
 
 def steps_shown(parity: Parity) -> Sequence[int]:
     """Indices of at most about MAX_STEPS steps: evenly spread, the last, and the first that differs."""
-    num_steps = len(parity.base.losses)
+    num_steps = len(parity.base.learned.losses)
     shown = {*range(0, num_steps, -(-num_steps // MAX_STEPS)), num_steps - 1}
-    first = parity.first_different_step
-    return sorted(shown if first is None else shown | {first - 1})
+    steps = (curve.first_different_step for curve in parity.curves)
+    return sorted(shown | {step - 1 for step in steps if step is not None})
 
 
 def _row(parity: Parity, index: int) -> tuple[str, ...]:
-    base, variant = parity.base.losses[index], parity.variant.losses[index]
-    return (
-        str(index + 1),
-        f"{base:.6f}",
-        f"{variant:.6f}",
-        f"{variant - base:+.1e}",
-        f"{parity.tolerances[index]:.1e}",
-    )
+    cells = [str(index + 1)]
+    for curve in parity.curves:
+        base, variant = curve.base[index], curve.variant[index]
+        cells += [f"{base:.6f}", f"{variant:.6f}", f"{variant - base:+.1e}", f"{curve.tolerances[index]:.1e}"]
+    return tuple(cells)
 
 
 def parity_json(parity: Parity, path: Path) -> dict[str, object]:
@@ -78,22 +84,101 @@ def parity_json(parity: Parity, path: Path) -> dict[str, object]:
     return {
         "path": str(path),
         "is_equal": parity.is_equal,
-        "first_different_step": parity.first_different_step,
-        "tolerances": parity.tolerances,
+        "curves": [
+            {
+                "name": curve.name,
+                "first_different_step": curve.first_different_step,
+                "tolerances": curve.tolerances,
+            }
+            for curve in parity.curves
+        ],
         **parity.model_dump(mode="json"),
     }
 
 
-def parity_mark(parity: Parity | None) -> str:
-    """In a table of runs: `equal`, `differs`, or `unproven`."""
-    if parity is None:
-        return "unproven"
-    return "equal" if parity.is_equal else "differs"
+def marks_notes(marks: Iterable[str]) -> tuple[str, ...]:
+    """Under a table: what its marks mean."""
+    seen = set(marks)
+    return tuple(f"{mark}: {meaning}" for mark, meaning in MARKS.items() if mark in seen)
 
 
-def parity_line(parity: Parity | None, plan: Plan) -> str:
-    """What a run's own table says of the last comparison of its settings."""
-    if parity is None:
-        return UNPROVEN.replace("RECIPE", plan.asked)
-    where = f"{parity.base.plan.scale} scale, {parity.provenance.started_at[:10]}"
-    return f"{verdict_text(parity)} ({' '.join(parity.varied)}; {where})"
+def evidence_line(evidence: Evidence | None, plan: Plan) -> str:
+    """What a recipe or run states of the last comparison of its settings with plain ones."""
+    if evidence is None:
+        if plan.recipe.routing_is_causal:
+            return f"unproven: {MARKS['unproven'].replace('RECIPE', plan.asked)}"
+        return "unproven: where a token's experts depend on later tokens, losses are not compared"
+    parts = [
+        f"in {parity.variant.plan.recipe.precision} {verdict_text(parity)} "
+        f"({parity.variant.plan.num_ranks} processes, {parity.provenance.started_at[:10]}, "
+        f"{parity.provenance.git.short_name})"
+        for parity in evidence.comparisons
+    ]
+    if evidence.unseen:
+        parts.append(f"unproven: {grouped(evidence.unseen)}")
+    scale = evidence.comparisons[0].variant.plan.scale
+    return f"{evidence.verdict}: with the plain setting at {scale} scale {'; '.join(parts)}"
+
+
+def grouped(settings: Iterable[str]) -> str:
+    """`field=value` texts by what they belong to: `kernels (family=transformer_engine, fusions.rope)`."""
+    groups: dict[str, list[str]] = {}
+    for setting in settings:
+        field, _, value = setting.partition("=")
+        group, _, name = field.partition(".")
+        text = name if value == "True" else f"{name or group}={value}"
+        groups.setdefault(group, []).append(text)
+    return ", ".join(
+        parts[0] if parts[0].startswith(f"{group}=") else f"{group} ({', '.join(parts)})"
+        for group, parts in groups.items()
+    )
+
+
+def evidence_view(found: Mapping[str, Evidence], skipped: Mapping[str, str]) -> RenderableType:
+    """One line per recipe: verdict, what each precision would not have seen, and what nobody compared.
+
+    `skipped` says of recipes without evidence why they have none.
+    """
+    headings = ("recipe", "parity", "processes", "FP32", "own precision", "unproven")
+    rows = tuple(
+        (
+            name,
+            evidence.verdict,
+            str(evidence.comparisons[0].variant.plan.num_ranks),
+            *_cells(evidence),
+            grouped(evidence.unseen),
+        )
+        for name, evidence in found.items()
+    )
+    notes = [*(f"{name}: not compared: {why}" for name, why in skipped.items())]
+    if rows:
+        notes.insert(
+            0, "by precision: the share of the loss, and of the gradient norm, that would not be seen"
+        )
+    table = Columns(headings=headings, rows=rows, right=frozenset({"processes"})) if rows else Text()
+    return Group(table, *(Text(note) for note in notes))
+
+
+def _cells(evidence: Evidence) -> tuple[str, str]:
+    by_precision = {
+        "fp32" if parity.variant.plan.recipe.precision == "fp32" else "own": _cell(parity)
+        for parity in evidence.comparisons
+    }
+    return by_precision.get("fp32", "-"), by_precision.get("own", "-")
+
+
+def _cell(parity: Parity) -> str:
+    if (curve := parity.first_different) is not None:
+        return f"{curve.name} differs from step {curve.first_different_step}"
+    return ", ".join(f"{curve.tolerances[-1] / curve.base[-1]:.1e}" for curve in parity.curves)
+
+
+def evidence_json(found: Mapping[str, Evidence], skipped: Mapping[str, str]) -> dict[str, object]:
+    """The same for scripts; the comparisons themselves are in their records."""
+    return {
+        "recipes": {
+            name: {"parity": evidence.verdict, "unproven": list(evidence.unseen)}
+            for name, evidence in found.items()
+        },
+        "not_compared": dict(skipped),
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from moe_bench.report.columns import Columns
+from moe_bench.results.parity import Evidence
 from moe_bench.spec.recipe import Recipe
 
-HEADINGS = ("recipe", "layout", "seq", "GBS", "dispatch", "kernels", "reproduces")
+HEADINGS = ("recipe", "layout", "seq", "GBS", "dispatch", "kernels", "parity", "reproduces")
 
 
 def layout_label(recipe: Recipe) -> str:
@@ -26,15 +27,22 @@ def layout_label(recipe: Recipe) -> str:
     return label + (" FSDP" if parallel.data_sharding == "megatron_fsdp" else "")
 
 
-def recipe_list(recipes: Iterable[Recipe], *, width: int | None) -> str:
+def parity_mark(evidence: Evidence | None) -> str:
+    """How settings learn, in one word: `equal`, `partly`, `differs`, or `unproven`."""
+    return "unproven" if evidence is None else evidence.verdict
+
+
+def recipe_list(recipes: Sequence[Recipe], marks: Sequence[str], *, width: int | None) -> str:
     """One line per recipe under a line of headings, in at most `width` characters; None for no limit.
+
+    `marks` say of each how its settings learn.
 
     Text, not a view: laying out a table takes as long as reading the recipes does.
     """
-    return str(Columns(headings=HEADINGS, rows=tuple(map(_cells, recipes))).lines(width))
+    return str(Columns(headings=HEADINGS, rows=tuple(map(_cells, recipes, marks))).lines(width))
 
 
-def _cells(recipe: Recipe) -> tuple[str, ...]:
+def _cells(recipe: Recipe, mark: str) -> tuple[str, ...]:
     return (
         recipe.name,
         layout_label(recipe),
@@ -42,11 +50,12 @@ def _cells(recipe: Recipe) -> tuple[str, ...]:
         str(recipe.global_batch_size),
         recipe.dispatch.dispatcher,
         recipe.kernels.family,
+        mark,
         recipe.reproduces or "",
     )
 
 
-def recipe_line(recipe: Recipe) -> dict[str, object]:
+def recipe_line(recipe: Recipe, mark: str) -> dict[str, object]:
     """The same line as JSON."""
     return {
         "name": recipe.name,
@@ -60,5 +69,6 @@ def recipe_line(recipe: Recipe) -> dict[str, object]:
         "micro_batch_size": recipe.micro_batch_size,
         "kernels": recipe.kernels.family,
         "dispatcher": recipe.dispatch.dispatcher,
+        "parity": mark,
         "reproduces": recipe.reproduces,
     }

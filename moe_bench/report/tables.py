@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_bench.report.parity_view import parity_line
+from moe_bench.report.parity_view import evidence_line
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.show import GIB, substitution_table
 from moe_bench.report.slice_view import slice_json, slice_rows
 from moe_bench.results.metrics import COUNTING, RunMetrics, max_over_mean_load_ratio, run_metrics
-from moe_bench.results.parity import Parity, latest_parity
+from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.record import Record
 from moe_bench.spec.scale import Plan
 
@@ -44,7 +44,7 @@ def run_view(
     table.add_column()
     for label, value in run_rows(record, dry_run_peak_bytes=dry_run_peak_bytes):
         table.add_row(label, value)
-    table.add_row("parity", parity_line(latest_parity(parities, plan), plan))
+    table.add_row("parity", evidence_line(evidence_of(parities, plan), plan))
     parts += [table, Text(f"record: {path}", style="dim")]
     return Group(*parts)
 

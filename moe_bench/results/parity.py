@@ -1,41 +1,81 @@
-"""Evidence that two settings of a recipe learn alike: losses step by step, and what rounding does to them.
+"""Evidence that two settings of a recipe learn alike: losses and gradient norms of both, step by step.
 
-A file holds one comparison, `results/parity/<model>/<recipe>/<start>-<commit>-<job>.json`: raw losses.
+A file holds one comparison, `results/parity/<model>/<recipe>/<start>-<commit>-<job>.json`: raw values.
 Tolerances and the verdict are computed on read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from moe_bench.analysis.loss_parity import MIN_REPEATS, first_difference, loss_tolerances
+from moe_bench.analysis.loss_parity import MIN_REPEATS, curve_tolerances, first_difference
 from moe_bench.results.journal import file_stem
 from moe_bench.results.store import PARITY_FOLDER, write_once
 from moe_bench.results.verification import VerificationProvenance
 from moe_bench.results.versioned import read_versioned
 from moe_bench.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt, Spec, Text
+from moe_bench.spec.derive_parity import fp32_recipe, plain_plan, settings_key, toy_of, unseen_settings
 from moe_bench.spec.scale import Plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+Verdict = Literal["equal", "partly", "differs"]
+
+
+class Learned(Spec):
+    """What a run says of each of its steps."""
+
+    losses: tuple[NonNegativeFloat, ...] = Field(min_length=1)
+    """Mean over the global batch, in nats per token."""
+    grad_norms: tuple[NonNegativeFloat, ...]
+    """Over the whole model, before clipping; empty where nothing is clipped, and so nothing was computed.
+
+    Adam takes a gradient that is wrong by a factor as it takes the right one; the norm shows it.
+    """
+
+    @model_validator(mode="after")
+    def _has_all_steps(self) -> Self:
+        if self.grad_norms and len(self.grad_norms) != len(self.losses):
+            raise ValueError(f"{len(self.losses)} losses and {len(self.grad_norms)} gradient norms")
+        return self
 
 
 class ParitySide(Spec):
     """One of the two settings."""
 
     plan: Plan
-    losses: tuple[NonNegativeFloat, ...] = Field(min_length=1)
-    """Of each step: mean over the global batch, in nats per token."""
+    learned: Learned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One quantity of every step under both settings."""
+
+    name: str
+    base: tuple[float, ...]
+    variant: tuple[float, ...]
+    repeats: tuple[tuple[float, ...], ...]
+    """Of the base, each time from weights nudged anew."""
+    tolerances: tuple[float, ...]
+    """By how much the variant may be off at each step."""
+
+    @property
+    def first_different_step(self) -> int | None:
+        """Counted from 1; None where all values are within their tolerances."""
+        index = first_difference(self.base, self.variant, self.tolerances)
+        return None if index is None else index + 1
 
 
 class Parity(Spec):
     """Two settings of one recipe on the same data, from the same weights."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     provenance: VerificationProvenance
     data: Text
     """Name of the dataset, without its folder."""
@@ -46,29 +86,100 @@ class Parity(Spec):
     variant: ParitySide
     nudge_fraction: PositiveFloat
     """By which every first weight of a repeat is off, up or down at random."""
-    repeats: tuple[tuple[NonNegativeFloat, ...], ...] = Field(min_length=MIN_REPEATS)
-    """Losses of the base, each time from weights nudged anew."""
+    repeats: tuple[Learned, ...] = Field(min_length=MIN_REPEATS)
+    """The base, each time from weights nudged anew."""
+
+    @model_validator(mode="after")
+    def _has_equal_lengths(self) -> Self:
+        runs = (self.base.learned, self.variant.learned, *self.repeats)
+        if len({(len(run.losses), len(run.grad_norms)) for run in runs}) > 1:
+            raise ValueError("runs of different lengths")
+        return self
 
     @cached_property
-    def tolerances(self) -> tuple[float, ...]:
-        """By how much the variant's loss may be off at each step, in nats."""
-        return loss_tolerances(self.base.losses, self.repeats)
+    def curves(self) -> tuple[Curve, ...]:
+        """Losses, and gradient norms where there are any."""
+        return tuple(
+            self._curve(name) for name in ("loss", "gradient norm") if _values(self.base.learned, name)
+        )
+
+    def _curve(self, name: str) -> Curve:
+        base, variant, *repeats = (
+            _values(run, name) for run in (self.base.learned, self.variant.learned, *self.repeats)
+        )
+        return Curve(
+            name=name,
+            base=base,
+            variant=variant,
+            repeats=tuple(repeats),
+            tolerances=curve_tolerances(base, repeats),
+        )
 
     @property
-    def first_different_step(self) -> int | None:
-        """Counted from 1; None where all losses are within their tolerances."""
-        index = first_difference(self.base.losses, self.variant.losses, self.tolerances)
-        return None if index is None else index + 1
+    def first_different(self) -> Curve | None:
+        """The curve that differs first, losses before gradient norms; None where rounding explains both."""
+        different = [curve for curve in self.curves if curve.first_different_step is not None]
+        return min(different, key=lambda curve: curve.first_different_step or 0, default=None)
 
     @property
     def is_equal(self) -> bool:
         """Whether rounding alone explains how the two differ."""
-        return self.first_different_step is None
+        return self.first_different is None
 
-    def covers(self, plan: Plan) -> bool:
-        """Whether `plan` is one of the two settings, at whatever scale."""
-        sides = (self.base.plan, self.variant.plan)
-        return any(plan.asked == side.asked and set(plan.modified) == set(side.modified) for side in sides)
+    @cached_property
+    def variant_key(self) -> str:
+        """Of the settings that were compared (spec/derive_parity.py)."""
+        return settings_key(self.variant.plan.recipe)
+
+    @cached_property
+    def is_against_plain(self) -> bool:
+        """Whether the base is the plain setting of the variant, as it is computed today."""
+        plain = plain_plan(self.variant.plan).recipe
+        return settings_key(self.base.plan.recipe) == settings_key(plain)
+
+
+def _values(learned: Learned, name: str) -> tuple[float, ...]:
+    return learned.losses if name == "loss" else learned.grad_norms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What comparisons with the plain setting say of the settings of one plan."""
+
+    comparisons: tuple[Parity, ...]
+    """The newest in FP32, then in the precision of the plan's toy; one of them may be missing."""
+    unseen: tuple[str, ...]
+    """Settings of the plan that none of them ran, as `field=value`."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """`equal` where everything that runs was compared, `partly` where some of it was."""
+        if not all(parity.is_equal for parity in self.comparisons):
+            return "differs"
+        return "partly" if self.unseen else "equal"
+
+
+def evidence_of(parities: Sequence[Parity], plan: Plan) -> Evidence | None:
+    """What `parities`, newest first, say of `plan`; None where none is of its settings as they are today.
+
+    Compared are toys (`toy_of`): a comparison speaks for every plan with the same toy, and for none after a
+    change that its toy shows.
+    """
+    if not parities:
+        return None
+    toy = toy_of(plan)
+    own, exact = settings_key(toy), settings_key(fp32_recipe(toy))
+    found = [
+        next((one for one in parities if one.variant_key == key and one.is_against_plain), None)
+        for key in dict.fromkeys((exact, own))
+    ]
+    comparisons = tuple(one for one in found if one is not None)
+    if not comparisons:
+        return None
+    return Evidence(
+        comparisons=comparisons,
+        unseen=min((unseen_settings(plan, one.variant.plan.recipe) for one in comparisons), key=len),
+    )
 
 
 def write_parity(root: Path, parity: Parity) -> Path:
@@ -87,8 +198,3 @@ def read_parities(root: Path, *, models: Iterable[str]) -> tuple[Parity, ...]:
     """All comparisons of `models`, which are keys, below the folder of results `root`, newest first."""
     paths = [path for key in models for path in (root / PARITY_FOLDER / key).glob("*/[!.]*.json")]
     return tuple(map(read_parity, sorted(paths, key=lambda path: path.name, reverse=True)))
-
-
-def latest_parity(parities: Iterable[Parity], plan: Plan) -> Parity | None:
-    """The first of `parities`, newest first, of which `plan` is a side; None where there is none."""
-    return next((parity for parity in parities if parity.covers(plan)), None)

@@ -1,11 +1,22 @@
-"""What may be compared on its loss, and by how much a rounding moves a weight."""
+"""What may be compared on its loss, what is plain beside a recipe, and what a toy of it leaves out."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
-from moe_bench.spec.recipe import Precision, Recipe
+from moe_bench.spec.parallel import ParallelSpec
+from moe_bench.spec.recipe import (
+    CudaGraphs,
+    KernelSpec,
+    Offload,
+    OptimizerSpec,
+    Overlap,
+    Precision,
+    Recipe,
+    Recompute,
+)
+from moe_bench.spec.scale import Plan, differences, smoke_plan
 
 ROUNDOFF_FRACTIONS: MappingProxyType[Precision, float] = MappingProxyType(
     {
@@ -40,3 +51,129 @@ def require_causal(recipe: Recipe) -> None:
             f"{recipe.name}: a {moe.router.choice} router sees later tokens of a rank's micro batch, so its "
             "loss is not that of predicting them, and no two layouts have the same; compare a top_k router"
         )
+
+
+def plain_plan(toy: Plan) -> Plan:
+    """The same model in the same precision on one process, without what is there for speed or size.
+
+    Losses of two precisions are not held against each other: weights in BF16 begin on its grid, so that their
+    first updates are rounded alike, which no run in FP32 shows (3e-3 nats in the third step of a toy).
+
+    A capacity counts the tokens of a rank, so where there is one what divides a sequence stays, and so does
+    the dispatcher: Megatron-Core drops with an all-to-all alone (transformer_config.py, line 1660).
+    """
+    recipe, asked, dispatcher = toy.recipe, toy.recipe.parallel, "allgather"
+    parallel = ParallelSpec(num_gpus=1, data_sharding="none")
+    if recipe.token_drop is not None:
+        dispatcher = recipe.dispatch.dispatcher
+        names = ("tensor", "context", "context_comm", "sequence_parallel")
+        kept = {name: getattr(asked, name) for name in names}
+        num_gpus = asked.tensor * asked.context
+        parallel = parallel.model_copy(update={**kept, "num_gpus": num_gpus})
+    # a loop over experts with biases writes into a view that autograd protects (legality)
+    kernels = KernelSpec(family="torch_native", grouped_gemm=recipe.model.linear_bias)
+    plain = recipe.model_copy(
+        update={
+            "parallel": parallel,
+            "kernels": kernels,
+            "dispatch": recipe.dispatch.model_copy(update={"dispatcher": dispatcher}),
+            "recompute": Recompute(),
+            "overlap": Overlap(),
+            "cuda_graphs": CudaGraphs(),
+            "offload": Offload(),
+            "optimizer": _with_fp32_state(recipe.optimizer),
+        }
+    )
+    return _substituted(toy, plain, why="the plain setting that others are held against")
+
+
+def fp32_plan(toy: Plan) -> Plan:
+    """`toy` in FP32, where rounding hides no mistake in the arithmetic of its other settings."""
+    return _substituted(toy, fp32_recipe(toy.recipe), why="compared in FP32, where rounding hides little")
+
+
+def fp32_recipe(recipe: Recipe) -> Recipe:
+    """`recipe` in FP32, gradients and the optimizer's state included."""
+    optimizer = _with_fp32_state(recipe.optimizer)
+    return recipe.model_copy(update={"precision": "fp32", "low_precision": None, "optimizer": optimizer})
+
+
+def _with_fp32_state(optimizer: OptimizerSpec) -> OptimizerSpec:
+    names = ("gradient_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    return optimizer.model_copy(update=dict.fromkeys(names, "fp32"))
+
+
+def toy_of(plan: Plan) -> Recipe:
+    """The toy of what `plan` runs, at whatever scale; of a slice, that of the run that it is a part of."""
+    whole = plan.recipe if plan.whole is None else plan.whole
+    if plan.scale == "smoke":
+        return whole
+    return smoke_plan(whole, host=whole.system, modified=plan.modified).recipe
+
+
+def settings_key(toy: Recipe) -> str:
+    """Equal for two toys that learn by the same computation: a comparison of one speaks for the other.
+
+    Left out is what names, places or times a run, and what `training_plan` fixes for every toy. A recipe's
+    sizes are in its toy only as far as they make a difference there: EP32 and EP64 are both EP2.
+    """
+    return toy.model_dump_json(exclude=_NO_SETTINGS)
+
+
+_NO_SETTINGS: dict[str, bool | set[str]] = {
+    "model": {"display_name", "hf_id", "hf_model_type", "default_run", "published", "sources"},
+    **dict.fromkeys(("system", "variant", "reproduces", "differences", "origin"), True),
+    **dict.fromkeys(("routing", "global_batch_size", "steps", "seed", "env", "container"), True),
+}
+
+
+def unseen_settings(plan: Plan, toy: Recipe) -> tuple[str, ...]:
+    """What `plan` runs and `toy` does not, sizes aside, as `field=value`: no comparison of `toy` is of it."""
+    whole = plan.recipe if plan.whole is None else plan.whole
+    rows = differences(whole, toy, dict.fromkeys(Recipe.model_fields, "not in the toy"))
+    return tuple(
+        f"{row.field}={row.asked}"
+        for row in rows
+        if (row.field in _KEPT or not row.field.startswith(_SIZES)) and row.asked not in _OFF
+    )
+
+
+_SIZES = (
+    *("model.", "seq_len", "global_batch_size", "micro_batch_size", "steps.", "seed"),
+    *("system", "env.", "container", "routing."),
+    *(f"parallel.{size}" for size in ("num_gpus", "tensor", "context", "expert", "expert_tensor")),
+    *("parallel.pipeline", "parallel.virtual_pipeline", "parallel.layout", "parallel.num_layers_"),
+)
+"""Fields, or how they begin, in which a toy may differ without being another computation."""
+_KEPT = ("parallel.context_comm",)
+_OFF = ("-", "False", "0", "0.0", "none")
+
+
+def changes_between(base: Recipe, variant: Recipe) -> tuple[str, ...]:
+    """What `variant` changes of `base`, as `key=value`."""
+    rows = differences(base, variant, dict.fromkeys(Recipe.model_fields, "varied"))
+    return tuple(f"{row.field}={row.used}" for row in rows)
+
+
+def require_same_model(base: Plan, variant: Plan) -> None:
+    """Raise BadInputError where two recipes have other models, whose losses say nothing of their settings.
+
+    Toys of one model may have other depths, where their pipelines have other stages.
+    """
+    model = {"model": base.recipe.model, "num_mtp_layers": base.recipe.num_mtp_layers}
+    changes = changes_between(variant.recipe.model_copy(update=model), variant.recipe)
+    if changes:
+        raise BadInputError(
+            f"{variant.asked}: at {variant.scale} scale another model than {base.asked} "
+            f"({', '.join(changes)}); compare recipes of one model and depth, or one recipe with --vary"
+        )
+
+
+def _substituted(plan: Plan, recipe: Recipe, *, why: str) -> Plan:
+    """`plan` with `recipe` in the place of its own, and every field in which it is not what was asked."""
+    rows = {row.field: row for row in plan.substitutions}
+    for row in differences(plan.recipe, recipe, dict.fromkeys(Recipe.model_fields, why)):
+        asked = rows[row.field].asked if row.field in rows else row.asked
+        rows[row.field] = row.model_copy(update={"asked": asked})
+    kept = tuple(row for row in rows.values() if row.asked != row.used)
+    return plan.model_copy(update={"recipe": recipe, "substitutions": kept})

@@ -72,7 +72,8 @@ def test_a_number_whose_settings_nobody_compared_is_unproven() -> None:
     frame = records_frame((record(),))
     assert list(frame["parity"]) == ["unproven"]
     assert "unproven: nobody has shown" in shown(frame_view(frame))
-    assert "moe-bench parity qwen3_30b_a3b/h100_sxm_8g_bf16" in shown(run_view(record(), Path("x.json")))
+    table = shown(run_view(record(), Path("x.json")))
+    assert "moe-bench parity --plain qwen3_30b_a3b/h100_sxm_8g_bf16" in table
 
 
 def test_no_records_make_an_empty_table() -> None:

@@ -1,15 +1,27 @@
-"""What is not compared on its loss, and how far a rounding goes."""
+"""What is not compared on its loss, how far a rounding goes, and what is plain beside a recipe."""
 
 from __future__ import annotations
 
 import pytest
 
 from moe_bench.errors import BadInputError
-from moe_bench.spec.catalogue import find_recipe, recipes_root
-from moe_bench.spec.derive_parity import ROUNDOFF_FRACTIONS, nudge_fraction, require_causal
+from moe_bench.spec.catalogue import find_recipe, recipe_paths, recipes_root
+from moe_bench.spec.derive_parity import (
+    ROUNDOFF_FRACTIONS,
+    changes_between,
+    fp32_plan,
+    nudge_fraction,
+    plain_plan,
+    require_causal,
+    require_same_model,
+    settings_key,
+    toy_of,
+)
+from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import RouterChoice
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan, full_plan, smoke_plan
 
 
 def recipe() -> Recipe:
@@ -40,3 +52,48 @@ def test_the_coarser_precision_says_how_far_a_rounding_goes() -> None:
     coarse = recipe().model_copy(update={"precision": "mxfp8"})
     assert nudge_fraction(fine, fine) == 2**-24
     assert nudge_fraction(fine, coarse) == nudge_fraction(coarse, fine) == ROUNDOFF_FRACTIONS["mxfp8"]
+
+
+LOADER = Loader(root=recipes_root(), rules=())
+
+
+def toy(name: str) -> Plan:
+    asked = LOADER.recipe(find_recipe(name, LOADER))
+    return smoke_plan(asked, host=LOADER.system("cpu_host"), modified=())
+
+
+@pytest.mark.parametrize("name", [f"{path.parent.name}/{path.stem}" for path in recipe_paths(LOADER.root)])
+def test_every_recipe_has_a_plain_setting_of_the_same_model_that_can_run(name: str) -> None:
+    own = toy(name)
+    for variant in (own, fp32_plan(own)):
+        plain = plain_plan(variant)
+        assert legality_problems(plain.recipe) == legality_problems(variant.recipe) == ()
+        assert plain.num_ranks == (2 if plain.recipe.token_drop and plain.recipe.parallel.tensor > 1 else 1)
+        assert plain.recipe.model == variant.recipe.model
+        assert plain.recipe.precision == variant.recipe.precision
+        # what is plain has nothing plainer
+        assert plain_plan(plain).recipe == plain.recipe
+
+
+def test_a_capacity_keeps_what_divides_a_sequence() -> None:
+    plain = plain_plan(toy("mixtral_8x22b/h100_sxm_128g_bf16_capacity")).recipe
+    assert (plain.parallel.tensor, plain.parallel.sequence_parallel, plain.parallel.num_gpus) == (2, True, 2)
+    assert plain.dispatch.dispatcher == "alltoall"
+
+
+def test_the_toy_of_a_plan_is_the_same_at_every_scale() -> None:
+    own = toy("deepseek_v3")
+    asked = LOADER.recipe(find_recipe("deepseek_v3", LOADER))
+    assert settings_key(toy_of(full_plan(asked, modified=()))) == settings_key(toy_of(own))
+
+
+def test_changes_are_named_as_they_would_be_typed() -> None:
+    own = toy("olmoe_1b_7b")
+    assert changes_between(plain_plan(own).recipe, own.recipe)[0] == "parallel.num_gpus=2"
+    assert changes_between(own.recipe, own.recipe) == ()
+
+
+def test_two_recipes_of_other_models_or_depths_are_not_compared() -> None:
+    require_same_model(toy("qwen3_30b_a3b/h100_sxm_8g_bf16"), toy("qwen3_30b_a3b/h100_sxm_8g_bf16_quack"))
+    with pytest.raises(BadInputError, match="another model than qwen3_30b_a3b/h100_sxm_8g_bf16"):
+        require_same_model(toy("qwen3_30b_a3b/h100_sxm_8g_bf16"), toy("olmoe_1b_7b"))

@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.training.program import Nudge, Start
 from moe_bench.harness.training.session import train
-from moe_bench.results.parity import Parity, ParitySide
+from moe_bench.results.parity import Learned, Parity, ParitySide
 from moe_bench.results.provenance import (
     cpu_model,
     git_state,
@@ -26,6 +27,7 @@ from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.results.verification import VerificationProvenance
 from moe_bench.spec.derive_parity import nudge_fraction, require_causal
+from moe_bench.spec.recipe import Steps
 from moe_bench.spec.training import TrainingJob
 
 
@@ -40,6 +42,23 @@ class ParityCase:
     num_repeats: int
 
 
+class Trained:
+    """What bases have learned that were trained before: recipes of one model share their plain settings."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, Nudge | None], Learned] = {}
+
+    def learned(self, job: TrainingJob, *, nudge: Nudge | None, on_run: Callable[[], None]) -> Learned:
+        """Of `job`, trained now, after `on_run`, if it was not before: without a GPU nothing changes."""
+        plan = job.plan.model_copy(update={"substitutions": (), "modified": (), "asked": "any"})
+        recipe = plan.recipe.model_copy(update={"variant": "", "steps": Steps(), "env": {}})
+        key = job.model_copy(update={"plan": plan.model_copy(update={"recipe": recipe})}).model_dump_json()
+        if (key, nudge) not in self._runs:
+            on_run()
+            self._runs[key, nudge] = _learned(job, nudge=nudge)
+        return self._runs[key, nudge]
+
+
 def compare_losses(
     case: ParityCase,
     *,
@@ -47,8 +66,11 @@ def compare_losses(
     command: tuple[str, ...],
     source_root: Path,
     on_run: Callable[[str], None],
+    trained: Trained,
 ) -> Parity:
     """Train base, variant and repeats, one after the other; `on_run` is told which before each.
+
+    A base that `trained` has seen is not trained again.
 
     The caller must have one thread and must have run no tensor operation. Raises BadInputError for a router
     that sees later tokens, MissingRequirementError for recipes on GPUs.
@@ -63,14 +85,14 @@ def compare_losses(
             )
     fraction = nudge_fraction(base.plan.recipe, variant.plan.recipe)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    on_run("base")
-    base_losses = _losses(base, Start(checkpoint=None))
+    base_learned = trained.learned(base, nudge=None, on_run=partial(on_run, "base"))
     on_run("variant")
-    variant_losses = _losses(variant, Start(checkpoint=None))
+    variant_learned = _learned(variant, nudge=None)
     repeats = []
     for seed in range(case.num_repeats):
-        on_run(f"base, nudged ({seed + 1} of {case.num_repeats})")
-        repeats.append(_losses(base, Start(checkpoint=None, nudge=Nudge(fraction=fraction, seed=seed))))
+        name = f"base, nudged ({seed + 1} of {case.num_repeats})"
+        nudge = Nudge(fraction=fraction, seed=seed)
+        repeats.append(trained.learned(base, nudge=nudge, on_run=partial(on_run, name)))
     return Parity(
         provenance=VerificationProvenance(
             started_at=started_at,
@@ -86,14 +108,14 @@ def compare_losses(
         data=Path(base.data).name,
         num_data_tokens=read_manifest(Path(base.data)).num_tokens,
         varied=case.varied,
-        base=ParitySide(plan=base.plan, losses=base_losses),
-        variant=ParitySide(plan=variant.plan, losses=variant_losses),
+        base=ParitySide(plan=base.plan, learned=base_learned),
+        variant=ParitySide(plan=variant.plan, learned=variant_learned),
         nudge_fraction=fraction,
         repeats=tuple(repeats),
     )
 
 
-def _losses(job: TrainingJob, start: Start) -> tuple[float, ...]:
+def _learned(job: TrainingJob, *, nudge: Nudge | None) -> Learned:
     """Of every step; the run's own folder is gone afterwards."""
     lines: list[LogLine] = []
 
@@ -101,5 +123,7 @@ def _losses(job: TrainingJob, start: Start) -> tuple[float, ...]:
         """Experts are `train`'s concern."""
 
     with tempfile.TemporaryDirectory(prefix="moe_bench-parity-") as folder:
+        start = Start(checkpoint=None, nudge=nudge, saves_checkpoints=False)
         train(job, Path(folder), start, rendezvous=None, on_line=lines.append, on_health=ignored)
-    return tuple(line.loss for line in lines)
+    norms = tuple(line.grad_norm for line in lines if line.grad_norm is not None)
+    return Learned(losses=tuple(line.loss for line in lines), grad_norms=norms)

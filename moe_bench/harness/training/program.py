@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +20,8 @@ from moe_bench.harness.rank import batch_plan, build, joined
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.step import loss_of, train_step
 from moe_bench.harness.trainer import speaks_for_job
-from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
+from moe_bench.harness.training.beginning import begun
+from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress
 from moe_bench.harness.training.data import Text, read_text
 from moe_bench.harness.training.health import HealthCounter
 from moe_bench.harness.training.learning_rate import learning_rate_now, scheduler
@@ -54,6 +56,8 @@ class Start:
     """Whether the optimizer's state and the count of steps are taken up too, or the weights alone."""
     nudge: Nudge | None = None
     """Of fresh weights without a GPU; None for none."""
+    saves_checkpoints: bool = True
+    """Whether the run leaves weights, or its losses alone."""
 
 
 def train_rank(
@@ -83,12 +87,16 @@ def train_rank(
             rates=job.learning_rate,
             on_fresh=None if nudge is None else nudge.apply,
         )
-        progress = Progress(num_steps=0)
-        if start.checkpoint is not None:
-            progress = load_checkpoint(built, start.checkpoint, with_optimizer=start.with_optimizer)
         tokenizer = tokenizer_of(read_manifest(Path(job.data)).tokenizer)
         text = read_text(job, tokenizer, cache=folder / CACHE)
         plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
+        progress = begun(
+            built,
+            settings,
+            start.checkpoint,
+            with_optimizer=start.with_optimizer,
+            first_batches=partial(text.train_batches, plan),
+        )
         run = _Run(
             job=job,
             built=built,
@@ -99,7 +107,7 @@ def train_rank(
             on_health=on_health,
         )
         writer = CheckpointWriter(folder / CHECKPOINTS, num_kept=job.checkpoints.num_kept)
-        run.steps(progress, writer)
+        run.steps(progress, writer if start.saves_checkpoints else None)
         return job.num_steps if speaks_for_job() else None
 
 
@@ -115,8 +123,8 @@ class _Run:
     on_line: Callable[[LogLine], None]
     on_health: Callable[[HealthLine], None]
 
-    def steps(self, progress: Progress, writer: CheckpointWriter) -> None:
-        """Train from `progress` to the end, saving on the way and at the end."""
+    def steps(self, progress: Progress, writer: CheckpointWriter | None) -> None:
+        """Train from `progress` to the end, saving on the way and at the end where there is a `writer`."""
         job, rates = self.job, scheduler(self.built.optimizer, self.job.learning_rate)
         rates.step(progress.num_steps)
         experts = HealthCounter(job, self.built, device=self.plan.device, num_steps=progress.num_steps)
@@ -148,10 +156,13 @@ class _Run:
                         validation_loss=validation_loss,
                     )
                 )
+            if writer is None:
+                continue
             writer.poll()
             if num_done % job.checkpoints.every_steps == 0 or is_last:
                 writer.save(self.built, Progress(num_steps=num_done))
-        writer.close()
+        if writer is not None:
+            writer.close()
 
     def validation_loss(self) -> float | None:
         """Mean over the validation batches; None but on the last pipeline stage."""

@@ -20,12 +20,12 @@ from moe_bench.report.html.run_charts import (
 )
 from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.html.throughput_chart import Line, throughput_chart, throughput_lines
-from moe_bench.report.parity_view import parity_mark
+from moe_bench.report.recipe_list import parity_mark
 from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
 from moe_bench.report.scaling import Curve, MissingPoint, ScalingPoint, scaling_of
 from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
-from moe_bench.results.parity import Parity, latest_parity
+from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
 from moe_bench.results.summary import RunSummary, summary_of
@@ -195,7 +195,7 @@ def overview_row(run: RunSummary, parities: Sequence[Parity]) -> dict[str, str]:
         "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TFLOPS:.3g}",
         "MFU": "-" if metrics.mfu_fraction is None else f"{metrics.mfu_fraction:.1%}",
         "last loss": "-" if metrics.last_loss is None else f"{metrics.last_loss:.4f}",
-        "parity": parity_mark(latest_parity(parities, run.plan)),
+        "parity": parity_mark(evidence_of(parities, run.plan)),
     }
 
 

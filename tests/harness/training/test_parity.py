@@ -10,7 +10,7 @@ from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.data.build import Wish, build_dataset
 from moe_bench.harness.data.tokenizer import byte_tokenizer
-from moe_bench.harness.training.parity import ParityCase, compare_losses
+from moe_bench.harness.training.parity import ParityCase, Trained, compare_losses
 from moe_bench.results.parity import Parity
 from moe_bench.spec.derive_training import Wishes, training_job
 from moe_bench.spec.training import TrainingJob
@@ -48,7 +48,12 @@ def compared(prefix: Path, varied: tuple[str, ...]) -> Parity:
         num_repeats=2,
     )
     return compare_losses(
-        case, environment={}, command=("test",), source_root=prefix.parent, on_run=lambda name: None
+        case,
+        environment={},
+        command=("test",),
+        source_root=prefix.parent,
+        on_run=lambda name: None,
+        trained=Trained(),
     )
 
 
@@ -56,20 +61,22 @@ def test_another_layout_learns_alike(prefix: Path, zygote: Zygote) -> None:
     found: Parity = zygote.call(compared, prefix, SPREAD)
     assert found.is_equal
     # repeats did start from other weights, by no more than a rounding
-    assert any(repeat != found.base.losses for repeat in found.repeats)
-    assert max(found.tolerances) < 1e-3
+    assert any(repeat != found.base.learned for repeat in found.repeats)
+    assert [curve.name for curve in found.curves] == ["loss", "gradient norm"]
+    assert all(max(curve.tolerances) < 1e-3 for curve in found.curves)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["optimizer.learning_rate=0.003", "seed=7"])
 def test_another_rate_or_seed_does_not(change: str, prefix: Path, zygote: Zygote) -> None:
     found: Parity = zygote.call(compared, prefix, (change,))
-    # the first loss is taken before any rate matters
-    assert found.first_different_step == (1 if change.startswith("seed") else 2)
+    # the first loss and norm are taken before any rate matters
+    steps = {curve.first_different_step for curve in found.curves}
+    assert steps == ({1} if change.startswith("seed") else {2})
 
 
 def test_ranks_on_gpus_are_not_forked(prefix: Path) -> None:
     full = job(prefix, ScaleOption.FULL)
     case = ParityCase(base=full, variant=full, varied=("seed=7",), num_repeats=2)
     with pytest.raises(MissingRequirementError, match="--scale smoke"):
-        compare_losses(case, environment={}, command=(), source_root=prefix, on_run=print)
+        compare_losses(case, environment={}, command=(), source_root=prefix, on_run=print, trained=Trained())
