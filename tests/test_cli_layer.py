@@ -121,3 +121,14 @@ def test_the_suite_measures_its_twelve_layers(tmp_path: Path) -> None:
     found = records(tmp_path)
     assert {one.case.name for one in found} == {shape.name for shape in SHAPES}
     assert {one.suite for one in found} == {"sonicmoe"}
+
+
+def test_a_plan_leaves_out_what_kernels_cannot_run_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["layer", "gpt_oss_120b", "--plan", "--json", "--experts", "quack"]
+    assert main([*asked, "--experts", "torch_native"]) == 0
+    printed = capsys.readouterr()
+    (planned,) = json.loads(printed.out)
+    assert planned["case"]["kernels"]["family"] == "torch_native"
+    assert "not on quack: kernels.family: quack with clamped_swiglu" in printed.err
+    assert main(asked) == 3
+    assert "nothing that was asked for can be built on h100_sxm" in capsys.readouterr().err

@@ -174,17 +174,24 @@ def layer(
 
 def _print_plan(chosen: _Chosen, loader: Loader, *, as_json: bool) -> None:
     from moe_bench.report.layer_plan_view import layer_plan_json, layer_plan_view, planned_layers
-    from moe_bench.spec.derive_layer import case_on
+    from moe_bench.spec.derive_layer import case_on, layer_obstacle
 
     system = system_for_plan(None, loader)
     experts = chosen.experts or (_PLANNED if chosen.suite is not None else ())
-    cases = [
+    asked = [
         case_on(one.case, _FAMILIES[name], system, is_grouped=name != ExpertsOption.SEQUENTIAL)
         if name
         else one.case
         for one in chosen.layers
         for name in experts or (None,)
     ]
+    obstacles = [layer_obstacle(case, system) for case in asked]
+    cases = [case for case, obstacle in zip(asked, obstacles, strict=True) if obstacle is None]
+    for case, obstacle in zip(asked, obstacles, strict=True):
+        if obstacle is not None:
+            typer.echo(f"{case.name}: not on {case.kernels.family}: {obstacle}", err=True)
+    if not cases:
+        raise MissingRequirementError(f"nothing that was asked for can be built on {system.key}")
     planned = planned_layers(cases, system)
     print_view(layer_plan_view(planned, system), layer_plan_json(planned), as_json)
 

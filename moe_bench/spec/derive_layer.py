@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.layer_case import LayerCase
+from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, PublishedSize, Rope
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe, Routing
 from moe_bench.spec.system import SystemSpec
+from moe_bench.spec.yaml_tree import dotted
 
 _KEY = "moe_layer"
 _HEAD_DIM = 64
@@ -44,6 +46,12 @@ def case_on(case: LayerCase, family: KernelFamily, system: SystemSpec, *, is_gro
     if not is_grouped:
         return case.with_kernels(KernelSpec(family=family, grouped_gemm=False))
     return case.with_kernels(with_kernels(layer_recipe(case, system), family).kernels)
+
+
+def layer_obstacle(case: LayerCase, system: SystemSpec) -> str | None:
+    """What the rules of recipes have against `case` on `system`, in one line; None where it can be built."""
+    problems = legality_problems(layer_recipe(case, system))
+    return "; ".join(f"{dotted(one.path)}: {one.problem}" for one in problems) or None
 
 
 def _model(case: LayerCase) -> ModelSpec:

@@ -27,12 +27,10 @@ from moe_bench.harness.loopback import loopback_groups
 from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
-from moe_bench.spec.derive_layer import case_on, layer_recipe
+from moe_bench.spec.derive_layer import case_on, layer_obstacle, layer_recipe
 from moe_bench.spec.layer_case import LayerCase
-from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.recipe import KernelFamily, Recipe
 from moe_bench.spec.system import SystemSpec
-from moe_bench.spec.yaml_tree import dotted
 
 RANK = 0
 SEQUENTIAL = "sequential"
@@ -70,11 +68,10 @@ class MegatronEngine:
 
     def obstacle(self, case: LayerCase) -> str | None:
         """What is missing here, in the words that a recipe would stop with."""
-        recipe = self._recipe(case)
-        if problems := legality_problems(recipe):
-            return "; ".join(f"{dotted(problem.path)}: {problem.problem}" for problem in problems)
+        if (illegal := layer_obstacle(self.case_for(case), self.system)) is not None:
+            return illegal
         try:
-            arguments = megatron_arguments(recipe)
+            arguments = megatron_arguments(self._recipe(case))
             require_runnable(arguments)
             _choice(arguments, device="cpu" if self.system.gpu is None else "cuda").provider()
         except MoeBenchError as error:
