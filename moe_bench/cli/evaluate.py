@@ -154,7 +154,7 @@ def _plan(
         raise BadInputError("--recipe: what is it a checkpoint of? name a model, a run of it or a YAML file")
     if scale is None:
         scale = ScaleOption.FULL if before is None else ScaleOption(before.scale)
-    return training_plan(plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes))
+    return training_plan(plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, rounds=True))
 
 
 def _announced(plan: Plan) -> Rendezvous | None:

@@ -123,8 +123,12 @@ def plan_of(
     changes: list[str] | None,
     strong: bool = False,
     one_rank: OneRank | None = None,
+    rounds: bool = False,
 ) -> Plan:
-    """What `name` runs at `scale`; `one_rank` is what was asked of a slice."""
+    """What `name` runs at `scale`; `one_rank` is what was asked of a slice.
+
+    `rounds`: whether the verb does what `quantization` says; the others refuse a recipe that has one.
+    """
     loader = make_loader()
     path = find_recipe(name, loader)
     return derived_plan(
@@ -135,6 +139,7 @@ def plan_of(
         changes=changes,
         strong=strong,
         one_rank=one_rank,
+        rounds=rounds,
     )
 
 
@@ -147,6 +152,7 @@ def derived_plan(
     changes: list[str] | None,
     strong: bool = False,
     one_rank: OneRank | None = None,
+    rounds: bool = False,
 ) -> Plan:
     """What the recipe in `path` runs at `scale`, with the user's changes; RecipeError if it is illegal.
 
@@ -162,10 +168,15 @@ def derived_plan(
     if num_gpus is not None and has_family:
         from moe_bench.spec.family import scaled_plan
 
-        plan = derived_plan(path, loader=loader, scale=scale, num_gpus=None, changes=changes)
+        plan = derived_plan(path, loader=loader, scale=scale, num_gpus=None, changes=changes, rounds=rounds)
         return scaled_plan(plan, num_gpus, strong=strong)
     modified = tuple(changes or ())
     recipe = loader.recipe(path, changes=modified)
+    if recipe.quantization is not None and not rounds:
+        raise BadInputError(
+            f"{recipe.name}: quantization: train, evaluate, generate and quantize alone round so, at the "
+            "speed of no format; add --set quantization=null"
+        )
     if scale is ScaleOption.SMOKE:
         toy = smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
         return require_legal(toy, path, loader)

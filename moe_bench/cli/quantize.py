@@ -11,6 +11,7 @@ import typer
 from moe_bench.cli.app import MODEL, app
 from moe_bench.cli.options import (
     JsonOption,
+    NumGpusOption,
     RecipeArgument,
     ScaleOption,
     ScaleOptionType,
@@ -18,6 +19,7 @@ from moe_bench.cli.options import (
     make_console,
     plan_of,
     print_view,
+    rank_here,
 )
 from moe_bench.errors import BadInputError
 
@@ -33,7 +35,10 @@ class Format(StrEnum):
 @app.command(rich_help_panel=MODEL)
 def quantize(
     recipe: RecipeArgument,
-    format: Annotated[Format, typer.Option("--format", help="Of weights and inputs of linear layers.")],
+    format: Annotated[
+        Format | None,
+        typer.Option("--format", help="Of weights and inputs of linear layers; that of the recipe."),
+    ] = None,
     experts_only: Annotated[
         bool, typer.Option("--experts-only", help="Routed experts alone; the rest stays as it is.")
     ] = False,
@@ -45,6 +50,7 @@ def quantize(
         Path | None, typer.Option("--data", metavar="PREFIX", help="Of `data build`; random tokens.")
     ] = None,
     scale: ScaleOptionType = ScaleOption.FULL,
+    num_gpus: NumGpusOption = None,
     changes: SetOption = None,
     calibration_batches: Annotated[
         int, typer.Option("--calibration-batches", min=1, help="Global batches that set the scales.")
@@ -60,22 +66,27 @@ def quantize(
     from moe_bench.report.quantize_view import quantize_json, quantize_view
     from moe_bench.spec.quantization import quantize_job
 
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, rounds=True)
     job = quantize_job(
-        plan_of(recipe, scale=scale, num_gpus=None, changes=changes),
-        format=format.value,
+        plan,
+        format=None if format is None else format.value,
         experts_only=experts_only,
         data=None if data is None else str(data),
         num_calibration_batches=calibration_batches,
         num_evaluation_batches=evaluation_batches,
     )
     weights = None if checkpoint is None else _checkpoint(checkpoint)
-    announce(job.plan, make_console(stderr=True))
-    found = load_quantize().quantize(job, weights)
+    place = rank_here()
+    is_speaker = place is None or place.rank == 0
+    if is_speaker:
+        announce(job.plan, make_console(stderr=True))
+    found = load_quantize().quantize(job, weights, rendezvous=place).report
     told = {
         "weights": "random weights" if weights is None else f"weights of {weights}",
         "text": "random tokens" if data is None else f"the held-out part of {data}",
     }
-    print_view(quantize_view(found, **told), quantize_json(found, **told), as_json)
+    if is_speaker:
+        print_view(quantize_view(found, **told), quantize_json(found, **told), as_json)
 
 
 def _checkpoint(path: Path) -> Path:

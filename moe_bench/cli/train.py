@@ -95,7 +95,7 @@ def train(
         alarm_dead_steps=alarm_dead,
     )
     all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes)
+    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes, rounds=True)
     job = training_job(plan, wishes, before=before)
     _train(job, out, checkpoint, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
 

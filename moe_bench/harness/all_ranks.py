@@ -10,6 +10,7 @@ from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.requirements import require_runnable
 from moe_bench.harness.settings import settings_of
+from moe_bench.harness.start import load_quantize
 from moe_bench.harness.workers import Message, Seat, run_forked
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.rendezvous import Rendezvous
@@ -44,6 +45,8 @@ def on_all_ranks[Result](
     arguments = megatron_arguments(recipe)
     require_runnable(arguments)
     settings = settings_of(arguments)
+    if settings.quantization_format is not None:
+        load_quantize()  # once, before any rank is forked
     if rendezvous is not None:
         if rendezvous.world_size != settings.world_size:
             raise BadInputError(

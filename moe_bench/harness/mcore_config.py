@@ -384,6 +384,7 @@ def _training(recipe: Recipe) -> Arguments:
         "kernel_family": recipe.kernels.family,
         "experts_are_fp8": recipe.precision == "fp8_rowwise",
         "triton_fusions": recipe.kernels.triton_fusions,
+        **_quantization(recipe),
         "qk_norm": attention.qk_norm if isinstance(attention, GroupedQueryAttention) else "latent",
         "seq_length": recipe.seq_len,
         "micro_batch_size": recipe.micro_batch_size,
@@ -397,6 +398,16 @@ def _training(recipe: Recipe) -> Arguments:
         "seed": recipe.seed,
         "patches": recipe.patches,
         "device": None if recipe.system.gpu is None else recipe.system.gpu.device_name,
+    }
+
+
+def _quantization(recipe: Recipe) -> Arguments:
+    """What nvidia-modelopt is told, which changes the model after Megatron-Core has built it."""
+    asked = recipe.quantization
+    return {
+        "quantization_format": None if asked is None else asked.format,
+        "quantizes_experts_only": asked is not None and asked.experts_only,
+        "num_calibration_batches": 0 if asked is None else asked.num_calibration_batches,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.model import RouterChoice
-from moe_bench.spec.recipe import KernelFamily, RoutingMode
+from moe_bench.spec.recipe import KernelFamily, QuantFormat, RoutingMode
 from moe_bench.spec.routing_trace import Trace
 
 TritonFusion = Literal["router", "permute", "activation", "gradient_accumulation"]
@@ -22,6 +22,10 @@ class Settings(Spec):
     """Whether the torch-native experts multiply in FP8 with a scale per row, which Megatron-Core knows
     nothing of."""
     triton_fusions: tuple[TritonFusion, ...]
+    quantization_format: QuantFormat | None
+    """None where nothing is rounded in training."""
+    quantizes_experts_only: bool
+    num_calibration_batches: NonNegativeInt
     qk_norm: Literal["none", "per_head", "whole_vector", "latent"]
     seq_length: PositiveInt
     micro_batch_size: PositiveInt

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 
 from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
-from moe_bench.spec.quantization import QuantFormat
+from moe_bench.spec.recipe import QuantFormat
 
 
 class PartSize(Spec):
     """The weights of alike modules, layer numbers and expert numbers left out of their name."""
 
     name: Text
-    """Such as `decoder.layers.*.mlp.experts.local_experts.*.linear_fc1`."""
+    """Such as `decoder.layers.*.mlp.experts.linear_fc1`."""
     num_modules: PositiveInt
+    """Every expert of a stack is one."""
     num_params: NonNegativeInt
     num_bytes: NonNegativeInt
     """Of the format's values and scales, or of the original type where it was left out."""
@@ -29,6 +30,7 @@ class Quantization(Spec):
     original_dtype: Text
     simulated_by: Text
     """What rounded the values."""
+    num_ranks: PositiveInt
     num_tokens: PositiveInt
     """Tokens of the evaluation."""
     loss: float

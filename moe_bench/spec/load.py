@@ -116,12 +116,12 @@ class Loader:
 
     def _changed(self, tree: Node, path: Path, changes: Sequence[str]) -> Node:
         parsed = [_parse_change(change) for change in changes]
-        for keys, leaf in parsed:
-            if len(keys) == 1:
-                tree = tree.with_value_at(keys, leaf)
+        names = [change for change in parsed if change[0] in (("model",), ("system",))]
+        for keys, leaf in names:
+            tree = tree.with_value_at(keys, leaf)
         tree = self._resolved(tree, path)
         for keys, leaf in parsed:
-            if len(keys) > 1:
+            if (keys, leaf) not in names:
                 tree = tree.with_value_at(keys, leaf)
         return tree
 

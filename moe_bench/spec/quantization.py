@@ -1,25 +1,22 @@
-"""What `quantize` is asked: a recipe's model in one process, a format, and what calibrates and judges it."""
+"""What `quantize` is asked: a recipe's model, a format, and what calibrates and judges it."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.base import PositiveInt, Spec
 from moe_bench.spec.derive_training import Wishes, training_job, training_plan
-from moe_bench.spec.derive_verify import LAYOUTS
-from moe_bench.spec.recipe import KernelSpec, Overlap, Recompute
+from moe_bench.spec.legality import legality_problems
+from moe_bench.spec.recipe import CudaGraphs, QuantFormat, QuantizationSpec, Recipe, Recompute
 from moe_bench.spec.scale import Plan, differences
 from moe_bench.spec.training import TrainingJob
 
-QuantFormat = Literal["fp8", "nvfp4", "mxfp4"]
-
-_ONE_PROCESS = {**LAYOUTS["1 process"], "data_sharding": "distributed_optimizer"}
+_NOT_TRAINED = "nothing is trained"
 _REASONS = {
-    "parallel": "one process",
-    "kernels": "modelopt quantises linear modules, one for each expert",
-    "overlap": "one process",
-    "recompute": "nothing is trained",
+    "quantization": "asked on the command line",
+    "kernels": "modelopt's loop over experts takes no tensor ranks beside expert ranks; nothing is trained",
+    "recompute": _NOT_TRAINED,
+    "overlap": _NOT_TRAINED,
+    "cuda_graphs": _NOT_TRAINED,
 }
 
 
@@ -27,64 +24,89 @@ class QuantizeJob(Spec):
     """Everything that decides what a quantisation computes."""
 
     plan: Plan
-    format: QuantFormat
-    experts_only: bool = False
-    """Routed experts alone; attention, shared experts and dense layers stay as they are."""
+    """Of a recipe with `quantization`."""
+    is_calibrated: bool
+    """Whether the checkpoint is one of quantisation-aware training, which holds the scales."""
     text: TrainingJob | None = None
     """Where calibration and evaluation batches come from; None for random tokens."""
-    num_calibration_batches: PositiveInt
-    """Global batches."""
     num_evaluation_batches: PositiveInt
+    """Global batches."""
+
+    @property
+    def asked(self) -> QuantizationSpec:
+        """The format and what of the model has it."""
+        asked = self.plan.recipe.quantization
+        if asked is None:
+            raise ValueError(f"{self.plan.recipe.name}: no quantization in the plan of a quantisation")
+        return asked
 
 
 def quantize_job(
     plan: Plan,
     *,
-    format: QuantFormat,
+    format: QuantFormat | None,
     experts_only: bool,
     data: str | None,
     num_calibration_batches: int,
     num_evaluation_batches: int,
 ) -> QuantizeJob:
-    """The quantisation of `plan`'s toy in one process; every substitution is listed in its plan.
+    """The quantisation of `plan`'s model in its layout; every substitution is listed in its plan.
 
-    Raises BadInputError for another scale, and for experts with biases, which are no linear modules.
+    `format` None takes that of the recipe, whose checkpoint then holds the scales. Raises BadInputError where
+    the two contradict each other, for a slice, and where a rule on `quantization` forbids the recipe.
     """
-    if plan.scale != "smoke":
-        raise BadInputError(
-            f"{plan.recipe.name}: quantize runs toys in one process so far; add --scale smoke"
-        )
-    if plan.recipe.model.moe is not None and plan.recipe.model.linear_bias:
-        raise BadInputError(
-            f"{plan.recipe.model.key}: its experts have biases, and Megatron-Core has no experts of linear "
-            "modules with biases for modelopt to quantise; name another model"
-        )
-    alone = _in_one_process(training_plan(plan))
+    if plan.is_slice:
+        raise BadInputError(f"{plan.recipe.name}: one rank has no logits; leave --scale {plan.scale} out")
+    learned = plan.recipe.quantization
+    asked = _asked(plan.recipe, format, experts_only, num_calibration_batches)
+    quantised = _quantised(training_plan(plan), asked)
     wishes = Wishes(
-        data=data, num_steps=num_calibration_batches, num_validation_batches=num_evaluation_batches
+        data=data, num_steps=asked.num_calibration_batches, num_validation_batches=num_evaluation_batches
     )
     return QuantizeJob(
-        plan=alone,
-        format=format,
-        experts_only=experts_only,
-        text=None if data is None else training_job(alone, wishes, before=None),
-        num_calibration_batches=num_calibration_batches,
+        plan=quantised,
+        is_calibrated=learned is not None,
+        text=None if data is None else training_job(quantised, wishes, before=None),
         num_evaluation_batches=num_evaluation_batches,
     )
 
 
-def _in_one_process(plan: Plan) -> Plan:
+def _asked(
+    recipe: Recipe, format: QuantFormat | None, experts_only: bool, num_calibration_batches: int
+) -> QuantizationSpec:
+    learned = recipe.quantization
+    if learned is None:
+        if format is None:
+            raise BadInputError("--format: which one? name fp8, nvfp4 or mxfp4")
+        return QuantizationSpec(
+            format=format, experts_only=experts_only, num_calibration_batches=num_calibration_batches
+        )
+    if format not in (None, learned.format) or (experts_only and not learned.experts_only):
+        raise BadInputError(
+            f"{recipe.name} has learned with {learned.format}"
+            f"{' of its experts only' if learned.experts_only else ''}; leave --format and --experts-only out"
+        )
+    return learned
+
+
+def _quantised(plan: Plan, asked: QuantizationSpec) -> Plan:
     before = plan.recipe
+    fusions = before.kernels.fusions.model_copy(update={"gradient_accumulation": False})
     recipe = before.model_copy(
         update={
-            "parallel": before.parallel.model_copy(update=_ONE_PROCESS),
-            "kernels": KernelSpec(family="torch_native", grouped_gemm=False),
-            "overlap": Overlap(),
+            "quantization": asked,
+            "kernels": before.kernels.model_copy(update={"grouped_gemm": True, "fusions": fusions}),
             "recompute": Recompute(),
+            "overlap": before.overlap.model_copy(update={"delayed_wgrad": False, "expert_parallel": False}),
+            "cuda_graphs": CudaGraphs(),
         }
     )
+    for problem in legality_problems(recipe):
+        if (problem.rule or "").startswith("quantized_"):
+            key = ".".join(map(str, problem.path))
+            raise BadInputError(f"{before.name}: {key}: {problem.problem}; {problem.fix}")
     rows = {row.field: row for row in plan.substitutions}
     for row in differences(before, recipe, _REASONS):
-        asked = rows[row.field].asked if row.field in rows else row.asked
-        rows[row.field] = row.model_copy(update={"asked": asked})
+        asked_before = rows[row.field].asked if row.field in rows else row.asked
+        rows[row.field] = row.model_copy(update={"asked": asked_before})
     return plan.model_copy(update={"recipe": recipe, "substitutions": tuple(rows.values())})

@@ -90,4 +90,11 @@ BEYOND = {
     "quack_rows": OURS,
     "quack_recompute": OURS,
     "quack_overlap": OURS,
+    "quantized_precision": OURS,
+    "quantized_kernels": OURS,
+    "quantized_experts": OURS,
+    "quantized_sharding": OURS,
+    "quantized_weight_gradients": OURS,
+    "quantized_recompute": OURS,
+    "quantized_graphs": OURS,
 }

@@ -17,7 +17,7 @@ from moe_bench.launch.local import env_prefix
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import ChunkedAttention, ExpertStep, GatedDeltaNet
-from moe_bench.spec.recipe import LowPrecision, Recipe, TokenDrop
+from moe_bench.spec.recipe import LowPrecision, QuantizationSpec, Recipe, TokenDrop
 
 LOADER = Loader(root=recipes_root())
 
@@ -29,7 +29,11 @@ def recipe_named(name: str) -> Recipe:
 MLA = recipe_named("deepseek_v3/h100_sxm_256g_bf16").model_copy(update={"num_mtp_layers": 1})
 GQA = recipe_named("gpt_oss_20b/h100_sxm_8g_bf16")
 FP8 = recipe_named("deepseek_v3/h100_sxm_1024g_fp8_blockwise").model_copy(
-    update={"low_precision": LowPrecision(), "token_drop": TokenDrop(capacity_factor=1.0)}
+    update={
+        "low_precision": LowPrecision(),
+        "quantization": QuantizationSpec(format="nvfp4"),
+        "token_drop": TokenDrop(capacity_factor=1.0),
+    }
 )
 
 NOT_BUILT = {
@@ -92,6 +96,7 @@ OTHER_VALUES: dict[str, Any] = {
     "env": {"NCCL_DEBUG": "INFO"},
     "patches": ("mtp_token_count",),
     "low_precision": LowPrecision(param_gather=True),
+    "quantization": QuantizationSpec(format="fp8"),
     "token_drop": TokenDrop(capacity_factor=2.0),
     "model.moe.steps": (ExpertStep(from_layer=1, num_experts=8, expert_ffn_hidden_size=64),),
 }

@@ -123,6 +123,14 @@ def test_a_change_derives_another_recipe(loader: Loader, recipe_path: Path) -> N
     assert (recipe.parallel.expert, recipe.model.num_layers) == (2, 4)
 
 
+def test_of_two_changes_the_later_one_counts(loader: Loader, recipe_path: Path) -> None:
+    block, leaf = "token_drop=null", "token_drop.capacity_factor=1.5"
+    assert loader.recipe(recipe_path, changes=(leaf, block)).token_drop is None
+    kept = loader.recipe(recipe_path, changes=(block, leaf)).token_drop
+    assert kept is not None
+    assert kept.capacity_factor == 1.5
+
+
 def test_a_wrong_change_is_named_as_typed(loader: Loader, recipe_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"^--set parallel.expart=2:1: parallel.expart: unknown key; did you mean"

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import BadInputError
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.quantization import QuantizeJob, quantize_job
+from moe_bench.spec.recipe import QuantizationSpec
+
+LEARNED = (
+    "quantization.format=nvfp4",
+    "kernels.fusions.gradient_accumulation=false",
+    "cuda_graphs={}",
+)
 
 
-def job_of(recipe: str, scale: ScaleOption = ScaleOption.SMOKE) -> QuantizeJob:
-    return quantize_job(
-        plan_of(recipe, scale=scale, num_gpus=None, changes=[]),
-        format="fp8",
-        experts_only=False,
-        data=None,
-        num_calibration_batches=1,
-        num_evaluation_batches=1,
-    )
+def job_of(recipe: str, *changes: str, scale: ScaleOption = ScaleOption.SMOKE, **asked: Any) -> QuantizeJob:
+    asked = {"format": "fp8", "experts_only": False} | asked
+    plan = plan_of(recipe, scale=scale, num_gpus=None, changes=list(changes), rounds=True)
+    return quantize_job(plan, data=None, num_calibration_batches=1, num_evaluation_batches=1, **asked)
 
 
-@pytest.mark.parametrize("recipe", ["deepseek_v3", "qwen3_30b_a3b", "mixtral_8x7b", "olmoe_1b_7b"])
-def test_the_toy_is_legal_runs_in_one_process_and_lists_what_changed(recipe: str) -> None:
-    plan = job_of(recipe).plan
-    assert list(legality_problems(plan.recipe)) == []
-    assert plan.recipe.parallel.num_gpus == 1
+@pytest.mark.parametrize(
+    "recipe", ["deepseek_v3", "qwen3_30b_a3b", "mixtral_8x7b", "olmoe_1b_7b", "gpt_oss_20b"]
+)
+@pytest.mark.parametrize("scale", [ScaleOption.SMOKE, ScaleOption.FULL])
+def test_every_layout_is_kept_and_what_only_training_has_is_left(recipe: str, scale: ScaleOption) -> None:
+    asked = plan_of(recipe, scale=scale, num_gpus=None, changes=None)
+    plan = job_of(recipe, scale=scale).plan
+    assert [problem.rule for problem in legality_problems(plan.recipe)] == []
+    assert plan.recipe.parallel == asked.recipe.parallel
     rows = {row.field: row.used for row in plan.substitutions}
-    assert rows["kernels.grouped_gemm"] == "False"
+    assert rows["quantization.format"] == "fp8"
 
 
-def test_another_scale_is_refused() -> None:
-    with pytest.raises(BadInputError, match="add --scale smoke"):
-        job_of("qwen3_30b_a3b", ScaleOption.FULL)
+def test_a_recipe_that_learned_with_quantisers_keeps_them() -> None:
+    job = job_of("qwen3_30b_a3b", *LEARNED, format=None)
+    assert job.is_calibrated
+    assert job.asked == QuantizationSpec(format="nvfp4")
+    with pytest.raises(BadInputError, match="has learned with nvfp4"):
+        job_of("qwen3_30b_a3b", *LEARNED, format="fp8")
 
 
-def test_experts_with_biases_are_refused() -> None:
-    with pytest.raises(BadInputError, match="biases"):
-        job_of("gpt_oss_20b")
+def test_a_format_has_to_be_named_where_the_recipe_has_none() -> None:
+    with pytest.raises(BadInputError, match="--format: which one"):
+        job_of("qwen3_30b_a3b", format=None)
+
+
+def test_a_slice_has_no_logits() -> None:
+    with pytest.raises(BadInputError, match="one rank has no logits"):
+        job_of("qwen3_30b_a3b", scale=ScaleOption.TINY_SLICE)
+
+
+def test_kernels_that_modelopt_does_not_know_are_refused_with_the_rule_s_words() -> None:
+    with pytest.raises(BadInputError, match=r"kernels.family: quack with quantization.*; use torch_native"):
+        job_of("olmoe_1b_7b/h100_sxm_8g_bf16_quack", scale=ScaleOption.FULL)
+
+
+def test_verbs_that_know_no_quantisers_refuse_a_recipe_that_has_some() -> None:
+    with pytest.raises(BadInputError, match="add --set quantization=null"):
+        plan_of("qwen3_30b_a3b", scale=ScaleOption.SMOKE, num_gpus=None, changes=list(LEARNED))
+    undone = [*LEARNED, "quantization=null"]
+    assert plan_of("qwen3_30b_a3b", scale=ScaleOption.SMOKE, num_gpus=None, changes=undone)

@@ -191,6 +191,10 @@ class DownProjection(ExpertStack):
             products=self.products,
             accumulate=self.accumulate,
         )
+        return self.with_biases(y, probabilities, members)
+
+    def with_biases(self, y: Tensor, probabilities: Tensor, members: Tensor | None) -> Tensor:
+        """y [tokens, hidden] with each token's bias times its probability; as it is without biases."""
         biases = self.biases
         if biases is None or members is None:
             return y
@@ -317,18 +321,22 @@ class GroupedExperts(MegatronModule):
             raise MissingRequirementError(
                 "checkpoint layout singleton_local_shards: torch-native experts do not write it; leave it off"
             )
-        shards = ExpertShards(
+        shards = self.shards(sharded_offsets)
+        return {
+            **sharded_parameters(self.linear_fc1, "linear_fc1", prefix, shards),
+            **sharded_parameters(self.linear_fc2, "linear_fc2", prefix, shards),
+        }
+
+    def shards(self, leading: tuple[tuple[int, int, int], ...]) -> ExpertShards:
+        """Where this rank's experts stand; `leading` as in `sharded_state_dict`."""
+        return ExpertShards(
             ep_rank=self.groups.ep.rank(),
             ep_size=self.groups.ep.size(),
             tp_rank=self.groups.expt_tp.rank(),
             tp_size=self.groups.expt_tp.size(),
             dp_rank=self.groups.expt_dp.rank(),
-            leading=tuple(sharded_offsets),
+            leading=tuple(leading),
         )
-        return {
-            **sharded_parameters(self.linear_fc1, "linear_fc1", prefix, shards),
-            **sharded_parameters(self.linear_fc2, "linear_fc2", prefix, shards),
-        }
 
 
 def _refuse_what_is_not_here(config: TransformerConfig) -> None:

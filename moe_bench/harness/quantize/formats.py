@@ -14,14 +14,15 @@ from modelopt.torch.quantization.nn import is_registered_quant_backend, register
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 from torch import Tensor
 
-from moe_bench.spec.quantization import QuantFormat
+from moe_bench.harness.batches import Device
+from moe_bench.spec.recipe import QuantFormat
 
-EXPERTS = "mlp.experts.local_experts."
-"""In the name of a routed expert of SequentialMLP; shared experts are `mlp.shared_experts`."""
+EXPERTS = "mlp.experts."
+"""In the name of routed experts; shared experts are `mlp.shared_experts`."""
 KEPT: Mapping[str, str] = MappingProxyType(
     {"output_layer": "the output layer stays", "mtp.": "prediction modules stay"}
 )
-"""Beginnings of the names of modules that are never quantised, and why."""
+"""Beginnings of the names of a chunk's modules that are never quantised, and why."""
 _NVFP4_TENSOR_RANGE = 6.0 * 448.0
 """Largest E2M1 value times largest E4M3 scale: what the scale of a whole tensor maps its maximum to."""
 
@@ -36,10 +37,10 @@ class Storage:
     tensor_scale_bytes: int
     """Of the one scale of the whole tensor."""
 
-    def num_bytes(self, num_params: int) -> int:
-        """Of values and scales; `num_params` is a multiple of the block."""
+    def num_bytes(self, num_params: int, *, num_tensors: int) -> int:
+        """Of values and scales of so many tensors; in each of them values are a multiple of the block."""
         num_blocks = 0 if self.block_size is None else num_params // self.block_size
-        return num_params * self.bits_per_value // 8 + num_blocks + self.tensor_scale_bytes
+        return num_params * self.bits_per_value // 8 + num_blocks + num_tensors * self.tensor_scale_bytes
 
 
 STORAGE: Mapping[QuantFormat, Storage] = MappingProxyType(
@@ -53,12 +54,12 @@ STORAGE: Mapping[QuantFormat, Storage] = MappingProxyType(
 
 
 def modelopt_config(
-    format: QuantFormat, *, experts_only: bool, left_out: Iterable[str] = ()
+    format: QuantFormat, *, device: Device, experts_only: bool, left_out: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """modelopt's own default of `format`, weights and inputs, for a model whose tensors are on the host.
+    """modelopt's own default of `format`, weights and inputs, for the chunks of a model in one list.
 
-    `left_out` are names of modules, beside those of `KEPT`. FP8 is rounded by modelopt's own function there;
-    its kernels for NVFP4 and MXFP4 need CUDA, and its tensor classes take their place.
+    `left_out` are names of modules, beside those of `KEPT`. On the host FP8 is rounded by modelopt's own
+    function; its kernels for NVFP4 and MXFP4 need CUDA, and its tensor classes take their place.
     """
     presets = {
         "fp8": mtq.FP8_DEFAULT_CFG,
@@ -71,9 +72,9 @@ def modelopt_config(
         if name in ("*weight_quantizer", "*input_quantizer"):
             if experts_only:
                 rule["quantizer_name"] = f"*{EXPERTS}{name}"
-            if format in _ON_HOST:
+            if device == "cpu" and format in _ON_HOST:
                 rule["cfg"]["backend"] = _registered(format)
-    kept = (*(f"{beginning}*" for beginning in KEPT), *(f"{name}.*" for name in left_out))
+    kept = (*(f"*.{beginning}*" for beginning in KEPT), *(f"{name}.*" for name in left_out))
     config["quant_cfg"] += [{"quantizer_name": pattern, "enable": False} for pattern in kept]
     return config
 
@@ -99,19 +100,26 @@ def round_mxfp4(values: Tensor) -> Tensor:
     return rounded.view_as(values)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """A rounding whose gradient is that of no rounding, as modelopt's kernels have it (pass_through_bwd)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounded(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 _ON_HOST: Mapping[QuantFormat, Callable[[Tensor, Any], Tensor]] = MappingProxyType(
     {
-        "nvfp4": lambda values, quantizer: _empty_or(
-            values, lambda: round_nvfp4(values, getattr(quantizer, "amax", None))
+        "nvfp4": lambda values, quantizer: _StraightThrough.apply(
+            values, lambda given: round_nvfp4(given, quantizer.amax)
         ),
-        "mxfp4": lambda values, quantizer: _empty_or(values, lambda: round_mxfp4(values)),
+        "mxfp4": lambda values, quantizer: _StraightThrough.apply(values, round_mxfp4),
     }
 )
-
-
-def _empty_or(values: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
-    """An expert may have no token, and no block has a maximum then."""
-    return values if values.numel() == 0 else rounded()
 
 
 def _registered(format: QuantFormat) -> str:
@@ -123,8 +131,8 @@ def _registered(format: QuantFormat) -> str:
 
 
 def block_misfit(weight: torch.Tensor, format: QuantFormat) -> str | None:
-    """Why a weight [out, in] cannot be cut into the format's blocks; None if it can."""
+    """Why a weight [..., out, in] cannot be cut into the format's blocks; None if it can."""
     block = STORAGE[format].block_size
     if block is None or weight.shape[-1] % block == 0:
         return None
-    return f"{weight.shape[-1]} inputs, no multiple of {block}"
+    return f"{weight.shape[-1]} inputs on a rank, no multiple of {block}"

@@ -18,6 +18,7 @@ from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.rank import batch_plan, joined
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.training.checkpoint import load_checkpoint
+from moe_bench.harness.training.quantizers import put_quantizers
 from moe_bench.spec.recipe import Recipe
 
 OTHER_LAYOUT = "name another layout with --set parallel.num_gpus=N"
@@ -47,6 +48,7 @@ def loaded(recipe: Recipe, checkpoint: Path, place: Place) -> Iterator[Loaded]:
         set_seeds(settings.seed)
         chunks = model_chunks(arguments, settings, config, device=device)
         model = without_optimizer(config, chunks, device=device)
+        put_quantizers(model, settings, device=device, calibration=None)
         progress = load_checkpoint(model, checkpoint, with_optimizer=False)
         vocab_size = cast(int, arguments.model["vocab_size"])
         yield Loaded(

@@ -13,6 +13,7 @@ from moe_bench.spec.legality import (
     overlap,
     precision,
     quack,
+    quantization,
     routers,
     saving,
     sharding,
@@ -24,7 +25,7 @@ from moe_bench.spec.recipe import Recipe
 
 GROUPS = (
     structure, grid, attention, layers, experts, routers, dispatch, batches, precision, overlap, saving,
-    graphs, sharding, quack,
+    graphs, sharding, quack, quantization,
 )  # fmt: skip
 """The modules of rules, in the order in which they are asked; the docstring of each says what it is about."""
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed: pip install 'moe_bench[modelopt]'")
 
 from moe_bench.harness.quantize.formats import STORAGE, round_mxfp4, round_nvfp4
-from moe_bench.spec.quantization import QuantFormat
+from moe_bench.spec.recipe import QuantFormat
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 """OCP Microscaling Formats 1.0, 5.3.3."""
@@ -53,4 +53,4 @@ def test_what_is_beyond_the_calibrated_maximum_is_cut_off() -> None:
 @pytest.mark.parametrize(("format", "num_bytes"), [("fp8", 68), ("nvfp4", 40), ("mxfp4", 34)])
 def test_a_weight_of_2_by_32_weighs_its_values_and_scales(format: QuantFormat, num_bytes: int) -> None:
     # 64 values of 8 or 4 bits; one FP32 scale; four E4M3 scales and one FP32 scale; two E8M0 scales
-    assert STORAGE[format].num_bytes(64) == num_bytes
+    assert STORAGE[format].num_bytes(64, num_tensors=1) == num_bytes
