@@ -32,7 +32,6 @@ from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_bench.harness.calibrate.sweep import Sweep
     from moe_bench.projection.calibration.plan import CalibrationPlan
     from moe_bench.results.calibration import CalibrationProvenance
     from moe_bench.results.calibration_journal import Journal
@@ -163,13 +162,14 @@ def _measure(
     as_json: bool,
 ) -> None:
     """Run the plan, or the rest of it, write the file and print it."""
-    from moe_bench.harness.start import load_calibrate
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.projection.evidence.calibrated_constants import constants_for
     from moe_bench.report.calibration_view import calibration_json, calibration_progress, calibration_view
     from moe_bench.results.calibration import read_calibration
 
-    harness = load_calibrate()
-    sweep: Sweep = harness.sweep_here(
+    with quiet_imports():
+        from moe_bench.harness.calibrate import sweep as harness
+    sweep = harness.sweep_here(
         lambda num_layers: _launching_toy(loader, system, num_layers=num_layers), is_tiny=plan.is_tiny
     )
     journal = _journal(root, harness.provenance_here, resume=resume, is_tiny=plan.is_tiny)

@@ -43,16 +43,17 @@ def build(
 ) -> None:
     """Make a dataset of text, as Megatron-Core reads it; the same command goes on where one was killed."""
     from moe_bench.errors import BadInputError
-    from moe_bench.harness.start import load_data, load_tokenizer
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.report.data_view import bytes_progress, manifest_view
 
     is_jsonl = [path.suffix in _JSON_LINES for path in inputs]
     if any(is_jsonl) and not all(is_jsonl):
         raise BadInputError("JSON lines beside text: build two datasets, or make all files one of the two")
     documents: Documents = "jsonl" if is_jsonl[0] else split.value
-    tokenizers = load_tokenizer()
+    with quiet_imports():
+        from moe_bench.harness.data import build as harness
+        from moe_bench.harness.data import tokenizer as tokenizers
     chosen = tokenizers.byte_tokenizer() if tokenizer is None else tokenizers.huggingface_tokenizer(tokenizer)
-    harness = load_data()
     wish = harness.Wish(
         inputs=tuple(inputs), prefix=out, documents=documents, jsonl_key=key if is_jsonl[0] else None
     )

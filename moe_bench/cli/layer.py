@@ -286,14 +286,17 @@ def _measured(chosen: _Chosen, system: SystemSpec, root: Path) -> Iterator[tuple
     """Every layer on every engine that was asked for, each written before the next begins."""
     from functools import partial
 
-    from moe_bench.harness.start import load_calibrate, load_layer, load_layer_peers
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.launch.environment import current_environment
     from moe_bench.results.layer_record import write_layer_record
 
-    harness = load_layer()
+    with quiet_imports():
+        from moe_bench.harness.calibrate.sweep import provenance_here
+        from moe_bench.harness.layer import bench as harness
+        from moe_bench.harness.layer.peers.registry import chosen_engines
     if chosen.peers:
-        load_layer_peers().chosen_engines(system, chosen.peers)  # an unknown name stops here, not at the end
-    provenance = load_calibrate().provenance_here(
+        chosen_engines(system, chosen.peers)  # an unknown name stops here, not at the end
+    provenance = provenance_here(
         command=tuple(sys.argv), environment=current_environment(), source_root=data_root()
     )
     tell = partial(typer.echo, err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,24 +49,29 @@ def verify(
     plans = [plan_of(recipe, scale=ScaleOption.FULL, num_gpus=None, changes=changes) for recipe in recipes]
     for plan in plans:
         family_of(plan.recipe.model)  # a model without a map is refused before anything is loaded
-    from moe_bench.harness.start import load_verify
+    from moe_bench.harness.start import quiet_imports, require_package
     from moe_bench.launch.environment import current_environment
     from moe_bench.report.verify_view import difference, verifications_json, verifications_view
     from moe_bench.results.verification import write_verification
 
-    harness, host, root = load_verify(), make_loader().system("cpu_host"), out or results_root()
+    require_package("transformers", extra="huggingface")
+    with quiet_imports():
+        from moe_bench.harness.convert.verify import verify as proof_of
+    host, root = make_loader().system("cpu_host"), out or results_root()
     console = make_console(stderr=True)
+
+    def say(key: str, layout: str) -> None:
+        console.print(f"{key}: {layout}", highlight=False)
+
     found = {}
     for plan in plans:
-        proof = harness.verify(
+        proof = proof_of(
             plan.recipe,
             host=host,
             environment=current_environment(),
             command=("moe-bench", *sys.argv[1:]),
             source_root=data_root(),
-            on_layout=lambda layout, key=plan.recipe.model.key: console.print(
-                f"{key}: {layout}", highlight=False
-            ),
+            on_layout=partial(say, plan.recipe.model.key),
         )
         found[write_verification(root, proof)] = proof
     print_view(verifications_view(found), verifications_json(found), as_json)
@@ -128,9 +134,12 @@ def _to_megatron(
     require_same_config(model, config, read_config(source), path=source / CONFIG)
     tensors = logical_tensors(source)
     require_match(tensors, rules, folder=source)
-    from moe_bench.harness.start import load_convert
+    from moe_bench.harness.start import quiet_imports, require_package
 
-    load_convert().convert_to_megatron(rules, tensors, target, on_tensor=on_tensor)
+    require_package("safetensors", extra="huggingface")
+    with quiet_imports():
+        from moe_bench.harness.convert.convert import convert_to_megatron
+    convert_to_megatron(rules, tensors, target, on_tensor=on_tensor)
 
 
 def _to_huggingface(
@@ -142,9 +151,12 @@ def _to_huggingface(
     on_tensor: Callable[[Rule], None],
 ) -> None:
     from moe_bench.checkpoints.family import family_of
-    from moe_bench.harness.start import load_convert
+    from moe_bench.harness.start import quiet_imports, require_package
 
-    load_convert().to_huggingface(
+    require_package("safetensors", extra="huggingface")
+    with quiet_imports():
+        from moe_bench.harness.convert.convert import to_huggingface
+    to_huggingface(
         rules,
         source,
         target,

@@ -149,7 +149,7 @@ def _measure(
     root: Path,
     profile: Profile | None,
 ) -> Record | None:
-    from moe_bench.harness.start import load_measure
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.launch.environment import current_environment
     from moe_bench.launch.local_runs import noted
     from moe_bench.report.progress import announce, step_progress
@@ -161,7 +161,8 @@ def _measure(
     environment, command = current_environment(), tuple(sys.argv)
     note = noted(root, plan, repeat=repeat, command=command, env=environment) if is_speaker else nullcontext()
     with note:
-        measure = load_measure()
+        with quiet_imports():
+            from moe_bench.harness.measure import measure
         with step_progress(plan, console, is_alone=place is None) as on_step:
             return measure(
                 plan,

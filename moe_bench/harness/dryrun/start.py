@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
-import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.start import quiet_imports
 
 if TYPE_CHECKING:
     from moe_bench.harness.dryrun.outcome import DryRun
@@ -28,22 +26,14 @@ def load_dry_run() -> Callable[..., DryRun]:
             raise MissingRequirementError(
                 f"dryrun: {package} is not installed; `pip install torch megatron-core`"
             )
-    noisy = logging.getLogger("torch.utils.cpp_extension")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch
+    with quiet_imports():
+        import torch
 
-            from moe_bench.harness.substitution import Substitution, substituted
+        from moe_bench.harness.substitution import Substitution, substituted
 
-            with substituted(Substitution(torch, "compile", _as_written)):
-                module = importlib.import_module("moe_bench.harness.dryrun.stages")
-    finally:
-        noisy.setLevel(level)
-    dry_run: Callable[..., DryRun] = module.dry_run
-    return dry_run
+        with substituted(Substitution(torch, "compile", _as_written)):
+            from moe_bench.harness.dryrun import stages
+    return stages.dry_run
 
 
 def _is_installed(package: str) -> bool:
