@@ -45,6 +45,8 @@ class Scale(StrEnum):
     FP4_GEMM = "fp4_gemm"
     ATTENTION = "attention"
     MEMORY = "memory"
+    QUANTIZATION = "quantization"
+    """None: the share of the memory's bandwidth is the one measured beside the products of low precision."""
     STREAM = "stream"
     """Large plain streaming kernels: optimizer, copies."""
 
@@ -59,6 +61,7 @@ _HBM_FRACTION: Mapping[Scale, float] = MappingProxyType(
         Scale.FP4_GEMM: GEMM_HBM_FRACTION,
         Scale.ATTENTION: 1.0,
         Scale.MEMORY: MEMORY_HBM_FRACTION,
+        Scale.QUANTIZATION: 1.0,
         Scale.STREAM: STREAM_HBM_FRACTION,
     }
 )
@@ -251,13 +254,13 @@ class Efficiency:
         )
 
     def _memory_law(self, operation: MemoryBound) -> Cost:
-        """Bytes over the datasheet's bandwidth; quantization relative to its own share of it."""
-        cost = self._bytes(operation.num_bytes, Scale.MEMORY)
+        """Bytes over the datasheet's bandwidth; quantization over its own share of it."""
         if operation.part is not Part.QUANTIZATION:
-            return cost
+            return self._bytes(operation.num_bytes, Scale.MEMORY)
+        cost = self._bytes(operation.num_bytes, Scale.QUANTIZATION)
         return replace(
             cost,
-            memory_s=cost.memory_s * MEMORY_HBM_FRACTION / self._rates.quantization_hbm_fraction,
+            memory_s=cost.memory_s / self._rates.quantization_hbm_fraction,
             grade=self._rates.grade,
             source=self._rates.gemm_source,
         )

@@ -78,6 +78,7 @@ def _parts(table: LayerTable, constants: Constants) -> Floats:
     )
     sustained = np.where(kinds[Scale.FP4_GEMM], sustained * constants.fp4_gain_factor, sustained)
     share = np.where(kinds[Scale.MEMORY], constants.memory_fraction, GEMM_HBM_FRACTION)
+    share = np.where(kinds[Scale.QUANTIZATION], 1.0, share)
     start = np.where(table.is_graphed, _GRAPHED_START, 1.0)[table.owner]
     seconds = np.hypot(table.compute_s / sustained, table.memory_s / share) + start * table.overhead_s
     index = (table.owner * _NUM_PASSES + table.in_pass) * _NUM_PARTS + table.part

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moe_bench.analysis.memory import GIB
 from moe_bench.analysis.memory_verdict import MemoryVerdict
@@ -36,6 +37,8 @@ class Correction(Spec):
     rows: tuple[Text, ...]
     ran: Mapping[str, PositiveInt] | None = None
     """Columns that differ; None where the row says nothing of training memory."""
+    shown_by: Literal["memory", "code"] = "memory"
+    """Whether the recorded columns do not fit the GPU, or only the code of the release contradicts them."""
     cause: Text
     source: Text
 

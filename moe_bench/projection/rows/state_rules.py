@@ -90,6 +90,21 @@ PRECISION_RULES: tuple[Rule, ...] = (
 
 STATE_RULES: tuple[Rule, ...] = (
     Rule(
+        name="last layers of Nemotron-3-Super in BF16",
+        field="low_precision",
+        when="Bridge, Nemotron-3-Super in NVFP4",
+        then="num_last_layers_bf16 14",
+        evidence="Megatron-Bridge v0.4.0 scripts/performance/configs/nemotronh/nemotron_3_llm_pretrain.py, "
+        "set_nemotron_3_super_common_configs",
+        applies=lambda case: (
+            case.has("precision", "nvfp4")
+            and case.stack.suite is Suite.BRIDGE
+            and case.is_model("nemotron_3_super")
+        ),
+        value=constant(LowPrecision(num_last_layers_bf16=14)),
+        is_of_release=True,
+    ),
+    Rule(
         name="Muon keeps BF16 weights",
         field="low_precision",
         when="Muon in FP8",

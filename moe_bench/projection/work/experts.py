@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.dispatch import dispatched_rows
 from moe_bench.projection.work.attention import add_norm_and_residual
 from moe_bench.projection.work.operations import Number, Part
 from moe_bench.projection.work.tally import Modules, Tally
 from moe_bench.spec.model import MixtureOfExperts
+from moe_bench.spec.recipe import Precision
 
 _MOE: Modules = frozenset({"moe"})
 _SHARED: Modules = _MOE | {"shared_experts"}
@@ -39,8 +43,13 @@ _SHARED_LAUNCHES = 25
 _LAUNCHES_PER_EXPERT = 6
 """One GEMM per expert, projection and pass: two projections forward, dgrad and wgrad. On Hopper Transformer
 Engine's GroupedLinear starts them one by one (te_general_grouped_gemm on several streams)."""
-_QUANTIZED_LAUNCHES_PER_EXPERT = 12
-"""The same and their quantization, expert by expert."""
+_QUANTIZATION_LAUNCHES_PER_EXPERT: Mapping[Precision, int] = MappingProxyType(
+    {"fp8_tensorwise": 16, "fp8_blockwise": 4, "mxfp8": 4}
+)
+"""Of four tensors: the inputs of both projections and the gradients of their outputs. Current scaling clears
+and finds the largest value, makes the scale of it, and casts; blocks are cast by one kernel. Delayed scaling
+and NVFP4 cast all experts at once: nothing per expert (Transformer Engine 2.9 and 2.13, pytorch/csrc:
+quantizer.cpp, Float8CurrentScalingQuantizer::quantize_impl; extensions/cast.cpp, split_quantize)."""
 _BIAS_LAUNCHES_PER_EXPERT = 8
 """Product and sum of the bias forward, and their gradients, expert by expert (experts.py, _apply_bias)."""
 
@@ -78,7 +87,9 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
     width = moe.expert_ffn_hidden_size / parallel.expert_tensor
     hidden = model.expert_hidden_size
     _add_mlp(tally, Part.EXPERTS, rows, hidden, width, repeated_by=(_MOE, _ACTIVATION), num_groups=num_local)
-    per_expert = _LAUNCHES_PER_EXPERT if tally.number is Number.BF16 else _QUANTIZED_LAUNCHES_PER_EXPERT
+    per_expert = _LAUNCHES_PER_EXPERT
+    if tally.number is not Number.BF16:
+        per_expert += _QUANTIZATION_LAUNCHES_PER_EXPERT.get(recipe.precision, 0)
     if model.linear_bias and not recipe.kernels.op_fuser:
         _add_expert_biases(tally, rows, width)
         per_expert += _BIAS_LAUNCHES_PER_EXPERT

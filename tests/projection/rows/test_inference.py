@@ -141,6 +141,8 @@ def test_rules_give_what_recipes_say_of_the_same_row(field: str) -> None:
         run = infer(row, WITHOUT_RECIPES)
         if recipe is None or isinstance(run, NotProjectable):
             continue
+        if field.rpartition(".")[2] in {difference.field for difference in recipe.differences}:
+            continue
         ours, theirs = _value(run.recipe, field), _value(recipe, field)
         if ours != theirs:
             differing.append((row.id, ours, theirs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from moe_bench.projection.work.lowering import lower
 from moe_bench.projection.work.operations import MemoryBound, Part, Pass
 from moe_bench.spec.catalogue import find_recipe, recipes_root
@@ -36,3 +38,23 @@ def test_what_is_permuted_is_read_and_written_both_ways() -> None:
 def test_rows_that_arrive_from_others_are_added_up_in_their_order() -> None:
     sent = BF16_BYTES * HIDDEN * 2 * TOKENS * (TOP_K + 1)
     assert permuted_bytes("parallel.expert=8") == sent + BF16_BYTES * HIDDEN * 2 * TOKENS * TOP_K
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_tensor"),
+    [("fp8_tensorwise", 4), ("fp8_blockwise", 1), ("fp8_delayed", 0), ("bf16", 0)],
+)
+def test_each_expert_starts_the_kernels_that_quantize_its_four_tensors(
+    precision: str, per_tensor: int
+) -> None:
+    loader = Loader(root=recipes_root(), rules=())
+    path = find_recipe("qwen3_30b_a3b/h100_sxm_16g_fp8_tensorwise", loader)
+
+    def launches(form: str, expert_ranks: int) -> float:
+        changes = (f"precision={form}", f"parallel.expert={expert_ranks}")
+        (layer,) = lower(loader.recipe(path, changes=changes)).kinds.values()
+        return layer.num_launches
+
+    for expert_ranks in (8, 16):
+        added = launches(precision, expert_ranks) - launches("bf16", expert_ranks)
+        assert added == 4 * per_tensor * 128 / expert_ranks
