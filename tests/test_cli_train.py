@@ -68,11 +68,27 @@ def test_a_run_is_asked_how_good_it_is_on_what_it_held_out(finished: Path) -> No
 @pytest.mark.slow
 def test_a_run_goes_on_with_more_steps(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
-    said = run("train", *RECIPE, "--out", folder, "--resume", "--steps", "3", "--keep", "1", "--json")
+    # the scale is that of before; with twice the GPUs the recipe has another name, and is the same one
+    more = ("--steps", "3", "--keep", "1", "--set", "parallel.num_gpus=32", "--json")
+    said = run("train", RECIPE[0], "--out", folder, "--resume", *more)
     assert said.returncode == 0, said.stderr
     told = json.loads(said.stdout)
     assert [step["step"] for step in told["steps"]] == [1, 2, 3]
     assert told["checkpoint_steps"] == [3]
+    assert told["job"]["plan"]["scale"] == "smoke"
+    found = run("evaluate", folder, "--json")
+    assert json.loads(found.stdout)["num_steps"] == 3, found.stderr
+
+
+def test_a_run_that_has_ended_is_shown_and_stays_as_it_was(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in finished.glob("*.json*")}
+    assert main(["train", RECIPE[0], "--out", str(finished), "--resume", "--json"]) == 0
+    assert [step["step"] for step in json.loads(capsys.readouterr().out)["steps"]] == [1, 2]
+    assert main(["train", RECIPE[0], "--out", str(finished), "--resume", "--steps", "1"]) == 2
+    assert "--steps 1: " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,10 @@ def _plan(
     """The recipe of the run with what it was changed by, or the one that was named."""
     from moe_bench.spec.derive_training import training_plan
 
-    before = None if job is None else job.plan
+    before = None if job is None else job.asked
     if recipe is None and before is not None:
-        recipe, changes = before.asked, [*before.modified, *(changes or ())]
+        recipe, changes = before.recipe, [*before.changes, *(changes or ())]
+        num_gpus = num_gpus or before.num_gpus
     if recipe is None:
         raise BadInputError("--recipe: what is it a checkpoint of? name a model, a run of it or a YAML file")
     if scale is None:

@@ -12,9 +12,9 @@ from moe_bench.cli.options import (
     NumGpusOption,
     RecipeArgument,
     ScaleOption,
-    ScaleOptionType,
     SetOption,
     make_console,
+    make_loader,
     plan_of,
     print_view,
     rank_here,
@@ -30,6 +30,7 @@ from moe_bench.cli.train_options import (
     MinLrFractionOption,
     OutOption,
     ResumeOption,
+    RunScaleOption,
     SaveEveryOption,
     StartFromOption,
     StepsOption,
@@ -40,9 +41,12 @@ from moe_bench.cli.train_options import (
     WarmupStepsOption,
 )
 from moe_bench.errors import BadInputError
+from moe_bench.spec.catalogue import find_recipe, recipe_name
 
 if TYPE_CHECKING:
-    from moe_bench.spec.training import TrainingJob
+    from moe_bench.spec.rendezvous import Rendezvous
+    from moe_bench.spec.scale import Plan
+    from moe_bench.spec.training import Asked, TrainingJob
 
 
 @app.command(rich_help_panel=MODEL)
@@ -50,7 +54,7 @@ def train(
     recipe: RecipeArgument,
     out: OutOption,
     data: DataOption = None,
-    scale: ScaleOptionType = ScaleOption.FULL,
+    scale: RunScaleOption = None,
     num_gpus: NumGpusOption = None,
     changes: SetOption = None,
     steps: StepsOption = None,
@@ -73,6 +77,7 @@ def train(
 ) -> None:
     """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
     from moe_bench.report.export.tensorboard import require_tensorboard
+    from moe_bench.results.training_run import has_ended
     from moe_bench.spec.derive_training import Wishes, training_job
 
     if tensorboard is not None:
@@ -94,10 +99,53 @@ def train(
         alarm_share_fraction=alarm_share,
         alarm_dead_steps=alarm_dead,
     )
-    all_changes = [*(before.plan.modified if before is not None else ()), *(changes or ())]
-    plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=all_changes, rounds=True)
-    job = training_job(plan, wishes, before=before)
-    _train(job, out, checkpoint, goes_on=before is not None, tensorboard=tensorboard, as_json=as_json)
+    asked = _asked(recipe, scale=scale, num_gpus=num_gpus, changes=changes, before=before)
+    job = training_job(_plan(asked), wishes, before=before, asked=asked)
+    place = rank_here()
+    if before is None or not has_ended(out, job):
+        _train(job, out, checkpoint, place, goes_on=before is not None, tensorboard=tensorboard)
+    if place is None or place.rank == 0:
+        _show(job, out, as_json)
+
+
+def _plan(asked: Asked) -> Plan:
+    return plan_of(
+        asked.recipe,
+        scale=ScaleOption(asked.scale),
+        num_gpus=asked.num_gpus,
+        changes=list(asked.changes),
+        rounds=True,
+    )
+
+
+def _show(job: TrainingJob, folder: Path, as_json: bool) -> None:
+    from moe_bench.report.training_view import training_json, training_view
+    from moe_bench.results.training_log import read_log
+
+    lines = tuple(read_log(folder))
+    print_view(training_view(lines, folder), training_json(job, lines, folder), as_json)
+
+
+def _asked(
+    recipe: str,
+    *,
+    scale: ScaleOption | None,
+    num_gpus: int | None,
+    changes: list[str] | None,
+    before: TrainingJob | None,
+) -> Asked:
+    """What is asked for now, and of the rest what was asked for before."""
+    from moe_bench.spec.training import Asked
+
+    loader = make_loader()
+    name = recipe_name(find_recipe(recipe, loader), loader)
+    earlier = Asked(recipe=name, scale="full") if before is None else before.asked
+    return Asked(
+        recipe=name,
+        scale=earlier.scale if scale is None else scale.value,
+        num_gpus=num_gpus or earlier.num_gpus,
+        changes=(*earlier.changes, *(changes or ())),
+    )
 
 
 def _begun(
@@ -113,28 +161,26 @@ def _begun(
     if data is None:
         raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
     require_no_run(out)
-    return None, start_from
+    return None, None if start_from is None else find_checkpoint(start_from)[0]
 
 
 def _train(
     job: TrainingJob,
     folder: Path,
     checkpoint: Path | None,
+    place: Rendezvous | None,
     *,
     goes_on: bool,
     tensorboard: Path | None,
-    as_json: bool,
 ) -> None:
     from moe_bench.harness.start import load_data, load_training
     from moe_bench.report.progress import announce
     from moe_bench.report.training_follow import Follower
-    from moe_bench.report.training_view import training_json, training_progress, training_view
-    from moe_bench.results.training_log import read_log
+    from moe_bench.report.training_view import training_progress
     from moe_bench.spec.derive_training import require_same_tokenizer
 
-    console, place = make_console(stderr=True), rank_here()
-    is_speaker = place is None or place.rank == 0
-    if is_speaker:
+    console = make_console(stderr=True)
+    if place is None or place.rank == 0:
         announce(job.plan, console)
     harness = load_training()
     tokenizer = load_data().read_manifest(Path(job.data)).tokenizer
@@ -159,6 +205,3 @@ def _train(
                 on_line=follower.hear_line,
                 on_health=follower.hear_health,
             )
-    if is_speaker:
-        lines = tuple(read_log(folder))
-        print_view(training_view(lines, folder), training_json(job, lines, folder), as_json)

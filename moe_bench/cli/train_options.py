@@ -7,6 +7,12 @@ from typing import Annotated
 
 import typer
 
+from moe_bench.cli.options import ScaleOption
+
+RunScaleOption = Annotated[
+    ScaleOption | None,
+    typer.Option("--scale", help="full: as asked; smoke: toy on CPU. Of a run that goes on, as before."),
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder of the run: log, checkpoints, job.json.")]
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="PREFIX", help="A dataset of `data build`.")

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from moe_bench.report.columns import Columns
 from moe_bench.results.training_log import LogLine
@@ -33,9 +34,11 @@ def training_view(lines: Sequence[LogLine], folder: Path) -> RenderableType:
         if line.validation_loss is not None
     ]
     kept = ", ".join(f"step-{step:07d}" for step in saved_steps(folder / CHECKPOINTS))
-    rows.append((f"checkpoints in {folder / CHECKPOINTS}: {kept or 'none'}", "", "", "", ""))
-    return Columns(
-        headings=("step", "loss", "validation loss", "perplexity", "learning rate"), rows=tuple(rows)
+    return Group(
+        Columns(
+            headings=("step", "loss", "validation loss", "perplexity", "learning rate"), rows=tuple(rows)
+        ),
+        Text(f"checkpoints in {folder / CHECKPOINTS}: {kept or 'none'}"),
     )
 
 

@@ -84,6 +84,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return checkpoint_path(folder / CHECKPOINTS, steps[-1]) if steps else None
 
 
+def has_ended(folder: Path, job: TrainingJob) -> bool:
+    """Whether the run in `folder` has taken the steps of `job`; BadInputError where it has taken more."""
+    num_taken = max(saved_steps(folder / CHECKPOINTS), default=0)
+    if num_taken > job.num_steps:
+        raise BadInputError(f"--steps {job.num_steps}: {folder} has taken {num_taken}; name as many or more")
+    return num_taken == job.num_steps
+
+
 def go_on(folder: Path, job: TrainingJob, *, num_steps: int) -> None:
     """Make the run in `folder` one of `job` from the checkpoint of step `num_steps` on.
 

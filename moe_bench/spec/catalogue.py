@@ -67,6 +67,14 @@ def find_recipe(name: str, loader: Loader) -> Path:
     raise UnknownNameError("recipe", name, sorted(known))
 
 
+def recipe_name(path: Path, loader: Loader) -> str:
+    """What `find_recipe` finds the file by: `<model>/<run>`, or its whole path where it lies elsewhere."""
+    whole = path.resolve()
+    if whole.parent.parent == loader.root.resolve():
+        return f"{whole.parent.name}/{whole.stem}"
+    return str(whole)
+
+
 def model_of_row(name: str, loader: Loader, *, num_layers: int | None = None) -> ModelSpec:
     """The model that a published row names, with recipes or without, cut to the layers that the row ran.
 

@@ -11,7 +11,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.spec.dataset import TokenizerSpec
 from moe_bench.spec.recipe import Routing
 from moe_bench.spec.scale import Plan, Substitution
-from moe_bench.spec.training import Checkpoints, Health, LearningRate, TrainingJob, Validation
+from moe_bench.spec.training import Asked, Checkpoints, Health, LearningRate, TrainingJob, Validation
 
 DEFAULT_STEPS = 1000
 TOY_BATCH_SIZE = 8
@@ -78,14 +78,22 @@ class Wishes:
     alarm_dead_steps: int | None = None
 
 
-def training_job(plan: Plan, wishes: Wishes, *, before: TrainingJob | None) -> TrainingJob:
+def training_job(
+    plan: Plan, wishes: Wishes, *, before: TrainingJob | None, asked: Asked | None = None
+) -> TrainingJob:
     """The run of `plan` that `wishes` ask for, going on from `before` where there is such.
+
+    `asked` is what the plan was made of; None is the recipe of its name with its changes.
 
     Raises BadInputError for values that contradict one another, and where a run that goes on would be one of
     another recipe.
     """
-    if before is not None and before.plan.asked != plan.asked:
-        raise BadInputError(f"{plan.asked}: the run in the folder is one of {before.plan.asked}; name that")
+    if asked is None:
+        asked = Asked(recipe=plan.asked, scale=plan.scale, changes=plan.modified)
+    if before is not None and before.asked.recipe != asked.recipe:
+        raise BadInputError(
+            f"{asked.recipe}: the run in the folder is one of {before.asked.recipe}; name that"
+        )
     earlier = Wishes() if before is None else _wishes_of(before)
     num_steps = wishes.num_steps or earlier.num_steps or DEFAULT_STEPS
     sources = (wishes, earlier, _defaults(num_steps))
@@ -97,6 +105,7 @@ def training_job(plan: Plan, wishes: Wishes, *, before: TrainingJob | None) -> T
     }
     try:
         return TrainingJob(
+            asked=asked,
             plan=training_plan(plan),
             data=said["data"],
             tokenizer=None if before is None else before.tokenizer,

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_bench.spec.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
 from moe_bench.spec.dataset import TokenizerSpec
-from moe_bench.spec.scale import Plan
+from moe_bench.spec.scale import Plan, Scale
 
 
 class LearningRate(Spec):
@@ -57,10 +57,24 @@ class Health(Spec):
     """Steps on end without a token."""
 
 
+class Asked(Spec):
+    """What a user named, so that the same model can be made again."""
+
+    recipe: Text
+    """`<model>/<run>`, or the path of a YAML file."""
+    scale: Scale
+    num_gpus: PositiveInt | None = None
+    """`--num-gpus`."""
+    changes: tuple[Text, ...] = ()
+    """`key=value`, in the order in which they were said."""
+
+
 class TrainingJob(Spec):
     """Everything that decides what a training run computes."""
 
+    asked: Asked
     plan: Plan
+    """What became of it."""
     data: Text
     """Prefix of the dataset."""
     tokenizer: TokenizerSpec | None = None

@@ -12,6 +12,7 @@ from moe_bench.spec.catalogue import (
     is_recipe_file,
     model_of_row,
     recipe_model_keys,
+    recipe_name,
     recipe_paths,
     recipes_root,
     reference_model_keys,
@@ -32,6 +33,13 @@ def test_a_reference_model_is_named_after_its_file_and_has_no_default_run(key: s
     model = LOADER.model(key)
     assert (model.key, model.default_run) == (key, None)
     assert model.sources
+
+
+def test_a_recipe_is_found_by_its_name_again_wherever_its_file_lies(tmp_path: Path) -> None:
+    inside = find_recipe("olmoe_1b_7b", LOADER)
+    assert find_recipe(recipe_name(inside, LOADER), LOADER) == inside
+    outside = tmp_path / "own.yaml"
+    assert find_recipe(recipe_name(outside, LOADER), LOADER) == outside
 
 
 def test_reference_models_are_not_counted_as_recipes() -> None:

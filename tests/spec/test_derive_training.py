@@ -17,6 +17,7 @@ from moe_bench.spec.derive_training import (
     training_job,
 )
 from moe_bench.spec.scale import Plan
+from moe_bench.spec.training import Asked
 
 
 def plan(*changes: str, name: str = "qwen3_30b_a3b") -> Plan:
@@ -93,6 +94,15 @@ def test_tokens_that_the_model_does_not_know_are_refused() -> None:
     tokenizer = TokenizerSpec(kind="bytes", vocab_size=513, end_of_document=256)
     with pytest.raises(BadInputError, match=r"has 513 tokens and qwen3_30b_a3b knows 512"):
         require_vocabulary(plan(), tokenizer, "set")
+
+
+def test_a_run_of_a_recipe_whose_changes_name_it_anew_goes_on() -> None:
+    asked = Asked(recipe="qwen3_30b_a3b/h100_sxm_16g_bf16", scale="smoke")
+    before = training_job(plan(), Wishes(data="set"), before=None, asked=asked)
+    larger = plan("parallel.num_gpus=32")
+    assert larger.asked != before.plan.asked
+    again = asked.model_copy(update={"changes": larger.modified})
+    assert training_job(larger, Wishes(), before=before, asked=again).asked == again
 
 
 def test_another_tokenizer_than_the_run_has_learned_is_refused_wherever_its_files_lie() -> None:
