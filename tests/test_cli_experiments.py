@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,7 +138,7 @@ def test_every_repeat_has_a_record_and_the_last_line_says_what_lies_between_runs
     def measure(plan: object, *, repeat: int, **_: object) -> Record:
         return record(step_times_s=((0.1,) * 10,) * 2, repeat=repeat)
 
-    monkeypatch.setattr("moe_bench.harness.start.load_measure", lambda: measure)
+    monkeypatch.setitem(sys.modules, "moe_bench.harness.measure", SimpleNamespace(measure=measure))
     asked = ["run", "qwen3_30b_a3b/h100_sxm_8g_bf16", "--scale", "smoke", "--repeats", "3"]
     assert main([*asked, "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_the_verb_prints_records_and_ends_with_the_verdict(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("moe_bench.harness.start.load_verify", lambda: Stub(verification(found)))
+    monkeypatch.setitem(sys.modules, "moe_bench.harness.convert.verify", Stub(verification(found)))
     assert main(["verify", "mixtral_8x7b", "--out", str(tmp_path)]) == code
     printed = capsys.readouterr()
     assert ("NOT EQUAL" in printed.out) == bool(code)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,9 +147,8 @@ def test_a_run_is_exported_when_it_is_over_and_all_that_are_chosen_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr(
-        "moe_bench.harness.start.load_measure", lambda: lambda plan, *, repeat, **_: record(repeat=repeat)
-    )
+    stub = SimpleNamespace(measure=lambda plan, *, repeat, **_: record(repeat=repeat))
+    monkeypatch.setitem(sys.modules, "moe_bench.harness.measure", stub)
     run = ["run", "qwen3_30b_a3b/h100_sxm_8g_bf16", "--scale", "smoke", "--repeats", "2", "--json"]
     assert main([*run, "--out", str(tmp_path / "results"), "--tensorboard", str(tmp_path / "tb")]) == 0
     assert len(list((tmp_path / "tb").rglob("events.out.tfevents.*"))) == 2
