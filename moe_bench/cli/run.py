@@ -255,8 +255,7 @@ def submit(
         raise BadInputError(f"submit --scale {scale.value}: a slice is one process; use run on one machine")
     trackers = Trackers(tensorboard=tensorboard, mlflow=mlflow, wandb=wandb)
     trackers.require()
-    sizes = () if num_gpus is None else whole_numbers(num_gpus, option="--num-gpus", example="64,128,256")
-    variants = interleaved(vary or (), num_repeats=repeats, sizes=sizes)
+    variants = interleaved(vary or (), num_repeats=repeats, sizes=_sizes(num_gpus))
     # every one is checked before the first is queued
     planned = planned_jobs(
         recipe, variants, scale=scale, strong=strong, changes=changes, first_repeat=repeat, folder=families
@@ -285,3 +284,7 @@ def submit(
         found = [outcome.as_json() for outcome in outcomes]
         typer.echo(json.dumps(found if len(found) > 1 else found[0]))
     raise typer.Exit(max(outcome.wait() if wait else outcome.exit_code for outcome in outcomes))
+
+
+def _sizes(listed: str | None) -> tuple[int, ...]:
+    return () if listed is None else whole_numbers(listed, option="--num-gpus", example="64,128,256")
