@@ -23,8 +23,8 @@ from moe_bench.cli.options import (
     print_view,
     results_root,
 )
-from moe_bench.errors import MeasurementError
-from moe_bench.spec.catalogue import data_root
+from moe_bench.errors import BadInputError, MeasurementError
+from moe_bench.spec.catalogue import data_root, recipe_model_keys
 
 if TYPE_CHECKING:
     from moe_bench.checkpoints.rule import Rule
@@ -36,9 +36,12 @@ GB = 1_000_000_000
 @app.command(rich_help_panel=MODEL)
 def verify(
     recipes: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="<model>, <model>/<run> or a YAML file; a bare model means its default run."),
-    ],
+    ] = None,
+    is_all: Annotated[
+        bool, typer.Option("--all", help="Every shipped model that is one of Hugging Face's.")
+    ] = False,
     changes: SetOption = None,
     out: ResultsRootOption = None,
     as_json: JsonOption = False,
@@ -46,7 +49,10 @@ def verify(
     """Prove that a recipe's model is Hugging Face's: logits and gradients of one step on the same weights."""
     from moe_bench.checkpoints.family import family_of
 
-    plans = [plan_of(recipe, scale=ScaleOption.FULL, num_gpus=None, changes=changes) for recipe in recipes]
+    if bool(recipes) == is_all:
+        raise BadInputError("verify: which models? name some, or --all for every one that Hugging Face has")
+    names = recipes or _models_of_huggingface()
+    plans = [plan_of(recipe, scale=ScaleOption.FULL, num_gpus=None, changes=changes) for recipe in names]
     for plan in plans:
         family_of(plan.recipe.model)  # a model without a map is refused before anything is loaded
     from moe_bench.harness.start import quiet_imports, require_package
@@ -78,6 +84,12 @@ def verify(
     refuted = [difference(proof) for proof in found.values() if not proof.is_proven]
     if refuted:
         raise MeasurementError("\n".join(refuted))
+
+
+def _models_of_huggingface() -> list[str]:
+    loader = make_loader()
+    keys = recipe_model_keys(loader.root)
+    return [key for key in keys if loader.model(key).hf_model_type is not None]
 
 
 class Side(StrEnum):

@@ -165,6 +165,14 @@ def test_a_model_without_a_map_is_refused_in_one_line(
     assert "hf_model_type" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [[], ["--all", "mixtral_8x7b"]])
+def test_models_are_named_or_all_of_them_meant(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", *arguments]) == 2
+    assert "name some, or --all" in capsys.readouterr().err
+
+
 SHIPPED = sorted(
     path.parent.name
     for path in recipes_root().glob("*/model.yaml")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_bench.checkpoints.config import Config
 from moe_bench.checkpoints.rule import Rule
+from moe_bench.harness.convert.intact import require_intact
 from moe_bench.harness.convert.to_huggingface import MegatronReader, convert_to_huggingface
 from moe_bench.harness.convert.to_megatron import convert_to_megatron
 
@@ -29,6 +30,7 @@ def to_huggingface(
     """
     reader = MegatronReader(source)
     reader.require_match(rules)
+    require_intact(source)
     convert_to_huggingface(
         rules, reader, target, config=config, max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
     )

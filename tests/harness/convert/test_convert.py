@@ -243,11 +243,18 @@ def test_a_distributed_checkpoint_that_is_damaged_is_told_by_a_tensor(tmp_path: 
     to_megatron(tmp_path / "theirs", tmp_path / "ours", "mixtral_8x7b")
     file = max((tmp_path / "ours").glob("*.distcp"), key=lambda path: path.stat().st_size)
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BadInputError, match=r"layers\.\d.*: cannot be read"):
-        back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
+    damaged = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    for content in (damaged, whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(BadInputError, match=r"not what was saved \(SHA-256\); decoder\.layers\.\d"):
+            back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
     file.unlink()
     with pytest.raises(BadInputError, match="cannot be read"):
+        back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
+    # where nobody wrote hashes, reading itself finds what is cut off
+    (tmp_path / "ours" / "integrity.json").unlink()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadInputError, match=r"layers\.\d.*: cannot be read"):
         back(tmp_path / "ours", tmp_path / "again", "mixtral_8x7b")
     metadata = tmp_path / "ours" / ".metadata"
     metadata.write_bytes(metadata.read_bytes()[:-100])
