@@ -69,13 +69,15 @@ def evaluate(
         held_out_fraction = held_out_fraction or job.validation_fraction
     plan = _plan(job, recipe, scale=scale, num_gpus=num_gpus, changes=changes)
     here = _announced(plan)
-    from moe_bench.harness.start import load_data, load_evaluate
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.report.evaluation_view import evaluation_json, evaluation_view
     from moe_bench.spec.derive_training import require_same_tokenizer
 
-    harness = load_evaluate()
+    with quiet_imports():
+        from moe_bench.harness.data.build import read_manifest
+        from moe_bench.harness.training import evaluate as harness
     if job is not None:
-        require_same_tokenizer(job, load_data().read_manifest(Path(data)).tokenizer, data)
+        require_same_tokenizer(job, read_manifest(Path(data)).tokenizer, data)
     question = harness.Question(
         plan=plan, checkpoint=checkpoint, data=data, held_out_fraction=held_out_fraction
     )
@@ -116,10 +118,11 @@ def generate(
     plan = _plan(job, recipe, scale=scale, num_gpus=num_gpus, changes=changes)
     chosen = _tokenizer(tokenizer, job)
     here = _announced(plan)
-    from moe_bench.harness.start import load_generate
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.report.evaluation_view import generation_json, generation_view
 
-    harness = load_generate()
+    with quiet_imports():
+        from moe_bench.harness.training import generate as harness
     asked = harness.Prompt(
         plan=plan, checkpoint=checkpoint, text=prompt, max_new_tokens=max_new_tokens, sampling=sampling
     )
@@ -170,17 +173,18 @@ def _announced(plan: Plan) -> Rendezvous | None:
 
 def _tokenizer(name: str | None, job: TrainingJob | None) -> Tokenizer:
     """The one that was named, or the one that the run's dataset was made with."""
-    from moe_bench.harness.start import load_data, load_tokenizer
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.spec.derive_training import require_same_tokenizer
 
-    tokenizers = load_tokenizer()
-    found: Tokenizer
+    with quiet_imports():
+        from moe_bench.harness.data import tokenizer as tokenizers
+        from moe_bench.harness.data.build import read_manifest
     if name == BYTES:
         found = tokenizers.byte_tokenizer()
     elif name is not None:
         found = tokenizers.huggingface_tokenizer(Path(name))
     elif job is not None:
-        found = tokenizers.tokenizer_of(job.tokenizer or load_data().read_manifest(Path(job.data)).tokenizer)
+        found = tokenizers.tokenizer_of(job.tokenizer or read_manifest(Path(job.data)).tokenizer)
     else:
         raise BadInputError(f"--tokenizer: which one? it lies in no run; name {BYTES} or a folder")
     if job is not None:

@@ -29,10 +29,9 @@ from moe_bench.errors import BadInputError, MeasurementError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from rich.console import Console
 
+    from moe_bench.harness.training.parity import Trained
     from moe_bench.results.parity import Evidence, Parity
     from moe_bench.spec.scale import Plan
     from moe_bench.spec.training import TrainingJob
@@ -121,14 +120,12 @@ class _Session:
     root: Path
 
     @cached_property
-    def harness(self) -> ModuleType:
-        from moe_bench.harness.start import load_parity
+    def trained(self) -> Trained:
+        from moe_bench.harness.start import quiet_imports
 
-        return load_parity()
-
-    @cached_property
-    def trained(self) -> object:
-        return self.harness.Trained()
+        with quiet_imports():
+            from moe_bench.harness.training.parity import Trained
+        return Trained()
 
     @cached_property
     def console(self) -> Console:
@@ -153,6 +150,7 @@ class _Session:
 
     def compare(self, base: Plan, variant: Plan) -> tuple[Path, Parity]:
         """The comparison of both, and the file that it was written to."""
+        from moe_bench.harness.start import quiet_imports
         from moe_bench.launch.environment import current_environment
         from moe_bench.results.parity import write_parity
         from moe_bench.spec.derive_parity import changes_between, require_causal
@@ -160,14 +158,15 @@ class _Session:
         jobs = self.job(base), self.job(variant)
         for job in jobs:
             require_causal(job.plan.recipe)  # refused before anything is loaded
-        harness = self.harness
-        case = harness.ParityCase(
+        with quiet_imports():
+            from moe_bench.harness.training.parity import ParityCase, compare_losses
+        case = ParityCase(
             base=jobs[0],
             variant=jobs[1],
             varied=changes_between(*(job.plan.recipe for job in jobs)),
             num_repeats=self.num_repeats,
         )
-        found = harness.compare_losses(
+        found = compare_losses(
             case,
             environment=current_environment(),
             command=("moe-bench", *sys.argv[1:]),
@@ -226,7 +225,7 @@ def _plain(
 
     found: dict[str, Evidence] = {}
     skipped: dict[str, str] = {}
-    seen: set[str] = set()
+    seen: list[object] = []
     for recipe in recipes:
         plan = session.plan(recipe)
         try:
@@ -247,29 +246,29 @@ def _plain(
         )
 
 
-def _evidence(session: _Session, recipe: str, plan: Plan, *, seen: set[str] | None) -> Evidence:
+def _evidence(session: _Session, recipe: str, plan: Plan, *, seen: list[object] | None) -> Evidence:
     """What there is for `plan`, or what comparing it now gives.
 
     With `seen` only what was compared since counts: the settings in it, to which this one's are added.
     """
     from moe_bench.results.parity import evidence_of, read_parities
     from moe_bench.spec.check import require_legal
-    from moe_bench.spec.derive_parity import fp32_plan, plain_plan, settings_key
+    from moe_bench.spec.derive_parity import fp32_plan, plain_plan, settings_of_toy
 
-    key = settings_key(plan.recipe)
-    models = [plan.recipe.model.key]
-    variants = {settings_key(one.recipe): one for one in (fp32_plan(plan), plan)}
-    if seen is None or key in seen:
+    own, models = settings_of_toy(plan.recipe), [plan.recipe.model.key]
+    exact = fp32_plan(plan)
+    variants = (plan,) if settings_of_toy(exact.recipe) == own else (exact, plan)
+    if seen is None or own in seen:
         evidence = evidence_of(read_parities(session.root, models=models), plan)
         if evidence is not None and len(evidence.comparisons) == len(variants):
             return evidence
     loader = make_loader()
     path = find_recipe(recipe, loader)
-    for variant in variants.values():
+    for variant in variants:
         base = require_legal(plain_plan(variant), path, loader)
         session.compare(base, require_legal(variant, path, loader))
     if seen is not None:
-        seen.add(key)
+        seen.append(own)
     evidence = evidence_of(read_parities(session.root, models=models), plan)
     if evidence is None:
         raise RuntimeError(f"{plan.asked}: what was written is not found again")

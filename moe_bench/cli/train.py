@@ -173,7 +173,7 @@ def _train(
     goes_on: bool,
     tensorboard: Path | None,
 ) -> None:
-    from moe_bench.harness.start import load_data, load_training
+    from moe_bench.harness.start import quiet_imports
     from moe_bench.report.progress import announce
     from moe_bench.report.training_follow import Follower
     from moe_bench.report.training_view import training_progress
@@ -182,11 +182,13 @@ def _train(
     console = make_console(stderr=True)
     if place is None or place.rank == 0:
         announce(job.plan, console)
-    harness = load_training()
-    tokenizer = load_data().read_manifest(Path(job.data)).tokenizer
+    with quiet_imports():
+        from moe_bench.harness.data.build import read_manifest
+        from moe_bench.harness.training import session
+    tokenizer = read_manifest(Path(job.data)).tokenizer
     require_same_tokenizer(job, tokenizer, job.data)
     job = job.model_copy(update={"tokenizer": tokenizer})
-    start = harness.Start(checkpoint=checkpoint, with_optimizer=goes_on)
+    start = session.Start(checkpoint=checkpoint, with_optimizer=goes_on)
     with training_progress(job, console, is_alone=place is None) as on_line:
         follower = Follower(
             job=job,
@@ -197,7 +199,7 @@ def _train(
             on_line=on_line,
         )
         with closing(follower):
-            harness.train(
+            session.train(
                 job,
                 folder,
                 start,

@@ -30,40 +30,10 @@ def quiet_imports() -> Iterator[None]:
         noisy.setLevel(level)
 
 
-def load_data() -> ModuleType:
-    """`moe_bench.harness.data.build`, imported quietly."""
-    return _loaded("moe_bench.harness.data.build")
-
-
-def load_tokenizer() -> ModuleType:
-    """`moe_bench.harness.data.tokenizer`, imported quietly."""
-    return _loaded("moe_bench.harness.data.tokenizer")
-
-
 def require_package(name: str, *, extra: str) -> None:
     """Raise MissingRequirementError where a package of an optional extra is not installed."""
     if importlib.util.find_spec(name) is None:
         raise MissingRequirementError(f"{name} is not installed: pip install 'moe_bench[{extra}]'")
-
-
-def load_training() -> ModuleType:
-    """`moe_bench.harness.training.session`, imported quietly."""
-    return _loaded("moe_bench.harness.training.session")
-
-
-def load_evaluate() -> ModuleType:
-    """`moe_bench.harness.training.evaluate`, imported quietly."""
-    return _loaded("moe_bench.harness.training.evaluate")
-
-
-def load_generate() -> ModuleType:
-    """`moe_bench.harness.training.generate`, imported quietly."""
-    return _loaded("moe_bench.harness.training.generate")
-
-
-def load_parity() -> ModuleType:
-    """`moe_bench.harness.training.parity`, imported quietly."""
-    return _loaded("moe_bench.harness.training.parity")
 
 
 def load_quantize() -> ModuleType:
