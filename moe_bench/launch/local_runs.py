@@ -6,13 +6,13 @@ import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from moe_bench.errors import MoeBenchError
+from moe_bench.errors import BadInputError, MoeBenchError
 from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
 from moe_bench.spec.scale import Plan
 
@@ -89,13 +89,14 @@ def noted(
 
 
 def cancel_local(root: Path, process_id: int) -> None:
-    """End the run of that process on this machine. Raises ProcessLookupError where it has ended meanwhile."""
+    """End the run of that process on this machine. Raises BadInputError where it has ended meanwhile."""
     for run in read_local_runs(root):
         if run.process_id == process_id and run.is_running:
-            os.kill(process_id, signal.SIGTERM)
-            _end(root, run, exit_code=_CANCELLED, error=None)
-            return
-    raise ProcessLookupError(process_id)
+            with suppress(ProcessLookupError):  # it ends at this very moment
+                os.kill(process_id, signal.SIGTERM)
+                _end(root, run, exit_code=_CANCELLED, error=None)
+                return
+    raise BadInputError(f"job pid{process_id} has ended meanwhile: there is nothing to cancel")
 
 
 def _end(root: Path, run: LocalRun, *, exit_code: int, error: str | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.errors import MeasurementError
+from moe_bench.errors import BadInputError, MeasurementError
 from moe_bench.launch.local_runs import FOLDER, cancel_local, noted, read_local_runs
 from moe_bench.spec.scale import full_plan
 from tests.launch.conftest import recipe_of
@@ -84,5 +84,5 @@ def test_a_run_is_cancelled(tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGTERM
     (run,) = read_local_runs(tmp_path)
     assert run.is_cancelled
-    with pytest.raises(ProcessLookupError):
+    with pytest.raises(BadInputError, match="has ended meanwhile: there is nothing to cancel"):
         cancel_local(tmp_path, process.pid)
