@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 CONFIDENCE_FRACTION = 0.999
 """Of each step: a verdict is over tens of steps, and `differs` must mean something."""
@@ -34,6 +35,7 @@ def curve_tolerances(base: Sequence[float], repeats: Sequence[Sequence[float]]) 
     return tuple(found)
 
 
+@cache
 def t_quantile(freedom: int, confidence_fraction: float) -> float:
     """The t within which Student's t of `freedom` degrees lies with this probability, on both sides of zero.
 

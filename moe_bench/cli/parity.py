@@ -247,7 +247,7 @@ def _plain(
 
 
 def _evidence(session: _Session, recipe: str, plan: Plan, *, seen: list[object] | None) -> Evidence:
-    """What there is for `plan`, or what comparing it now gives.
+    """What there is for `plan`, and what comparing now adds to it.
 
     With `seen` only what was compared since counts: the settings in it, to which this one's are added.
     """
@@ -255,20 +255,20 @@ def _evidence(session: _Session, recipe: str, plan: Plan, *, seen: list[object] 
     from moe_bench.spec.check import require_legal
     from moe_bench.spec.derive_parity import fp32_plan, plain_plan, settings_of_toy
 
-    own, models = settings_of_toy(plan.recipe), [plan.recipe.model.key]
-    exact = fp32_plan(plan)
-    variants = (plan,) if settings_of_toy(exact.recipe) == own else (exact, plan)
-    if seen is None or own in seen:
-        evidence = evidence_of(read_parities(session.root, models=models), plan)
-        if evidence is not None and len(evidence.comparisons) == len(variants):
-            return evidence
-    loader = make_loader()
+    loader, models = make_loader(), [plan.recipe.model.key]
     path = find_recipe(recipe, loader)
-    for variant in variants:
-        base = require_legal(plain_plan(variant), path, loader)
-        session.compare(base, require_legal(variant, path, loader))
+    evidence = evidence_of(read_parities(session.root, models=models), plan)
+    done = [] if evidence is None else [parity.settings for parity in evidence.comparisons]
     if seen is not None:
-        seen.append(own)
+        done = [settings for settings in done if settings in seen]
+    for variant in (fp32_plan(plan), plan):
+        settings = settings_of_toy(variant.recipe)
+        if settings not in done:
+            base = require_legal(plain_plan(variant), path, loader)
+            session.compare(base, require_legal(variant, path, loader))
+            done.append(settings)
+    if seen is not None:
+        seen += done
     evidence = evidence_of(read_parities(session.root, models=models), plan)
     if evidence is None:
         raise RuntimeError(f"{plan.asked}: what was written is not found again")

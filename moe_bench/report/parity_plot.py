@@ -35,6 +35,7 @@ def write_parity_plot(parities: Sequence[Parity], path: Path) -> None:
         for place in places:
             place.spines[["top", "right"]].set_visible(False)
             place.set_xlabel("step", fontsize=8)
+            place.xaxis.get_major_locator().set_params(integer=True)
             place.tick_params(labelsize=8)
             place.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=160)

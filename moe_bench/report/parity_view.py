@@ -103,21 +103,23 @@ def marks_notes(marks: Iterable[str]) -> tuple[str, ...]:
 
 
 def evidence_line(evidence: Evidence | None, plan: Plan) -> str:
-    """What a recipe or run states of the last comparison of its settings with plain ones."""
+    """What a recipe or run states of the last comparison of its settings with plain ones, in a few lines."""
     if evidence is None:
         if plan.recipe.routing_is_causal:
             return f"unproven: {MARKS['unproven'].replace('RECIPE', plan.asked)}"
         return "unproven: where a token's experts depend on later tokens, losses are not compared"
-    parts = [
-        f"in {parity.variant.plan.recipe.precision} {verdict_text(parity)} "
-        f"({parity.variant.plan.num_ranks} processes, {parity.provenance.started_at[:10]}, "
-        f"{parity.provenance.git.short_name})"
+    first = evidence.comparisons[0].variant.plan
+    lines = [
+        f"{evidence.verdict}: with the plain setting at {first.scale} scale ({first.num_ranks} processes)"
+    ]
+    lines += [
+        f"{parity.variant.plan.recipe.precision} {verdict_text(parity)} "
+        f"({parity.provenance.started_at[:10]}, {parity.provenance.git.short_name})"
         for parity in evidence.comparisons
     ]
     if evidence.unseen:
-        parts.append(f"unproven: {grouped(evidence.unseen)}")
-    scale = evidence.comparisons[0].variant.plan.scale
-    return f"{evidence.verdict}: with the plain setting at {scale} scale {'; '.join(parts)}"
+        lines.append(f"unproven: {grouped(evidence.unseen)}")
+    return "\n".join(lines)
 
 
 def grouped(settings: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from moe_bench.results.store import PARITY_FOLDER, write_once
 from moe_bench.results.verification import VerificationProvenance
 from moe_bench.results.versioned import read_versioned
 from moe_bench.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt, Spec, Text
-from moe_bench.spec.derive_parity import fp32_recipe, plain_plan, settings_key, toy_of, unseen_settings
+from moe_bench.spec.derive_parity import fp32_recipe, plain_recipe, settings_of_toy, toy_of, unseen_settings
 from moe_bench.spec.scale import Plan
 
 SCHEMA_VERSION = 2
@@ -127,15 +127,15 @@ class Parity(Spec):
         return self.first_different is None
 
     @cached_property
-    def variant_key(self) -> str:
-        """Of the settings that were compared (spec/derive_parity.py)."""
-        return settings_key(self.variant.plan.recipe)
+    def settings(self) -> tuple[object, ...]:
+        """What was compared (spec/derive_parity.py)."""
+        return settings_of_toy(self.variant.plan.recipe)
 
     @cached_property
     def is_against_plain(self) -> bool:
         """Whether the base is the plain setting of the variant, as it is computed today."""
-        plain = plain_plan(self.variant.plan).recipe
-        return settings_key(self.base.plan.recipe) == settings_key(plain)
+        plain = plain_recipe(self.variant.plan.recipe)
+        return settings_of_toy(self.base.plan.recipe) == settings_of_toy(plain)
 
 
 def _values(learned: Learned, name: str) -> tuple[float, ...]:
@@ -168,10 +168,10 @@ def evidence_of(parities: Sequence[Parity], plan: Plan) -> Evidence | None:
     if not parities:
         return None
     toy = toy_of(plan)
-    own, exact = settings_key(toy), settings_key(fp32_recipe(toy))
+    own, exact = settings_of_toy(toy), settings_of_toy(fp32_recipe(toy))
     found = [
-        next((one for one in parities if one.variant_key == key and one.is_against_plain), None)
-        for key in dict.fromkeys((exact, own))
+        next((one for one in parities if one.settings == wanted and one.is_against_plain), None)
+        for wanted in ((own,) if own == exact else (exact, own))
     ]
     comparisons = tuple(one for one in found if one is not None)
     if not comparisons:

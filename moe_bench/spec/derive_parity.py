@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from moe_bench.errors import BadInputError
+from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import (
     CudaGraphs,
@@ -54,15 +55,21 @@ def require_causal(recipe: Recipe) -> None:
 
 
 def plain_plan(toy: Plan) -> Plan:
+    """What `toy` is held against: `plain_recipe`, and every field in which it is not what was asked."""
+    why = "the plain setting that others are held against"
+    return _substituted(toy, plain_recipe(toy.recipe), why=why)
+
+
+def plain_recipe(recipe: Recipe) -> Recipe:
     """The same model in the same precision on one process, without what is there for speed or size.
 
     Losses of two precisions are not held against each other: weights in BF16 begin on its grid, so that their
     first updates are rounded alike, which no run in FP32 shows (3e-3 nats in the third step of a toy).
 
     A capacity counts the tokens of a rank, so where there is one what divides a sequence stays, and so does
-    the dispatcher: Megatron-Core drops with an all-to-all alone (transformer_config.py, line 1660).
+    the dispatcher: Megatron-Core's all-gather does not fill up to it (moe/token_dispatcher.py).
     """
-    recipe, asked, dispatcher = toy.recipe, toy.recipe.parallel, "allgather"
+    asked, dispatcher = recipe.parallel, "allgather"
     parallel = ParallelSpec(num_gpus=1, data_sharding="none")
     if recipe.token_drop is not None:
         dispatcher = recipe.dispatch.dispatcher
@@ -72,7 +79,7 @@ def plain_plan(toy: Plan) -> Plan:
         parallel = parallel.model_copy(update={**kept, "num_gpus": num_gpus})
     # a loop over experts with biases writes into a view that autograd protects (legality)
     kernels = KernelSpec(family="torch_native", grouped_gemm=recipe.model.linear_bias)
-    plain = recipe.model_copy(
+    return recipe.model_copy(
         update={
             "parallel": parallel,
             "kernels": kernels,
@@ -84,7 +91,6 @@ def plain_plan(toy: Plan) -> Plan:
             "optimizer": _with_fp32_state(recipe.optimizer),
         }
     )
-    return _substituted(toy, plain, why="the plain setting that others are held against")
 
 
 def fp32_plan(toy: Plan) -> Plan:
@@ -111,20 +117,22 @@ def toy_of(plan: Plan) -> Recipe:
     return smoke_plan(whole, host=whole.system, modified=plan.modified).recipe
 
 
-def settings_key(toy: Recipe) -> str:
+def settings_of_toy(toy: Recipe) -> tuple[object, ...]:
     """Equal for two toys that learn by the same computation: a comparison of one speaks for the other.
 
     Left out is what names, places or times a run, and what `training_plan` fixes for every toy. A recipe's
     sizes are in its toy only as far as they make a difference there: EP32 and EP64 are both EP2.
     """
-    return toy.model_dump_json(exclude=_NO_SETTINGS)
+    return (*(getattr(toy.model, name) for name in _FACTS), *(getattr(toy, name) for name in _SETTINGS))
 
 
-_NO_SETTINGS: dict[str, bool | set[str]] = {
-    "model": {"display_name", "hf_id", "hf_model_type", "default_run", "published", "sources"},
-    **dict.fromkeys(("system", "variant", "reproduces", "differences", "origin"), True),
-    **dict.fromkeys(("routing", "global_batch_size", "steps", "seed", "env", "container"), True),
+_NO_FACTS = {"display_name", "hf_id", "hf_model_type", "default_run", "published", "sources"}
+_NO_SETTINGS = {
+    *("model", "system", "variant", "reproduces", "differences", "origin"),
+    *("routing", "global_batch_size", "steps", "seed", "env", "container"),
 }
+_FACTS = tuple(name for name in ModelSpec.model_fields if name not in _NO_FACTS)
+_SETTINGS = tuple(name for name in Recipe.model_fields if name not in _NO_SETTINGS)
 
 
 def unseen_settings(plan: Plan, toy: Recipe) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from moe_bench.results.record import GitState
 from moe_bench.results.store import record_files
 from moe_bench.results.verification import VerificationProvenance
 from moe_bench.results.versioned import RecordError
-from moe_bench.spec.catalogue import find_recipe, recipes_root
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_model_keys, recipes_root
 from moe_bench.spec.derive_parity import fp32_plan, plain_plan
 from moe_bench.spec.load import Loader
 from moe_bench.spec.scale import Plan, full_plan, smoke_plan
@@ -183,13 +183,28 @@ def test_a_recipe_states_its_evidence_or_that_it_has_none() -> None:
     assert evidence_line(None, plan()).startswith("unproven: ")
     assert "later tokens" in evidence_line(None, plan(name="olmoe_1b_7b_expert_choice"))
     line = evidence_line(evidence(parity(5.0, 4.0)), plan())
-    assert line.startswith("partly: with the plain setting at smoke scale in bf16 equal over 2 steps; ")
+    assert line.startswith(
+        "partly: with the plain setting at smoke scale (4 processes)\nbf16 equal over 2 steps; "
+    )
     assert "unproven: kernels (family=transformer_engine, fusions.permute" in line
     assert [parity_mark(one) for one in (None, evidence(parity(5.0, 4.0)), evidence(parity(5.0, 4.5)))] == [
         "unproven",
         "partly",
         "differs",
     ]
+
+
+KNOWN = [key for key in recipe_model_keys(LOADER.root) if LOADER.model(key).hf_model_type is not None]
+
+
+@pytest.mark.parametrize("key", KNOWN)
+def test_the_default_run_of_every_known_model_states_its_evidence(key: str) -> None:
+    found = evidence_of(read_parities(data_root() / "results", models=[key]), plan(name=key))
+    command = f"moe-bench parity --plain {key} --scale smoke --data PREFIX"
+    assert found is not None, f"{key} learns by other settings than were compared: run `{command}`"
+    assert found.verdict == "partly"
+    assert [one.variant.plan.recipe.precision for one in found.comparisons] == ["fp32", "bf16"]
+    assert not any(one.provenance.git.is_dirty for one in found.comparisons)
 
 
 def test_settings_are_grouped_by_what_they_belong_to() -> None:

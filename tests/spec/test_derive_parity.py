@@ -14,7 +14,7 @@ from moe_bench.spec.derive_parity import (
     plain_plan,
     require_causal,
     require_same_model,
-    settings_key,
+    settings_of_toy,
     toy_of,
 )
 from moe_bench.spec.legality import legality_problems
@@ -84,7 +84,7 @@ def test_a_capacity_keeps_what_divides_a_sequence() -> None:
 def test_the_toy_of_a_plan_is_the_same_at_every_scale() -> None:
     own = toy("deepseek_v3")
     asked = LOADER.recipe(find_recipe("deepseek_v3", LOADER))
-    assert settings_key(toy_of(full_plan(asked, modified=()))) == settings_key(toy_of(own))
+    assert settings_of_toy(toy_of(full_plan(asked, modified=()))) == settings_of_toy(toy_of(own))
 
 
 def test_changes_are_named_as_they_would_be_typed() -> None:
