@@ -99,6 +99,7 @@ def test_a_run_that_has_ended_is_shown_and_stays_as_it_was(
         (("train", *RECIPE, "--out", "new", "--resume"), "new: no run in it"),
         (("train", *RECIPE, "--out", "{run}", "--resume", "--from", "x"), "leave one of the two out"),
         (("train", "olmoe_1b_7b", "--scale", "smoke", "--out", "{run}", "--resume"), "is one of qwen3"),
+        (("train", *RECIPE, "--out", "new", "--data", "{data}", "--lora-rank", "4"), "beside which weights?"),
         (("evaluate", "nowhere"), "nowhere: no such folder"),
         (("evaluate", "."), "--data: on what?"),
         (("evaluate", ".", "--data", "x"), "--recipe: what is it a checkpoint of?"),

@@ -27,6 +27,7 @@ from moe_bench.cli.train_options import (
     ExpertLrFactorOption,
     HealthEveryOption,
     KeepOption,
+    LoraRankOption,
     MinLrFractionOption,
     OutOption,
     ResumeOption,
@@ -73,6 +74,7 @@ def train(
     tensorboard: TensorboardOption = None,
     resume: ResumeOption = False,
     start_from: StartFromOption = None,
+    lora_rank: LoraRankOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
@@ -82,10 +84,11 @@ def train(
 
     if tensorboard is not None:
         require_tensorboard()
-    before, checkpoint = _begun(out, data, start_from, resume=resume)
+    before, checkpoint = _begun(out, data, start_from, lora_rank, resume=resume)
     wishes = Wishes(
         data=None if data is None else str(data),
         num_steps=steps,
+        lora_rank=lora_rank,
         num_warmup_steps=warmup_steps,
         num_decay_steps=decay_steps,
         minimum_fraction=min_lr_fraction,
@@ -149,7 +152,7 @@ def _asked(
 
 
 def _begun(
-    out: Path, data: Path | None, start_from: Path | None, *, resume: bool
+    out: Path, data: Path | None, start_from: Path | None, lora_rank: int | None, *, resume: bool
 ) -> tuple[TrainingJob | None, Path | None]:
     """The job to go on with, None for a new one, and the checkpoint that it begins with."""
     from moe_bench.results.training_run import find_checkpoint, read_job, require_no_run
@@ -160,6 +163,8 @@ def _begun(
         return read_job(out), find_checkpoint(out)[0]
     if data is None:
         raise BadInputError("--data: what is there to learn? build a dataset with moe-bench data build")
+    if lora_rank is not None and start_from is None:
+        raise BadInputError("--lora-rank: beside which weights? name a checkpoint with --from")
     require_no_run(out)
     return None, None if start_from is None else find_checkpoint(start_from)[0]
 

@@ -61,6 +61,9 @@ TensorboardOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, also with changes.")
 ]
+LoraRankOption = Annotated[
+    int | None, typer.Option("--lora-rank", min=1, help="Train adapters of attention alone, with --from.")
+]
 StartFromOption = Annotated[
     Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Begin with these weights.")
 ]

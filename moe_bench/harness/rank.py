@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness import device_facts, sanity
+from moe_bench.harness.adapters import Adapt
 from moe_bench.harness.batches import BatchPlan, Device
 from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
 from moe_bench.harness.implementations import implementations
@@ -234,15 +235,20 @@ def build(
     device: Device,
     rates: LearningRate | None = None,
     on_fresh: Callable[[tuple[torch.nn.Module, ...]], None] | None = None,
+    adapt: Adapt | None = None,
 ) -> Training:
     """Model and optimizer of this rank; `rates` is what a schedule of the learning rate wants of it.
 
-    Without a GPU every layout starts from the same weights, which `on_fresh` may change; on GPUs
-    Megatron-Core draws them.
+    Where `adapt` gives the model adapters they learn and nothing else, biases of routers included. Without a
+    GPU every layout starts from the same weights, which `on_fresh` may change; on GPUs Megatron-Core draws
+    them.
     """
     config = transformer_config(arguments)
     set_seeds(settings.seed)
     chunks = model_chunks(arguments, settings, config, device=device)
+    if adapt is not None:
+        adapt(chunks)
+        config.moe_router_bias_update_rate = 0.0
     if device == "cpu":
         initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
         if on_fresh is not None:

@@ -15,13 +15,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from moe_bench.harness.adapters import SECOND
+
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def initialise_by_name(chunks: Sequence[torch.nn.Module], *, std: float, seed: int) -> None:
     """Draw every parameter of `chunks` from N(0, std); the weights of norms from N(1, std).
 
-    Buffers keep their values. Raises `RuntimeError` if some part of a parameter was not reached, as that part
-    would differ between layouts.
+    Adapters begin without effect: their second matrix is zero. Buffers keep their values. Raises
+    `RuntimeError` if some part of a parameter was not reached, as that part would differ between layouts.
     """
     for chunk in chunks:
         reached: dict[int, dict[int, int]] = {}
@@ -46,6 +48,8 @@ def nudge_by_name(chunks: Sequence[torch.nn.Module], *, fraction: float, seed: i
 
 def _values(shard: ShardedTensor, *, std: float, seed: int) -> torch.Tensor:
     """The part of the tensor named `shard.key` that this rank holds."""
+    if shard.key.endswith(SECOND):
+        return torch.zeros(shard.local_shape)
     values = _drawn(shard, name=str(seed)) * std
     if _is_norm_weight(shard.key):
         values += 1.0

@@ -64,6 +64,7 @@ class Wishes:
 
     data: str | None = None
     num_steps: int | None = None
+    lora_rank: int | None = None
     num_warmup_steps: int | None = None
     num_decay_steps: int | None = None
     minimum_fraction: float | None = None
@@ -103,6 +104,11 @@ def training_job(
         )
         for field in fields(Wishes)
     }
+    if said["lora_rank"] is not None and plan.recipe.quantization is not None:
+        raise BadInputError(
+            "--lora-rank: the recipe learns with quantised weights, beside which adapters were not tried; "
+            "add --set quantization=null, or drop it"
+        )
     try:
         return TrainingJob(
             asked=asked,
@@ -111,6 +117,7 @@ def training_job(
             tokenizer=None if before is None else before.tokenizer,
             validation_fraction=said["validation_fraction"],
             num_steps=num_steps,
+            lora_rank=said["lora_rank"],
             learning_rate=LearningRate(
                 num_warmup_steps=said["num_warmup_steps"],
                 num_decay_steps=said["num_decay_steps"],
@@ -136,6 +143,7 @@ def _wishes_of(job: TrainingJob) -> Wishes:
     return Wishes(
         data=job.data,
         num_steps=job.num_steps,
+        lora_rank=job.lora_rank,
         num_warmup_steps=job.learning_rate.num_warmup_steps,
         num_decay_steps=job.learning_rate.num_decay_steps,
         minimum_fraction=job.learning_rate.minimum_fraction,

@@ -82,6 +82,8 @@ class TrainingJob(Spec):
     validation_fraction: Fraction
     """Of the documents, the last ones, which are not trained on."""
     num_steps: PositiveInt
+    lora_rank: PositiveInt | None = None
+    """Of the adapters that alone learn; None where all weights do."""
     learning_rate: LearningRate
     validation: Validation
     checkpoints: Checkpoints

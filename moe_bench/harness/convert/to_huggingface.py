@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from moe_bench.checkpoints.rule import Rule, Shape
 from moe_bench.checkpoints.safetensors_folder import CONFIG, INDEX
 from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.harness.adapters import FIRST, SECOND, is_adapter
 from moe_bench.harness.convert.rearrange import to_huggingface
 from moe_bench.harness.convert.unfinished import finished_folder
 
@@ -87,7 +88,7 @@ class MegatronReader:
                     "name the model that it is of"
                 )
         for key in self._entries.keys() - used.keys():
-            if key.startswith(_MODEL_KEYS):
+            if key.startswith(_MODEL_KEYS) and not is_adapter(key):
                 raise BadInputError(
                     f"{self._source}: {key}: the checkpoint has this tensor and the model does not; "
                     "name the model that it is of"
@@ -101,9 +102,10 @@ class MegatronReader:
         """The tensor of a rule, in the shape of the rule."""
         key, leading = self._place(rule.megatron)
         if rule.expert is None:
-            return self._part(
+            whole = self._part(
                 key, (*leading, *(0,) * len(rule.shape)), (*(1,) * len(leading), *rule.shape)
             ).view(rule.shape)
+            return self._adapted(key, whole)
         place = (key, leading)
         if place not in self._held or rule.expert not in self._held[place][0]:
             self._held.pop(place, None)
@@ -112,6 +114,16 @@ class MegatronReader:
             self._held[place] = self._saved_together(key, leading, rule.shape, expert=rule.expert)
         experts, stack = self._held[place]
         return stack[rule.expert - experts.start]
+
+    def _adapted(self, key: str, weight: Tensor) -> Tensor:
+        """W + B A of a weight with an adapter (arXiv:2106.09685, 4.1), added in FP32; else the weight."""
+        ends = [key.removesuffix(".weight") + end for end in (FIRST, SECOND)]
+        if ends[0] not in self._entries:
+            return weight
+        first, second = (
+            self._part(end, (0, 0), tuple(self._entries[end].size)).to(torch.float32) for end in ends
+        )
+        return (weight.to(torch.float32) + second @ first).to(weight.dtype)
 
     def _place(self, key: str) -> tuple[str, Shape]:
         """The key of the global tensor, and the indices in front of it.

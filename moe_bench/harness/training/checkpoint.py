@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -20,6 +20,7 @@ from torch import distributed
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from moe_bench.errors import BadInputError, MissingRequirementError
+from moe_bench.harness.adapters import adapter_rank, is_adapter
 from moe_bench.harness.build import Training
 from moe_bench.harness.kernels.adam import StoredBf16Adam
 from moe_bench.harness.training.writer_process import writers
@@ -134,24 +135,36 @@ def load_checkpoint(training: Training, path: Path, *, with_optimizer: bool = Tr
     Raises BadInputError with the tensor's name where the checkpoint has none of that name or another shape,
     and where a file of it is damaged.
     """
-    _require_same_tensors(training, path)
+    begins_adapters = _require_same_tensors(training, path)
     if with_optimizer:
         for part in _parts(training.optimizer):
             _make_state(part.optimizer)
     wanted = _state(training, Progress(num_steps=0), is_loading=True, with_optimizer=with_optimizer)
+    if begins_adapters:
+        wanted = _without_adapters(wanted)
     try:
         state = dist_checkpointing.load(wanted, str(path), verify_integrity=True)
     except (CheckpointingException, OSError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BadInputError(f"{path}: damaged or not whole ({first}); use another checkpoint") from error
     for index, model in enumerate(_models(training)):
-        model.load_state_dict(state[_model_key(training, index)], strict=True)
+        model.load_state_dict(state[_model_key(training, index)], strict=not begins_adapters)
     progress = Progress(num_steps=int(state["num_steps"]))
     if with_optimizer:
         _load_optimizer(training.optimizer, state["optimizer"], progress)
     elif training.optimizer is not None:
         training.optimizer.reload_model_params()
     return progress
+
+
+def _without_adapters(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint from before the adapters has."""
+    return {
+        key: {name: entry for name, entry in value.items() if not is_adapter(name)}
+        if key.startswith("model")
+        else value
+        for key, value in state.items()
+    }
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -256,15 +269,39 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     return models["model"] if set(models) == {"model"} else models
 
 
-def _require_same_tensors(training: Training, path: Path) -> None:
-    """Compare names and global shapes of the model's weights with those that were saved."""
+def lora_rank(path: Path) -> int | None:
+    """That of the adapters in a checkpoint; None where it has none."""
+    return adapter_rank((key, getattr(entry, "size", ())) for key, entry in _saved(path).items())
+
+
+def _saved(path: Path) -> Mapping[str, Any]:
+    """What is known of every tensor of a checkpoint, by its key."""
     try:
         # not load_tensors_metadata of Megatron-Core 0.19, which trips over a field of torch 2.15's metadata
-        saved = FileSystemReader(str(path)).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(str(path)).read_metadata()
     except (OSError, UnpicklingError, EOFError) as error:
         raise BadInputError(f"{path}: no whole checkpoint ({error}); name the folder of one") from error
-    for tensor in _tensors(_model_state(training)):
+    return cast(Mapping[str, Any], metadata.state_dict_metadata)
+
+
+def _require_same_tensors(training: Training, path: Path) -> bool:
+    """Compare names and global shapes of the model's weights with those that were saved.
+
+    Whether the model has adapters that begin here, since the checkpoint has none.
+    """
+    saved = _saved(path)
+    tensors = _tensors(_model_state(training))
+    adapters = [tensor.key for tensor in tensors if is_adapter(tensor.key)]
+    unknown = next((key for key in saved if is_adapter(key)), None)
+    if unknown is not None and not adapters:
+        raise BadInputError(
+            f"{path}: {unknown}: the checkpoint has adapters and the model has none; go on with its run, or "
+            "convert it to Hugging Face's format, which adds them to the weights"
+        )
+    for tensor in tensors:
         there = saved.get(tensor.key)
+        if there is None and unknown is None and tensor.key in adapters:
+            continue
         if there is None:
             raise BadInputError(f"{path}: {tensor.key}: the model has it and the checkpoint does not")
         if tuple(there.size) != tuple(tensor.global_shape):
@@ -272,6 +309,7 @@ def _require_same_tensors(training: Training, path: Path) -> None:
                 f"{path}: {tensor.key}: {list(there.size)} was saved and the model has "
                 f"{list(tensor.global_shape)}; weights cannot follow that change"
             )
+    return bool(adapters) and unknown is None
 
 
 def _tensors(tree: Any) -> list[ShardedTensor]:

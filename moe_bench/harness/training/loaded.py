@@ -11,13 +11,14 @@ from typing import cast
 import torch
 from torch import distributed
 
+from moe_bench.harness.adapters import adapters_of
 from moe_bench.harness.all_ranks import Place
 from moe_bench.harness.batches import BatchPlan
 from moe_bench.harness.build import Training, model_chunks, set_seeds, transformer_config, without_optimizer
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.rank import batch_plan, joined
 from moe_bench.harness.settings import settings_of
-from moe_bench.harness.training.checkpoint import load_checkpoint
+from moe_bench.harness.training.checkpoint import load_checkpoint, lora_rank
 from moe_bench.harness.training.quantizers import put_quantizers
 from moe_bench.spec.recipe import Recipe
 
@@ -43,10 +44,14 @@ def loaded(recipe: Recipe, checkpoint: Path, place: Place) -> Iterator[Loaded]:
     """
     arguments = megatron_arguments(recipe)
     settings = settings_of(arguments)
+    rank = lora_rank(checkpoint)
+    adapt = None if rank is None else adapters_of(rank)
     with joined(arguments, settings, place.rendezvous, listen_fd=place.listen_fd) as (device, _):
         config = transformer_config(arguments)
         set_seeds(settings.seed)
         chunks = model_chunks(arguments, settings, config, device=device)
+        if adapt is not None:
+            adapt(chunks)
         model = without_optimizer(config, chunks, device=device)
         put_quantizers(model, settings, device=device, calibration=None)
         progress = load_checkpoint(model, checkpoint, with_optimizer=False)

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 from moe_bench.harness import sanity
+from moe_bench.harness.adapters import adapters_of
 from moe_bench.harness.batches import BatchPlan
 from moe_bench.harness.build import Training
 from moe_bench.harness.data.build import read_manifest
@@ -78,6 +79,7 @@ def train_rank(
     """
     arguments = megatron_arguments(job.plan.recipe)
     settings = settings_of(arguments)
+    adapt = None if job.lora_rank is None else adapters_of(job.lora_rank)
     with joined(arguments, settings, rendezvous, listen_fd=listen_fd) as (device, _):
         nudge = start.nudge
         built = build(
@@ -86,6 +88,7 @@ def train_rank(
             device=device,
             rates=job.learning_rate,
             on_fresh=None if nudge is None else nudge.apply,
+            adapt=adapt,
         )
         tokenizer = tokenizer_of(read_manifest(Path(job.data)).tokenizer)
         text = read_text(job, tokenizer, cache=folder / CACHE)

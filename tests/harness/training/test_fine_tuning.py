@@ -6,80 +6,29 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_bench.checkpoints.family import family_of
 from moe_bench.cli import main
-from moe_bench.cli.options import ScaleOption, plan_of
-from moe_bench.harness.data.build import Wish, build_dataset
 from moe_bench.harness.data.tokenizer import byte_tokenizer
 from moe_bench.harness.training.data import read_text
-from moe_bench.harness.training.program import Start, train_rank
-from moe_bench.harness.workers import Seat
-from moe_bench.results.training_health import HealthLine
-from moe_bench.results.training_log import LogLine
+from moe_bench.harness.training.program import Start
 from moe_bench.results.training_run import CHECKPOINTS, checkpoint_path
-from moe_bench.spec.derive_training import Wishes, training_job
-from moe_bench.spec.training import TrainingJob
+from tests.harness.training.fine_tuning import (
+    NUM_STEPS,
+    byte_dataset,
+    fine_tuning,
+    loss_by_transformers,
+    write_random,
+)
+from tests.harness.training.ranks import lines_of_rank
 from tests.harness.zygote import Zygote
 
 # Megatron-Core wonders about its rank, of which a test has none
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank")
 
-TEXT = Path(__file__).parents[2] / "data" / "moby_dick.txt"
-FP32 = (
-    "precision=fp32",
-    "optimizer.gradient_dtype=fp32",
-    "overlap.expert_parallel=false",
-    "optimizer.learning_rate=0.003",
-)
-NUM_STEPS = 8
-
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix = tmp_path_factory.mktemp("data") / "moby"
-    wish = Wish(inputs=(TEXT,), prefix=prefix, documents="paragraph", jsonl_key=None)
-    build_dataset(wish, byte_tokenizer(), on_bytes=lambda done, total: None)
-    return prefix
-
-
-def fine_tuning(prefix: Path, recipe: str) -> TrainingJob:
-    plan = plan_of(recipe, scale=ScaleOption.SMOKE, num_gpus=None, changes=list(FP32))
-    wishes = Wishes(
-        data=str(prefix), num_steps=NUM_STEPS, save_every=NUM_STEPS, validate_every=NUM_STEPS,
-        num_validation_batches=1,
-    )  # fmt: skip
-    return training_job(plan, wishes, before=None)
-
-
-def lines_of_rank(job: TrainingJob, folder: Path, checkpoint: Path, seat: Seat) -> list[LogLine]:
-    lines: list[LogLine] = []
-
-    def ignored(line: HealthLine) -> None:
-        assert line.step
-
-    start = Start(checkpoint=checkpoint, with_optimizer=False)
-    train_rank(job, folder, start, seat.rendezvous, lines.append, ignored, listen_fd=seat.listen_fd)
-    return lines
-
-
-def write_random(job: TrainingJob, folder: Path) -> None:
-    """What `save_pretrained` makes of a fresh model of the recipe's class."""
-    model = job.plan.recipe.model
-    stated = family_of(model).config(model)
-    config = AutoConfig.for_model(**{key: value for key, value in stated.items() if key != "architectures"})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-
-
-def loss_by_transformers(folder: Path, samples: list[dict[str, torch.Tensor]]) -> float:
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens, labels = (torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels"))
-    with torch.no_grad():
-        logits = network(tokens, use_cache=False).logits
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    return byte_dataset(tmp_path_factory.mktemp("data") / "moby")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +44,7 @@ def test_the_first_and_the_last_loss_are_those_of_transformers(
     of = ("--model", recipe, "--scale", "smoke")
     assert main(["convert", str(theirs), str(ours), *of, "--to", "megatron"]) == 0
 
-    work = partial(lines_of_rank, job, run, ours)
+    work = partial(lines_of_rank, job, run, Start(checkpoint=ours, with_optimizer=False))
     (lines,) = filter(None, zygote.fork(job.plan.recipe.parallel.num_gpus, work))
     last = checkpoint_path(run / CHECKPOINTS, NUM_STEPS)
     assert main(["convert", str(last), str(again), *of, "--to", "huggingface"]) == 0
