@@ -21,6 +21,7 @@ VaryOption = Annotated[
     typer.Option("--vary", metavar="FIELD", help="What is under test and may differ, such as dispatcher."),
 ]
 BAND = 0.05
+"""That of a claim (analysis/equivalence.py), which imports scipy."""
 BandOption = Annotated[
     float, typer.Option("--within", min=0, max=1, help="Fraction within which two throughputs are the same.")
 ]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_bench.analysis.equivalence import Claim
+from moe_bench.analysis.equivalence import BAND_FRACTION, Claim
 from moe_bench.cli import main
+from moe_bench.cli.read import BAND
 from moe_bench.errors import BadInputError
 from moe_bench.report.compare import compare, compare_within, compared_json, compared_view
 from moe_bench.results.likeness import UnlikeRunsError
@@ -21,6 +22,10 @@ def with_dispatcher(name: str) -> Plan:
     dispatch = RECIPE.dispatch.model_copy(update={"dispatcher": name})
     recipe = RECIPE.model_copy(update={"dispatch": dispatch})
     return full((f"dispatch.dispatcher={name}",)).model_copy(update={"recipe": recipe})
+
+
+def test_the_verbs_and_the_claims_have_one_band() -> None:
+    assert BAND == BAND_FRACTION
 
 
 def test_equal_speeds_are_the_same() -> None:
