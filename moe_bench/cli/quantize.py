@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,11 @@ from moe_bench.cli.options import (
     rank_here,
 )
 from moe_bench.errors import BadInputError
+
+if TYPE_CHECKING:
+    from moe_bench.checkpoints.rule import Rule
+    from moe_bench.harness.quantize.program import Quantized
+    from moe_bench.spec.quantization import QuantizeJob
 
 
 class Format(StrEnum):
@@ -58,6 +63,9 @@ def quantize(
     evaluation_batches: Annotated[
         int, typer.Option("--evaluation-batches", min=1, help="Global batches that judge.")
     ] = 4,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="To make: Hugging Face's, quantised.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantise a model after its training: divergence, perplexity and size against the original."""
@@ -76,17 +84,48 @@ def quantize(
         num_evaluation_batches=evaluation_batches,
     )
     weights = None if checkpoint is None else _checkpoint(checkpoint)
+    rules = () if export is None else _exported(job, weights, export)
     place = rank_here()
     is_speaker = place is None or place.rank == 0
     if is_speaker:
         announce(job.plan, make_console(stderr=True))
-    found = load_quantize().quantize(job, weights, rendezvous=place).report
+    found = load_quantize().quantize(job, weights, rendezvous=place)
+    if is_speaker and export is not None and weights is not None:
+        _export(job, found, weights, export, rules)
     told = {
         "weights": "random weights" if weights is None else f"weights of {weights}",
         "text": "random tokens" if data is None else f"the held-out part of {data}",
     }
+    written_to = None if export is None else str(export)
     if is_speaker:
-        print_view(quantize_view(found, **told), quantize_json(found, **told), as_json)
+        view = quantize_view(found.report, **told, written_to=written_to)
+        print_view(view, quantize_json(found.report, **told, written_to=written_to), as_json)
+
+
+def _exported(job: QuantizeJob, weights: Path | None, target: Path) -> tuple[Rule, ...]:
+    """The map to Hugging Face's names, before anything is loaded that could turn out to be in vain."""
+    from moe_bench.checkpoints.family import family_of
+    from moe_bench.harness.start import load_quantized_export
+
+    if weights is None:
+        raise BadInputError("--export: random weights are of no use to anyone; name a --checkpoint")
+    if target.exists():
+        raise BadInputError(f"{target}: is there already; name a new folder, or remove it")
+    recipe = job.plan.recipe
+    rules = tuple(family_of(recipe.model).rules(recipe.model, num_mtp_layers=recipe.num_mtp_layers))
+    load_quantized_export().require_layout(job, rules)
+    return rules
+
+
+def _export(job: QuantizeJob, found: Quantized, weights: Path, target: Path, rules: tuple[Rule, ...]) -> None:
+    from moe_bench.cli.model import GB
+    from moe_bench.harness.start import load_quantized_export
+    from moe_bench.report.convert_view import convert_progress
+
+    with convert_progress(rules, make_console(stderr=True)) as on_tensor:
+        load_quantized_export().export(
+            job, found, weights, target, rules=rules, max_shard_bytes=5 * GB, on_tensor=on_tensor
+        )
 
 
 def _checkpoint(path: Path) -> Path:

@@ -42,6 +42,13 @@ def load_quantize() -> ModuleType:
     return _loaded("moe_bench.harness.quantize.program")
 
 
+def load_quantized_export() -> ModuleType:
+    """`moe_bench.harness.quantize.export`, imported quietly; MissingRequirementError without safetensors."""
+    require_package("modelopt", extra="modelopt")
+    require_package("safetensors", extra="huggingface")
+    return _loaded("moe_bench.harness.quantize.export")
+
+
 def _loaded(name: str) -> ModuleType:
     with quiet_imports():
         return importlib.import_module(name)

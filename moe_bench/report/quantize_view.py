@@ -11,16 +11,18 @@ from moe_bench.results.quantization import PartSize, Quantization
 _MIB = 2**20
 
 
-def quantize_view(found: Quantization, *, weights: str, text: str) -> RenderableType:
+def quantize_view(found: Quantization, *, weights: str, text: str, written_to: str | None) -> RenderableType:
     """`weights` and `text` say whose weights and what tokens these are."""
     original = found.original_dtype
+    ranks = "one rank" if found.num_ranks == 1 else f"{found.num_ranks} ranks"
     lines = (
         f"{found.format} against {original}, {weights}, {found.num_tokens:,} tokens of {text}",
         f"perplexity     {found.perplexity:.4f} -> {found.quantized_perplexity:.4f}",
         f"KL divergence  {found.kl_divergence:.3e} nats per token",
         f"same choice    {found.same_choice_fraction:.2%} of tokens",
         f"weights        {found.original_bytes / _MIB:.3f} MiB -> {found.num_bytes / _MIB:.3f} MiB",
-        f"rounded by     {found.simulated_by}; no 8-bit or 4-bit product ran",
+        f"rounded by     {found.simulated_by}, {ranks}; no 8-bit or 4-bit product ran",
+        *(() if written_to is None else (f"written to     {written_to}",)),
         "",
     )
     table = Columns(
@@ -41,11 +43,14 @@ def _row(part: PartSize) -> tuple[str, ...]:
     )
 
 
-def quantize_json(found: Quantization, *, weights: str, text: str) -> dict[str, object]:
+def quantize_json(
+    found: Quantization, *, weights: str, text: str, written_to: str | None
+) -> dict[str, object]:
     """The same for programs."""
     return {
         "weights": weights,
         "text": text,
+        "written_to": written_to,
         "perplexity": found.perplexity,
         "quantized_perplexity": found.quantized_perplexity,
         "num_bytes": found.num_bytes,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,8 +64,11 @@ class MegatronReader:
         }
         self._held: dict[tuple[str, Shape], tuple[range, Tensor]] = {}
 
-    def require_match(self, rules: Sequence[Rule]) -> None:
-        """Raise BadInputError, naming the first tensor that is missing, of another shape, or unknown."""
+    def require_match(self, rules: Sequence[Rule], *, beside: str | None = None) -> None:
+        """Raise BadInputError, naming the first tensor that is missing, of another shape, or unknown.
+
+        Keys that contain `beside` are read elsewhere.
+        """
         used: dict[str, set[Shape]] = {}
         for rule in rules:
             key, leading = self._place(rule.megatron)
@@ -88,7 +92,8 @@ class MegatronReader:
                     "name the model that it is of"
                 )
         for key in self._entries.keys() - used.keys():
-            if key.startswith(_MODEL_KEYS) and not is_adapter(key):
+            is_beside = is_adapter(key) or (beside is not None and beside in key)
+            if key.startswith(_MODEL_KEYS) and not is_beside:
                 raise BadInputError(
                     f"{self._source}: {key}: the checkpoint has this tensor and the model does not; "
                     "name the model that it is of"
@@ -187,6 +192,19 @@ class _IntoOneTensor(DefaultLoadPlanner):  # type: ignore[misc]
         """It is there already."""
 
 
+Named = Iterator[tuple[str, Tensor]]
+"""Tensors of a file by their names there."""
+
+
+def plain(rule: Rule, whole: Tensor) -> Named:
+    """What a Hugging Face checkpoint holds of a rule's tensor, as it is."""
+    parts = to_huggingface(rule, whole)
+    for named, part in zip(rule.huggingface, parts, strict=True):
+        yield named.name, part
+    for copy in rule.copies:
+        yield copy, parts[0]
+
+
 def convert_to_huggingface(
     rules: Sequence[Rule],
     reader: MegatronReader,
@@ -195,11 +213,14 @@ def convert_to_huggingface(
     config: Mapping[str, Any],
     max_shard_bytes: int,
     on_tensor: Callable[[Rule], None],
+    stored: Callable[[Rule, Tensor], Named] = plain,
+    files: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Write the checkpoint `target`; `on_tensor` is called after each rule.
 
-    The rules must match what is read (`MegatronReader.require_match`). Raises BadInputError where a part of
-    the source cannot be read, MissingRequirementError where the disk is full.
+    The rules must match what is read (`MegatronReader.require_match`). `stored` says what is written of each
+    rule's tensor, and `files` what JSON lies beside. Raises BadInputError where a part of the source cannot
+    be read, MissingRequirementError where the disk is full.
     """
     shards = list(_shards(rules, reader, max_shard_bytes=max_shard_bytes))
     places: dict[str, str] = {}
@@ -207,14 +228,15 @@ def convert_to_huggingface(
     with finished_folder(target) as folder:
         for number, group in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = dict(_tensors(group, reader, on_tensor))
+            tensors = dict(_tensors(group, reader, stored, on_tensor))
             places |= dict.fromkeys(tensors, file)
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             _save(tensors, folder / file, target=target)
             del tensors  # before those of the next file are made
         dtype = str(reader.dtype(rules[0])).removeprefix("torch.")
         _write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": places})
-        _write_json(folder / CONFIG, {**config, "torch_dtype": dtype})
+        for name, tree in {CONFIG: {**config, "torch_dtype": dtype}, **files}.items():
+            _write_json(folder / name, tree)
 
 
 def _shards(rules: Sequence[Rule], reader: MegatronReader, *, max_shard_bytes: int) -> Iterator[list[Rule]]:
@@ -232,15 +254,15 @@ def _shards(rules: Sequence[Rule], reader: MegatronReader, *, max_shard_bytes: i
 
 
 def _tensors(
-    rules: Sequence[Rule], reader: MegatronReader, on_tensor: Callable[[Rule], None]
-) -> Iterator[tuple[str, Tensor]]:
+    rules: Sequence[Rule],
+    reader: MegatronReader,
+    stored: Callable[[Rule, Tensor], Named],
+    on_tensor: Callable[[Rule], None],
+) -> Named:
     for rule in rules:
-        parts = to_huggingface(rule, reader.read(rule))
-        for named, part in zip(rule.huggingface, parts, strict=True):
+        for name, tensor in stored(rule, reader.read(rule)):
             # a file holds no views: each tensor has memory of its own
-            yield named.name, part.clone(memory_format=torch.contiguous_format)
-        for copy in rule.copies:
-            yield copy, parts[0].clone(memory_format=torch.contiguous_format)
+            yield name, tensor.clone(memory_format=torch.contiguous_format)
         on_tensor(rule)
 
 

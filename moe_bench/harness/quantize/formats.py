@@ -23,7 +23,8 @@ KEPT: Mapping[str, str] = MappingProxyType(
     {"output_layer": "the output layer stays", "mtp.": "prediction modules stay"}
 )
 """Beginnings of the names of a chunk's modules that are never quantised, and why."""
-_NVFP4_TENSOR_RANGE = 6.0 * 448.0
+_E4M3_MAX = 448.0
+_NVFP4_TENSOR_RANGE = 6.0 * _E4M3_MAX
 """Largest E2M1 value times largest E4M3 scale: what the scale of a whole tensor maps its maximum to."""
 
 
@@ -98,6 +99,40 @@ def round_mxfp4(values: Tensor) -> Tensor:
     packed, scales = MXFP4QTensor.quantize(values.contiguous(), block)
     rounded: Tensor = packed.dequantize(dtype=values.dtype, scale=scales, block_sizes={-1: block})
     return rounded.view_as(values)
+
+
+def stored_weight(weight: Tensor, format: QuantFormat, amax: float | None) -> dict[str, Tensor]:
+    """A weight [..., out, in] as its file holds it, by modelopt's names (export/quant_utils.py).
+
+    4-bit values lie two in a byte, the first in the low half. `amax` is that of the weight's quantiser, None
+    with MXFP4. What is read back is the weight that the quantiser makes of it, bit by bit.
+    """
+    block = STORAGE[format].block_size
+    if format == "mxfp4" or amax is None:
+        packed, exponents = MXFP4QTensor.quantize(weight.contiguous(), block)
+        return {
+            "weight": packed._quantized_data,
+            "weight_scale": exponents.view(*weight.shape[:-1], -1),
+        }
+    largest = torch.tensor(amax, dtype=torch.float32)
+    if format == "fp8":
+        # 448 / amax and its inverse as modelopt rounds them (tensor_quant.py, fp8_eager)
+        factor = _E4M3_MAX / largest
+        values = (weight.float() * factor).clamp(min=-_E4M3_MAX, max=_E4M3_MAX)
+        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": 1 / factor}
+    packed, block_scales, tensor_scale = NVFP4QTensor.quantize(
+        weight.contiguous(), block, weights_scaling_factor_2=largest / _NVFP4_TENSOR_RANGE
+    )
+    return {
+        "weight": packed._quantized_data,
+        "weight_scale": block_scales,
+        "weight_scale_2": tensor_scale,
+    }
+
+
+def stored_input_scale(format: QuantFormat, amax: float) -> Tensor:
+    """What inputs are divided by before they are rounded (get_activation_scaling_factor)."""
+    return torch.tensor(amax, dtype=torch.float32) / (_E4M3_MAX if format == "fp8" else _NVFP4_TENSOR_RANGE)
 
 
 class _StraightThrough(torch.autograd.Function):

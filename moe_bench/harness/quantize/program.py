@@ -67,6 +67,32 @@ def quantize(job: QuantizeJob, checkpoint: Path | None, *, rendezvous: Rendezvou
 
 def quantize_rank(job: QuantizeJob, checkpoint: Path | None, place: Place) -> Quantized:
     """The same as one of them."""
+    with quantized_model(job, checkpoint, place) as (model, evaluation):
+        found = _RankFound(
+            comparison=compare(model, evaluation),
+            parts=rank_parts(model.chunks, job.asked.format, experts_only=job.asked.experts_only),
+            largest=largest_values(model.chunks),
+            keys=quantized_keys(model.chunks),
+        )
+        dtype = str(next(model.chunks[0].parameters()).dtype).removeprefix("torch.")
+        gpu = job.plan.recipe.system.gpu
+        where = "the CPU" if gpu is None else gpu.device_name
+        return _together(
+            job,
+            found.of_all_ranks(),
+            dtype=dtype,
+            rounded_by=f"nvidia-modelopt {version('nvidia-modelopt')} on {where}",
+        )
+
+
+@contextlib.contextmanager
+def quantized_model(
+    job: QuantizeJob, checkpoint: Path | None, place: Place
+) -> Iterator[tuple[Training, Steps]]:
+    """This rank's part of the model with its quantisers calibrated, and the batches that judge it.
+
+    A collective call of all ranks.
+    """
     arguments = megatron_arguments(job.plan.recipe)
     settings = settings_of(arguments)
     with joined(arguments, settings, place.rendezvous, listen_fd=place.listen_fd) as (device, _):
@@ -77,20 +103,7 @@ def quantize_rank(job: QuantizeJob, checkpoint: Path | None, place: Place) -> Qu
         plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
         calibration, evaluation = _batches(job, plan)
         _fill_and_quantize(model, job, checkpoint, calibration, settings, device=device)
-        found = _RankFound(
-            comparison=compare(model, evaluation),
-            parts=rank_parts(model.chunks, job.asked.format, experts_only=job.asked.experts_only),
-            largest=largest_values(model.chunks),
-            keys=quantized_keys(model.chunks),
-        )
-        dtype = str(next(model.chunks[0].parameters()).dtype).removeprefix("torch.")
-        where = "the CPU" if device == "cpu" else str(settings.device)
-        return _together(
-            job,
-            found.of_all_ranks(),
-            dtype=dtype,
-            rounded_by=f"nvidia-modelopt {version('nvidia-modelopt')} on {where}",
-        )
+        yield model, evaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

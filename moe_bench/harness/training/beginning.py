@@ -26,12 +26,11 @@ def begun(
     the weights that it begins with, and on the first global batches that it will train on.
     """
     device: Device = "cpu" if settings.device is None else "cuda"
-    progress = Progress(num_steps=0)
     if checkpoint is not None and with_optimizer:
         put_quantizers(built, settings, device=device, calibration=None)
         return load_checkpoint(built, checkpoint)
     if checkpoint is not None:
-        progress = load_checkpoint(built, checkpoint, with_optimizer=False)
+        load_checkpoint(built, checkpoint, with_optimizer=False)
     steps = range(settings.num_calibration_batches)
     put_quantizers(built, settings, device=device, calibration=lambda: map(first_batches, steps))
-    return progress
+    return Progress(num_steps=0)

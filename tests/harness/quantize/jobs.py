@@ -18,7 +18,7 @@ from tests.harness.zygote import Zygote
 
 
 def job_of(recipe: str, *changes: str, **asked: Any) -> QuantizeJob:
-    plan = plan_of(recipe, scale=ScaleOption.SMOKE, num_gpus=None, changes=list(changes))
+    plan = plan_of(recipe, scale=ScaleOption.SMOKE, num_gpus=None, changes=list(changes), rounds=True)
     asked = {"experts_only": False, "data": None, "num_evaluation_batches": 1} | asked
     return quantize_job(plan, num_calibration_batches=1, **asked)
 
