@@ -80,12 +80,17 @@ def stored_params(model: ModelSpec) -> int:
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_total_parameters_come_within_one_percent_of_the_published(model: ModelSpec) -> None:
     size = counted_size(model)
-    assert size.total[Counting.WITHOUT_MTP] == pytest.approx(size.published_total, rel=0.01)
+    # where no weights were released, the total is printed in billions
+    rel = 0.01 if model.hf_id is not None else 0.03
+    assert size.total[Counting.WITHOUT_MTP] == pytest.approx(size.published_total, rel=rel)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_active_parameters_come_within_eight_percent_of_the_published(model: ModelSpec) -> None:
     size = counted_size(model)
+    if size.published_active is None:
+        assert model.key not in ACTIVE_COUNTING
+        return
     assert size.nearest_active is ACTIVE_COUNTING[model.key]
     assert size.active[size.nearest_active] == pytest.approx(size.published_active, rel=0.08)
 
@@ -102,7 +107,9 @@ def test_deepseek_v3s_prediction_module_has_the_size_of_its_weight_documentation
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_a_model_cites_its_published_configuration(model: ModelSpec) -> None:
-    assert model.sources[0].startswith(f"huggingface.co/{model.hf_id}, config.json")
+    unreleased = "deepspeedai/Megatron-DeepSpeed, examples_deepspeed/MoE/"
+    released = f"huggingface.co/{model.hf_id}, config.json"
+    assert model.sources[0].startswith(unreleased if model.hf_id is None else released)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -125,7 +132,8 @@ def test_a_model_with_an_expert_bias_moves_it(model: ModelSpec) -> None:
 def test_the_documentation_prints_the_counted_size(model: ModelSpec) -> None:
     size = counted_size(model)
     counted = f"{size.total[Counting.WITHOUT_MTP] / 1e9:,.2f} | {size.active[size.nearest_active] / 1e9:.2f}"
-    published = f"{size.published_total / 1e9:,.5g} / {size.published_active / 1e9:.4g}"
+    active = "-" if size.published_active is None else f"{size.published_active / 1e9:.4g}"
+    published = f"{size.published_total / 1e9:,.5g} / {active}"
     row = f"| `{model.key}` | {published} | {counted} | {size.nearest_active} |"
     assert row in DOCS.read_text(encoding="utf-8")
 

@@ -47,6 +47,7 @@ class ExpertHalf:
         if rows.shared_ffn:
             recomputes = "shared_experts" in sizes.recomputes
             self._shared = Mlp(recipe, sizes, name="shared", ffn=rows.shared_ffn, recomputes=recomputes)
+        self._mixes = moe.shared_expert_mixing == "softmax"
         self._shared_input_bytes = 0
         """Of shared experts beside the dispatch, which gather their input themselves and keep it whole:
         a T H (moe/shared_experts.py, pre_forward_comm)."""
@@ -89,8 +90,12 @@ class ExpertHalf:
         self._route_backward(live)
         gradients = ["grad_mlp_norm_router"]
         if self._shared is not None:
+            if self._mixes:
+                live.make("grad_shared_output", sizes.vector_bytes)
+                live.pass_by(sizes.vector_bytes)
+                live.free("shared_unweighed")
             self._shared.backward(live)
-            live.free_if_held("shared_output", "shared_input")
+            live.free_if_held("grad_shared_output", "shared_output", "shared_input")
             gradients.append("grad_mlp_norm_shared")
         norm_backward(live, sizes, *gradients)
         live.free_if_held("experts_output")
@@ -102,8 +107,13 @@ class ExpertHalf:
             if self._shared_input_bytes:
                 live.make("shared_input", self._shared_input_bytes)
             self._shared.forward(live)
+            if sizes.has_bias:
+                live.pass_by(sizes.vector_bytes)
+            if self._mixes:
+                live.rename("shared_output", "shared_unweighed")
+                live.make("shared_output", sizes.vector_bytes)
             if not is_saved:
-                live.free_if_held("shared_input", "shared_up", "shared_hidden")
+                live.free_if_held("shared_input", "shared_up", "shared_hidden", "shared_unweighed")
         self._route(live)
         self._dispatch(live)
         self._products.forward(live, is_saved=is_saved)

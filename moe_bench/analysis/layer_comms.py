@@ -9,7 +9,7 @@ parallelism both become all-reduces of the same size, backward and forward (tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
 from moe_bench.analysis.collectives import Call, Collective, Exchange, Group
@@ -231,8 +231,17 @@ def _balancing_exchanges(recipe: Recipe, moe: MixtureOfExperts) -> tuple[Exchang
 
 
 def embedding_exchanges(recipe: Recipe) -> tuple[Exchange, ...]:
-    """The input embedding, split over the vocabulary: like a projection split by rows."""
-    return (tensor_parallel(recipe, is_quantized=False).rows(recipe.model.hidden_size, "embedding"),)
+    """The input embedding, split over the vocabulary: like a projection split by rows.
+
+    Where positions are added to it, it is summed whole before the sequence is split
+    (language_model_embedding.py, reduce_scatter_embeddings).
+    """
+    parallel = tensor_parallel(recipe, is_quantized=False)
+    rows = parallel.rows(recipe.model.hidden_size, "embedding")
+    if not (recipe.model.learned_positions and parallel.sequence_parallel):
+        return (rows,)
+    whole = replace(parallel, sequence_parallel=False).rows(recipe.model.hidden_size, "embedding")
+    return (replace(rows, forward=whole.forward),)
 
 
 def loss_exchanges(recipe: Recipe) -> tuple[Exchange, ...]:

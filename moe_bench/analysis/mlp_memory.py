@@ -59,7 +59,10 @@ class Mlp:
         live.free_if_held(f"{self._output}_again")
 
     def _products(self, live: LiveTensors) -> None:
+        """A product and its sum with a bias live side by side; the second bias is the caller's to add."""
         live.make(self._up, self._up_bytes)
+        if self._sizes.has_bias:
+            live.pass_by(self._up_bytes)
         live.make(self._hidden, self._hidden_bytes)
         live.make(f"{self._output}_whole", self._sizes.gathered_bytes)
 

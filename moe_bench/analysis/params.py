@@ -224,6 +224,16 @@ def router_params(*, hidden: int, num_experts: int, bias: bool) -> Weights:
     return Weights(0, hidden * num_experts + num_experts * bias)
 
 
+def mixing_params(*, hidden: int) -> Weights:
+    """Logits of the weights of routed and shared experts: P = 2 H + 2, repeated on every rank."""
+    return Weights(0, 2 * hidden + 2)
+
+
+def position_params(*, hidden: int, num_positions: int) -> Weights:
+    """Learned positions: P = S H, repeated on every rank (language_model_embedding.py)."""
+    return Weights(0, num_positions * hidden)
+
+
 def embedding_params(*, hidden: int, vocab_size: int) -> Weights:
     """An embedding or LM head: P = V H, divided over the vocabulary, whose padding is left out."""
     return Weights(vocab_size * hidden)
@@ -243,12 +253,12 @@ def structure_weights(
     """
     hidden = model.hidden_size
     num_norms = (structure.mixer is not None) + (structure.ffn is not None)
-    norms = Weights(0, num_norms * hidden)
+    norms = Weights(0, num_norms * hidden * model.num_norm_vectors)
     parts: dict[Part, Weights] = {}
     if structure.mixer == "attention":
         parts[Part.ATTENTION] = _attention_weights(model, structure)
-        norms += Weights(0, has_query_input_norm(model.attention, family) * hidden)
-        norms += attention_norm_params(model.attention)
+        inner = Weights(0, has_query_input_norm(model.attention, family) * hidden)
+        norms += (inner + attention_norm_params(model.attention)) * model.num_norm_vectors
     elif structure.mixer == "compressed_attention" and model.compressed_attention is not None:
         parts[Part.ATTENTION] = compressed_attention_params(
             model.compressed_attention,
@@ -285,20 +295,18 @@ def _stream_sum_weights(model: ModelSpec) -> dict[Part, Weights]:
 
 def _expert_weights(model: ModelSpec, moe: MixtureOfExperts, num_experts: int) -> dict[Part, Weights]:
     """Router, experts and, where experts work in a smaller width, the two projections around dispatch."""
-    hidden, bias = model.hidden_size, model.linear_bias
+    hidden = model.hidden_size
     gate = Weights(0, hidden * moe.shared_expert_gate)
     expert = _mlp_weights(model, model.expert_hidden_size, moe.expert_ffn_hidden_size)
     parts = {
-        Part.ROUTER: router_params(hidden=hidden, num_experts=moe.num_experts, bias=bias),
+        Part.ROUTER: router_params(hidden=hidden, num_experts=moe.num_experts, bias=model.router_bias),
         Part.ROUTED_EXPERTS: expert * num_experts,
-        Part.SHARED_EXPERTS: gate
-        + mlp_params(
-            hidden=hidden,
-            ffn=moe.shared_expert_ffn_hidden_size,
-            bias=False,
-            is_gated=model.activation.is_gated,
-        ),
+        Part.SHARED_EXPERTS: gate,
     }
+    if moe.shared_expert_ffn_hidden_size:
+        parts[Part.SHARED_EXPERTS] += _mlp_weights(model, hidden, moe.shared_expert_ffn_hidden_size)
+        if moe.shared_expert_mixing == "softmax":
+            parts[Part.SHARED_EXPERTS] += mixing_params(hidden=hidden)
     if moe.latent_size is not None:
         # both are repeated on every tensor-parallel rank (transformer/moe/moe_layer.py, "duplicated")
         parts[Part.LATENT_PROJECTIONS] = Weights(0, 2 * hidden * moe.latent_size)
@@ -343,7 +351,7 @@ def mtp_weights(model: ModelSpec, *, num_experts: int | None, family: KernelFami
     """
     own = {
         Part.MTP_PROJECTION: mtp_projection_params(hidden=model.hidden_size),
-        Part.NORMS: Weights(0, 3 * model.hidden_size),
+        Part.NORMS: Weights(0, 3 * model.hidden_size * model.num_norm_vectors),
     }
     return sum_parts(
         (
@@ -388,11 +396,14 @@ def chunk_weights(
     num_modules = model.num_mtp_modules(chunk.num_mtp_layers)
     parts += [mtp_weights(model, num_experts=num_experts, family=family)] * num_modules
     if chunk.has_embedding or chunk.num_mtp_layers:
-        parts.append({Part.INPUT_EMBEDDING: embedding})
+        positions = model.max_position_embeddings if model.learned_positions else 0
+        learned = position_params(hidden=model.hidden_size, num_positions=positions)
+        parts.append({Part.INPUT_EMBEDDING: embedding + learned})
     if chunk.has_loss and not (model.tied_embeddings and chunk.has_embedding):
         parts.append({Part.LM_HEAD: embedding})
     if (model.num_layers - 1 in chunk.layers) if trains_mtp else chunk.has_loss:
-        parts.append({Part.NORMS: Weights(0, model.hidden_size)} | _stream_sum_weights(model))
+        norm = Weights(0, model.hidden_size * model.num_norm_vectors)
+        parts.append({Part.NORMS: norm} | _stream_sum_weights(model))
     return sum_parts(parts)
 
 

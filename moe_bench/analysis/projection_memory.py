@@ -36,12 +36,15 @@ class GroupedProjections:
         self._is_fused = recipe.kernels.fusions.rope and recipe.model.rope.scaling is None
         rotated = round(attention.head_dim * recipe.model.rope.rotary_fraction)
         self._angles_bytes = 4 * sizes.positions_bytes * rotated
+        self._rotates = rotated > 0
         product = attention.head_dim * (heads + 2 * groups), sizes.hidden_size
         self.weights: tuple[Weight, ...] = (product,)
         self._weight_bytes = sizes.weight_gradient_bytes(product)
 
     def forward(self, live: LiveTensors) -> None:
-        """From the norm's output to `queries` and `keys`, with values in `qkv`."""
+        """From the norm's output to `queries` and `keys`, with values in `qkv`; all three are in it where
+        nothing rotates them.
+        """
         core = self._core
         live.make("qkv", self._product_bytes)
         if self._has_bias:
@@ -54,6 +57,13 @@ class GroupedProjections:
             live.make("norm_statistics", self._norm_statistics_bytes)
             live.make("queries_normed", core.queries_bytes)
             live.make("keys_normed", core.keys_bytes)
+        if not self._rotates:
+            if self._has_norm:
+                live.rename("queries_normed", "queries")
+                live.rename("keys_normed", "keys")
+            elif self._copies_queries:
+                live.rename("queries_copy", "queries")
+            return
         if not self._is_fused:
             live.make("cosines_and_sines", self._angles_bytes)
             live.pass_by(3 * core.queries_bytes)
@@ -69,8 +79,7 @@ class GroupedProjections:
         if not self._has_norm:
             live.free_if_held("queries_copy")
         if self._core.context_ranks > 1:
-            live.free("keys")
-            live.free_if_held("values")
+            live.free_if_held("keys", "values")
         if not self._has_norm and (self._core.context_ranks > 1 or self._core.copies_values):
             live.free("qkv")
 
@@ -79,8 +88,7 @@ class GroupedProjections:
 
     def release_saved(self, live: LiveTensors) -> None:
         """What the core had saved."""
-        live.free("queries")
-        live.free_if_held("keys", "values", "cosines_and_sines")
+        live.free_if_held("queries", "keys", "values", "cosines_and_sines")
         if not self._has_norm:
             live.free_if_held("qkv")
 

@@ -40,6 +40,8 @@ from moe_bench.spec.recipe import Recipe, RecomputeModule
 
 EXPERT_BIAS = "expert_bias"
 """Key of the products by which the torch-native kernels add each expert's bias to its rows."""
+EXPERT_MIXING = "expert_mixing"
+"""Key of the logits that weigh routed and shared experts, which no convention counts."""
 
 Modules = frozenset[RecomputeModule]
 
@@ -135,7 +137,7 @@ def _gathered(recipe: Recipe) -> int:
 
 def _gemm(
     recipe: Recipe,
-    part: Part,
+    part: str,
     rows: int,
     weights: int,
     *,
@@ -349,7 +351,8 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
     Without a gate 4 stands for 6. Where routed experts work in a width l, 4 r l F and 2 t H l for each of the
     projections into it and back, which every tensor-parallel rank does for its own tokens. ETP ranks compute
     each other's rows with their share of F, which comes to the same. The torch-native kernels add biases as a
-    product with the rows' experts, one-hot: 2 r E (2 F + H) / EP, and as much for the bias's gradient.
+    product with the rows' experts, one-hot: 2 r E (2 F + H) / EP, and as much for the bias's gradient. Two
+    logits weigh routed and shared experts, 4 t H for either (harness/kernels/shared_experts.py).
     """
     model = recipe.model
     hidden, expert = model.hidden_size, MOE
@@ -360,7 +363,8 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
     if model.linear_bias and recipe.kernels.family == "torch_native":
         etp = recipe.parallel.expert_tensor
         num_experts = moe.num_experts // recipe.parallel.expert
-        bias = 2 * rows * etp * num_experts * (2 * moe.expert_ffn_hidden_size // etp + hidden)
+        first = (1 + model.activation.is_gated) * moe.expert_ffn_hidden_size // etp
+        bias = 2 * rows * etp * num_experts * (first + hidden)
         yield _Product(
             part=EXPERT_BIAS,
             kernel=Kernel.GEMM,
@@ -375,3 +379,5 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[_Product]:
     if moe.shared_expert_ffn_hidden_size:
         weights = _num_matrices(recipe) * hidden * moe.shared_expert_ffn_hidden_size
         yield _gemm(recipe, Part.SHARED_EXPERTS, _gathered(recipe), weights, modules=MOE | {"shared_experts"})
+        if moe.shared_expert_mixing == "softmax":
+            yield _gemm(recipe, EXPERT_MIXING, 2 * sharded, 2 * hidden, is_split=False, modules=MOE)

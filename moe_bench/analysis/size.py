@@ -39,7 +39,8 @@ class CountedSize:
     total: Mapping[Counting, int]
     active: Mapping[Counting, int]
     published_total: int
-    published_active: int
+    published_active: int | None
+    """None where no source prints them."""
 
     @property
     def nearest_total(self) -> Counting:
@@ -48,7 +49,11 @@ class CountedSize:
 
     @property
     def nearest_active(self) -> Counting:
-        """The way of counting whose active parameters come nearest to the published ones."""
+        """The way of counting whose active parameters come nearest to the published ones; where none are, that
+        of the nearest total.
+        """
+        if self.published_active is None:
+            return self.nearest_total
         return _nearest(self.active, self.published_active)
 
 
@@ -58,6 +63,7 @@ def counted_size(model: ModelSpec) -> CountedSize:
     Active parameters are those that one token passes: of the routed experts, `top_k` per expert layer.
     """
     total, mtp_total = _counted(model, num_experts=None)
+    active_params = model.published.active_params
     active, mtp_active = _counted(model, num_experts=num_active_experts(model))
     return CountedSize(
         total_by_part=total,
@@ -67,7 +73,7 @@ def counted_size(model: ModelSpec) -> CountedSize:
         total=_by_counting(model, total, mtp_total),
         active=_by_counting(model, active, mtp_active),
         published_total=round(model.published.total_params),
-        published_active=round(model.published.active_params),
+        published_active=None if active_params is None else round(active_params),
     )
 
 

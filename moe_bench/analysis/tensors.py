@@ -88,7 +88,12 @@ def _parts(recipe: Recipe, chunk: Chunk) -> Iterator[Part]:
     vocabulary = replace(vocabulary, is_quantized=False)
     is_copied = recipe.parallel.pipeline > 1 and (model.tied_embeddings or trains_mtp)
     if chunk.has_embedding or chunk.num_mtp_layers:
-        yield Part(tensors=(replace(vocabulary, has_own_bucket=is_copied),))
+        embeddings = [replace(vocabulary, has_own_bucket=is_copied)]
+        if model.learned_positions:
+            num_rows = model.max_position_embeddings
+            positions = _weight("position_embeddings.weight", num_rows, hidden)
+            embeddings.append(replace(positions, is_quantized=False))
+        yield Part(tensors=tuple(embeddings))
     for layer in chunk.layers:
         yield _layer(recipe, model.layer(layer))
     if (model.num_layers - 1 in chunk.layers) if trains_mtp else chunk.has_loss:
@@ -105,7 +110,7 @@ def _final_norm(recipe: Recipe) -> Part:
     model = recipe.model
     norm = _norm(recipe, "final_layernorm", model.hidden_size)
     elements = stream_sum_params(hidden=model.hidden_size, num_streams=model.num_residual_streams)
-    return Part(tensors=(norm, *_whole(recipe, "hyper_connection_head", elements)))
+    return Part(tensors=(*norm, *_whole(recipe, "hyper_connection_head", elements)))
 
 
 def _layer(recipe: Recipe, structure: LayerStructure) -> Part:
@@ -120,11 +125,11 @@ def _layer_tensors(recipe: Recipe, structure: LayerStructure) -> Iterator[Tensor
     maps = stream_mixing_params(hidden=model.hidden_size, num_streams=number) if number > 1 else 0
     if structure.mixer is not None:
         yield from _whole(recipe, "self_attention_hyper_connection", maps)
-        yield _norm(recipe, "input_layernorm", model.hidden_size)
+        yield from _norm(recipe, "input_layernorm", model.hidden_size)
         yield from _mixer(recipe, structure)
     if structure.ffn is not None:
         yield from _whole(recipe, "mlp_hyper_connection", maps)
-        yield _norm(recipe, "pre_mlp_layernorm", model.hidden_size)
+        yield from _norm(recipe, "pre_mlp_layernorm", model.hidden_size)
     if structure.ffn == "dense":
         yield from _mlp(recipe, "mlp", ffn=model.dense_ffn_hidden_size or 0, has_bias=model.linear_bias)
     elif structure.ffn == "moe" and model.moe is not None:
@@ -167,7 +172,7 @@ def _gated_delta_net(recipe: Recipe, net: GatedDeltaNet) -> Iterator[Tensor]:
     yield Tensor(name="conv1d.weight", num_elements=(2 * keys + values) * net.conv_width)
     for name in ("dt_bias", "A_log"):
         yield Tensor(name=name, num_elements=heads)
-    yield _norm(recipe, "out_norm", net.value_head_dim)
+    yield from _norm(recipe, "out_norm", net.value_head_dim)
     yield _weight("out_proj.weight", hidden, values)
 
 
@@ -192,17 +197,17 @@ def _attention(recipe: Recipe, attention: Attention, structure: LayerStructure) 
         yield _weight("linear_proj.weight", hidden, heads * attention.v_head_dim)
         if attention.q_lora_rank is None:
             if has_query_input_norm(attention, recipe.kernels.family):
-                yield _norm(recipe, "linear_q_proj.layer_norm", hidden)
+                yield from _norm(recipe, "linear_q_proj.layer_norm", hidden)
             yield _weight("linear_q_proj.weight", heads * query, hidden)
         else:
             yield _repeated(recipe, "linear_q_down_proj.weight", attention.q_lora_rank, hidden)
             yield _weight("linear_q_up_proj.weight", heads * query, attention.q_lora_rank)
-            yield _norm(recipe, "q_layernorm", attention.q_lora_rank)
+            yield from _norm(recipe, "q_layernorm", attention.q_lora_rank)
         latent = attention.kv_lora_rank
         keys = attention.qk_nope_head_dim + attention.v_head_dim
         yield _repeated(recipe, "linear_kv_down_proj.weight", latent + attention.qk_rope_head_dim, hidden)
         yield _weight("linear_kv_up_proj.weight", heads * keys, latent)
-        yield _norm(recipe, "kv_layernorm", latent)
+        yield from _norm(recipe, "kv_layernorm", latent)
         if attention.sparse is not None and structure.has_indexer:
             q_rank = attention.q_lora_rank or hidden
             index = indexer_params(attention.sparse, hidden=hidden, q_rank=q_rank)
@@ -226,14 +231,15 @@ def _attention(recipe: Recipe, attention: Attention, structure: LayerStructure) 
         ):
             # summed by name, with or without sequence parallelism (finalize_model_grads.py)
             num_gains = attention.head_dim * (num_heads if is_whole else 1)
-            yield Tensor(name=f"{name}.weight", num_elements=num_gains, sums_over_tensor=True)
+            for norm in _norm(recipe, name, num_gains):
+                yield replace(norm, sums_over_tensor=True)
 
 
 def _router(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
     """The router and the projections around experts that work in a smaller width (moe/moe_layer.py)."""
     hidden = recipe.model.hidden_size
     yield _repeated(recipe, "router.weight", moe.num_experts, hidden)
-    if recipe.model.linear_bias:
+    if recipe.model.router_bias:
         yield _repeated(recipe, "router.bias", moe.num_experts)
     if moe.latent_size is not None:
         yield _repeated(recipe, "fc1_latent_proj.weight", moe.latent_size, hidden)
@@ -275,7 +281,11 @@ def _experts(recipe: Recipe, moe: MixtureOfExperts) -> Iterator[Tensor]:
     if moe.shared_expert_ffn_hidden_size:
         if moe.shared_expert_gate:
             yield _repeated(recipe, "gate_weight", 1, model.hidden_size)
-        yield from _mlp(recipe, "shared_experts", ffn=moe.shared_expert_ffn_hidden_size, has_bias=False)
+        ffn = moe.shared_expert_ffn_hidden_size
+        yield from _mlp(recipe, "shared_experts", ffn=ffn, has_bias=model.linear_bias)
+        if moe.shared_expert_mixing == "softmax":
+            yield _repeated(recipe, "mixing.weight", 2, model.hidden_size)
+            yield _repeated(recipe, "mixing.bias", 2)
 
 
 def _mlp(recipe: Recipe, name: str, *, ffn: int, has_bias: bool) -> Iterator[Tensor]:
@@ -293,7 +303,8 @@ def _mtp(recipe: Recipe) -> Iterator[Part]:
     model = recipe.model
     hidden = model.hidden_size
     projection = _weight("eh_proj.weight", hidden // recipe.parallel.tensor, 2 * hidden)
-    yield Part(tensors=(_norm(recipe, "enorm", hidden), _norm(recipe, "hnorm", hidden), projection))
+    norms = (*_norm(recipe, "enorm", hidden), *_norm(recipe, "hnorm", hidden))
+    yield Part(tensors=(*norms, projection))
     for structure in model.mtp_layers:
         yield _layer(recipe, structure)
     yield _final_norm(recipe)
@@ -303,12 +314,14 @@ def _weight(name: str, num_rows: int, num_columns: int) -> Tensor:
     return Tensor(name=name, num_elements=num_rows * num_columns, num_columns=num_columns, is_quantized=True)
 
 
-def _norm(recipe: Recipe, name: str, num_gains: int) -> Tensor:
-    return Tensor(
-        name=f"{name}.weight",
-        num_elements=num_gains,
-        sums_over_tensor=recipe.parallel.sequence_parallel,
-    )
+def _norm(recipe: Recipe, name: str, num_gains: int) -> Iterator[Tensor]:
+    """Gains, and offsets where the model has them."""
+    for kind in ("weight", "bias")[: recipe.model.num_norm_vectors]:
+        yield Tensor(
+            name=f"{name}.{kind}",
+            num_elements=num_gains,
+            sums_over_tensor=recipe.parallel.sequence_parallel,
+        )
 
 
 def _repeated(recipe: Recipe, name: str, num_rows: int, num_columns: int = 1) -> Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_bench.errors import BadInputError
-from moe_bench.spec.model import ModelSpec, YarnScaling
+from moe_bench.spec.model import ModelSpec
+from moe_bench.spec.rope import YarnScaling
 
 Config = dict[str, Any]
 """Keys of a Hugging Face `config.json`, as released checkpoints spell them (transformers 4 and 5 read it)."""

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from moe_bench.errors import BadInputError
 from moe_bench.harness.batches import Device
+from moe_bench.harness.kernels.activation import gelu
 from moe_bench.harness.kernels.adam import low_precision_adam
 from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
 from moe_bench.harness.mcore_config import MegatronArguments
@@ -45,7 +46,11 @@ _DTYPE_FIELDS = frozenset(
     }
 )
 """Fields that Megatron-Core wants as torch types; `moe_router_dtype` and its like stay text."""
-_ACTIVATIONS: Mapping[str, Callable[..., Any]] = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
+_ACTIVATIONS: Mapping[str, Callable[..., Any]] = {
+    "silu": torch.nn.functional.silu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": gelu,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,7 @@ def model_chunks(
         experts_are_fp8=settings.experts_are_fp8,
         fusions=frozenset(settings.triton_fusions),
         expert_steps=settings.expert_steps,
+        mixes_shared_experts=settings.shared_expert_mixing == "softmax",
     )
     num_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     stages: tuple[int | None, ...] = (None,) if num_stages is None else tuple(range(num_stages))

@@ -27,6 +27,8 @@ _FP8_FORMATS = {
 """Format and recipe of Megatron-Core for each FP8 precision, as Megatron-Bridge's recipes pair them. Scales
 per row are not among its own (core/enums.py, Fp8Recipe): its model is BF16, and our experts quantize.
 """
+_ACTIVATIONS = {"swiglu": "silu", "clamped_swiglu": "quick_gelu", "gelu": "gelu_tanh"}
+"""Of every activation that is built; the others are refused before (legality/structure.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +142,9 @@ def _architecture(model: ModelSpec) -> Arguments:
         "ffn_hidden_size": model.dense_ffn_hidden_size or moe_width,
         "num_attention_heads": model.attention.num_heads,
         "layernorm_epsilon": model.norm_epsilon,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": "silu" if model.activation.kind == "swiglu" else "quick_gelu",
+        "normalization": "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+        "gated_linear_unit": model.activation.is_gated,
+        "activation_func": _ACTIVATIONS[model.activation.kind],
         "activation_func_clamp_value": model.activation.clamp_limit,
         "glu_linear_offset": model.activation.linear_offset,
         "add_bias_linear": model.linear_bias,
@@ -317,10 +319,11 @@ def _memory_savers(recipe: Recipe) -> Arguments:
 def _model(recipe: Recipe) -> Arguments:
     model = recipe.model
     is_gpt_yarn = model.attention.kind == "gqa" and model.rope.scaling is not None
+    position = "learned_absolute" if model.learned_positions else "yarn" if is_gpt_yarn else "rope"
     return {
         "vocab_size": model.vocab_size,
         "max_sequence_length": max(recipe.seq_len, model.max_position_embeddings),
-        "position_embedding_type": "yarn" if is_gpt_yarn else "rope",
+        "position_embedding_type": position,
         "rotary_base": model.rope.rope_theta,
         "rotary_percent": model.rope.rotary_fraction,
         "share_embeddings_and_output_weights": model.tied_embeddings,

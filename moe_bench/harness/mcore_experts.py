@@ -59,6 +59,8 @@ def own_router_arguments(recipe: Recipe) -> Arguments:
     moe, drop = recipe.model.moe, recipe.token_drop
     return {
         "router_choice": "top_k" if moe is None else moe.router.choice,
+        "router_has_bias": moe is None or moe.router.has_bias,
+        "shared_expert_mixing": "sum" if moe is None else moe.shared_expert_mixing,
         "eval_capacity_factor": None if drop is None else drop.eval_capacity_factor,
         "expert_steps": ()
         if moe is None

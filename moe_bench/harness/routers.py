@@ -149,6 +149,15 @@ class GShardRouter(TopKRouter):  # type: ignore[misc]
         return rank if self.config.sequence_parallel else rank // self.tp_group.size()
 
 
+class UnbiasedRouter(TopKRouter):  # type: ignore[misc]
+    """Megatron-Core's, without the bias that it takes from `add_bias_linear`."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        plain = copy.copy(config)
+        plain.add_bias_linear = False
+        super().__init__(*args, config=plain, **kwargs)
+
+
 def within_capacity(
     probs: Tensor, chosen: Tensor, *, capacity: int, drop: TokenDrop, rank: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -178,6 +187,8 @@ def chosen_router(settings: Settings, config: TransformerConfig) -> RouterBuilde
     """What builds the routers of a recipe; None leaves it to Megatron-Core."""
     kinds: list[type[TopKRouter]] = []
     options: dict[str, Any] = {}
+    if config.add_bias_linear and not settings.router_has_bias:
+        kinds.append(UnbiasedRouter)
     if settings.routing_mode == "recorded":
         kinds.append(RecordedRouter)
         options["trace"] = settings.routing_trace

@@ -35,6 +35,9 @@ class Settings(Spec):
     routing_trace: Trace
     """Read with `recorded`."""
     router_choice: RouterChoice
+    router_has_bias: bool
+    """Whether the router has one where linear layers have; Megatron-Core knows no difference."""
+    shared_expert_mixing: Literal["sum", "softmax"]
     expert_steps: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...]
     """First layer, number and width of experts that are not those of the first expert layers."""
     eval_capacity_factor: PositiveFloat | None

@@ -120,13 +120,14 @@ def size_view(size: CountedSize) -> RenderableType:
             f"{total:,}",
             f"{total / size.published_total:.1%}",
             f"{active:,}",
-            f"{active / size.published_active:.1%}",
+            "-" if size.published_active is None else f"{active / size.published_active:.1%}",
         )
     return Group(parts, counts)
 
 
 def size_json(size: CountedSize) -> dict[str, object]:
     """The same as JSON."""
+    active = size.active[size.nearest_active]
     return {
         "total_by_part": {str(part): count for part, count in size.total_by_part.items()},
         "active_by_part": {str(part): count for part, count in size.active_by_part.items()},
@@ -139,7 +140,7 @@ def size_json(size: CountedSize) -> dict[str, object]:
         "nearest_total": str(size.nearest_total),
         "nearest_active": str(size.nearest_active),
         "total_ratio": size.total[size.nearest_total] / size.published_total,
-        "active_ratio": size.active[size.nearest_active] / size.published_active,
+        "active_ratio": None if size.published_active is None else active / size.published_active,
     }
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.legality import legality_problems
-from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, PublishedSize, Rope
+from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, PublishedSize
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe, Routing
+from moe_bench.spec.rope import Rope
 from moe_bench.spec.system import SystemSpec
 from moe_bench.spec.yaml_tree import dotted
 

@@ -8,8 +8,9 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from moe_bench.errors import BadInputError
+from moe_bench.spec.activation import Activation
 from moe_bench.spec.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
-from moe_bench.spec.model import Activation, MixtureOfExperts, Router
+from moe_bench.spec.model import MixtureOfExperts, Router
 from moe_bench.spec.recipe import DispatchSpec, Fusions, KernelSpec, LowPrecision, Precision, Recipe
 from moe_bench.spec.routing_trace import read_trace
 

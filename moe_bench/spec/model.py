@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moe_bench.errors import BadInputError
+from moe_bench.spec.activation import Activation
 from moe_bench.spec.base import (
-    Fraction,
     Key,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,30 +19,7 @@ from moe_bench.spec.base import (
     Spec,
     Text,
 )
-
-
-class YarnScaling(Spec):
-    """YaRN's stretching of the rotary frequencies (arXiv:2309.00071)."""
-
-    factor: PositiveFloat
-    original_max_position_embeddings: PositiveInt
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    mscale_factor: NonNegativeFloat = 1.0
-    mscale_all_dim_factor: NonNegativeFloat = 0.0
-    round_correction_range: bool = True
-    """Whether the borders of the corrected dimensions are rounded to whole ones (`truncate` in GPT-OSS)."""
-
-
-class Rope(Spec):
-    """Rotary position embedding (arXiv:2104.09864)."""
-
-    rope_theta: PositiveFloat
-    rotary_fraction: Fraction = 1.0
-    """Share of each head's dimensions that rotates; GLM-4.5 rotates half, Nemotron none."""
-    interleaved: bool = False
-    """Whether neighbouring dimensions form the rotating pairs (DeepSeek's layout) or the two halves do."""
-    scaling: YarnScaling | None = None
+from moe_bench.spec.rope import Rope
 
 
 class SlidingWindow(Spec):
@@ -181,22 +158,6 @@ class CompressedAttention(Spec):
     index_top_k: PositiveInt
 
 
-class Activation(Spec):
-    """The activation between the projections of an MLP or expert."""
-
-    kind: Literal["swiglu", "clamped_swiglu", "geglu", "gelu", "squared_relu"]
-    """`clamped_swiglu` (GPT-OSS): x * sigmoid(1.702 x) times the linear part plus an offset, clamped. `gelu`
-    and `squared_relu` (Nemotron) have no gate, so an MLP has two matrices instead of three.
-    """
-    clamp_limit: PositiveFloat | None = None
-    linear_offset: float = 0.0
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether one half of the first projection multiplies the other."""
-        return self.kind not in ("gelu", "squared_relu")
-
-
 RouterChoice = Literal["top_k", "gshard", "sinkhorn", "expert_choice"]
 
 
@@ -217,6 +178,8 @@ class Router(Spec):
     groups_per_token: PositiveInt | None = None
     """Group-limited routing (arXiv:2412.19437, 2.1.2): a token's experts come from this many groups."""
     scaling_factor: PositiveFloat = 1.0
+    has_bias: bool = True
+    """Whether `linear_bias` reaches the router's logits, as in GPT-OSS; not in DeepSpeed."""
     expert_bias: bool = False
     """A bias on the choosing scores, not the weights, moved to balance the load (arXiv:2408.15664)."""
     expert_bias_update_rate: NonNegativeFloat = 0.0
@@ -248,6 +211,10 @@ class MixtureOfExperts(Spec):
     shared_expert_ffn_hidden_size: NonNegativeInt = 0
     """Width of all shared experts together; 0 for none."""
     shared_expert_gate: bool = False
+    shared_expert_mixing: Literal["sum", "softmax"] = "sum"
+    """How routed and shared experts come together: added, or weighed for each token by a softmax of two
+    learned logits (the residual experts of DeepSpeed, deepspeed/moe/layer.py, `coefficient`).
+    """
     num_leading_dense_layers: NonNegativeInt = 0
     every_n_layers: PositiveInt = 1
     """Layer n (from 1) has experts when n is a multiple of this; 2 in Llama 4 Maverick."""
@@ -291,7 +258,8 @@ class PublishedSize(Spec):
     """Parameter counts as the authors state them, and how their active count comes about."""
 
     total_params: PositiveFloat
-    active_params: PositiveFloat
+    active_params: PositiveFloat | None
+    """Null where no source prints them."""
     source: Text
 
 
@@ -362,7 +330,13 @@ class ModelSpec(Spec):
     manifold-constrained hyper-connections).
     """
     linear_bias: bool = False
-    """Biases on the attention output, the experts and the router (GPT-OSS)."""
+    """Biases on the attention output, MLPs, experts and, where `has_bias` of it says so, the router."""
+    learned_positions: bool = False
+    """Whether an embedding of each of `max_position_embeddings` positions is added to that of the token
+    (GPT-2); `rope.rotary_fraction` is 0 then.
+    """
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """`layernorm` takes the mean away and has an offset beside each gain (arXiv:1607.06450)."""
     norm_epsilon: PositiveFloat
     tied_embeddings: bool = False
     num_mtp_layers: NonNegativeInt = 0
@@ -455,6 +429,16 @@ class ModelSpec(Spec):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer`, counted from 0, has experts."""
         return self._has_experts(layer)
+
+    @property
+    def router_bias(self) -> bool:
+        """Whether the router adds a bias to its logits."""
+        return self.linear_bias and self.moe is not None and self.moe.router.has_bias
+
+    @property
+    def num_norm_vectors(self) -> int:
+        """Vectors of parameters in a norm: gains, and with LayerNorm offsets."""
+        return 2 if self.normalization == "layernorm" else 1
 
     @property
     def expert_hidden_size(self) -> int:

@@ -282,9 +282,12 @@ def _smoke_num_layers(recipe: Recipe, parallel: ParallelSpec) -> int:
     if parallel.layout is not None:
         return "".join(expand_layout(parallel.layout)).count("t")
     num_pseudo_layers = parallel.embedding_counts_as_layer + parallel.loss_counts_as_layer
-    num_dense = min(recipe.model.num_dense_layers, 1)
+    moe = recipe.model.moe
+    fewest = 2 + min(recipe.model.num_dense_layers, 1)
+    if moe is not None and moe.every_n_layers > 1:
+        fewest = 2 * moe.every_n_layers
     per_chunk = 1
-    while per_chunk * parallel.num_chunks - num_pseudo_layers < 2 + num_dense or (
+    while per_chunk * parallel.num_chunks - num_pseudo_layers < fewest or (
         num_pseudo_layers and per_chunk < 2
     ):
         per_chunk += 1
@@ -328,10 +331,8 @@ def _smoke_attention(model: ModelSpec) -> GroupedQueryAttention | MultiLatentAtt
     )
 
 
-_SMOKE_STEP = ExpertStep(from_layer=1, num_experts=16, expert_ffn_hidden_size=48)
-
-
 def _smoke_moe(moe: MixtureOfExperts) -> MixtureOfExperts:
+    step = ExpertStep(from_layer=moe.every_n_layers, num_experts=16, expert_ffn_hidden_size=48)
     is_grouped = moe.router.num_groups is not None and moe.router.num_groups > 1
     router = (
         moe.router.model_copy(update={"num_groups": 4, "groups_per_token": 2}) if is_grouped else moe.router
@@ -343,7 +344,7 @@ def _smoke_moe(moe: MixtureOfExperts) -> MixtureOfExperts:
             "expert_ffn_hidden_size": 32,
             "shared_expert_ffn_hidden_size": 32 if moe.shared_expert_ffn_hidden_size else 0,
             "num_leading_dense_layers": min(moe.num_leading_dense_layers, 1),
-            "steps": (_SMOKE_STEP,) if moe.steps else (),
+            "steps": (step,) if moe.steps else (),
             "router": router,
         }
     )

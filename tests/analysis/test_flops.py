@@ -39,7 +39,8 @@ MegatronCounter = Callable[[Namespace, int], float]
 
 MODELS = (
     "deepseek_v2_lite", "deepseek_v3", "glm_4_5_air", "gpt_oss_120b", "gpt_oss_20b", "kimi_k2",
-    "mixtral_8x22b", "mixtral_8x7b", "moonlight_16b_a3b", "olmoe_1b_7b", "qwen3_235b_a22b", "qwen3_30b_a3b",
+    "mixtral_8x22b", "mixtral_8x7b", "moonlight_16b_a3b", "olmoe_1b_7b", "pr_moe_350m", "qwen3_235b_a22b",
+    "qwen3_30b_a3b",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def megatron_arguments(model: ModelSpec, *, seq_len: int, num_mtp_layers: int) -
         moe_router_topk=moe.top_k,
         moe_layer_freq=[int(model.is_moe_layer(layer)) for layer in range(model.num_layers)],
         mtp_num_layers=num_mtp_layers or None,
-        swiglu=True,
+        swiglu=model.activation.is_gated,
         num_attention_heads=attention.num_heads,
         group_query_attention=not is_mla,
         num_query_groups=None if is_mla else attention.num_query_groups,
@@ -256,6 +257,17 @@ def test_latent_projections_match_a_hand_count() -> None:
 def test_routed_experts_match_a_hand_count() -> None:
     # DeepSeek-V3, one token, one layer: 8 experts x 3 matrices x (7168 x 2048) x 2
     assert mlp_flops(tokens=8, hidden=7168, ffn=2048, num_matrices=3) == 704_643_072
+
+
+def test_experts_and_mlps_without_a_gate_match_a_hand_count(models: dict[str, ModelSpec]) -> None:
+    # 350M+PR-MoE: 12 dense layers, 12 of one routed and one residual expert each, 2 matrices of 1024 x 4096
+    parts = forward_flops_by_part(
+        models["pr_moe_350m"], num_seqs=1, seq_len=2048, num_mtp_layers=0, counting=FlopsCounting.MCORE
+    )
+    twelve = 12 * 2 * 2048 * 2 * 1024 * 4096
+    assert parts[Part.DENSE_MLP] == parts[Part.ROUTED_EXPERTS] == parts[Part.SHARED_EXPERTS] == twelve
+    assert parts[Part.ATTENTION] == 24 * 2 * 2048 * 4 * 1024 * 1024
+    assert parts[Part.LM_HEAD] == 2 * 2048 * 1024 * 50_257
 
 
 def test_router_head_projection_and_norm_match_hand_counts() -> None:

@@ -184,7 +184,8 @@ def layout_strings(draw: st.DrawFn, *, num_layers: int, num_mtp_layers: int, num
 
 @st.composite
 def layouts(draw: st.DrawFn, model: ModelSpec, *, num_mtp_layers: int) -> ParallelSpec:
-    pipeline, tensor = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4]))
+    pipeline = draw(st.integers(1, 4))
+    tensor = draw(st.sampled_from([size for size in (1, 2, 4) if model.vocab_size % size == 0]))
     virtual = draw(st.integers(1, 3)) if pipeline > 1 else 1
     expert, expert_tensor = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2]))
     replicas = draw(st.integers(1, 3))
@@ -224,6 +225,7 @@ def test_all_ranks_together_hold_every_parameter_once_per_replica(
     )
     stages = (parallel.layout or "").split("|")
     num_embedding_copies = sum("m" in stage and "E" not in stage for stage in stages)
+    num_embedding_copies += model.tied_embeddings and len(stages) > 1
 
     # one replica: all tensor, pipeline and expert ranks; replicated weights stand on every tensor rank
     held = parallel.tensor * sum(rank.dense for rank in ranks)
@@ -231,6 +233,25 @@ def test_all_ranks_together_hold_every_parameter_once_per_replica(
     copies = num_embedding_copies * model.vocab_size * model.hidden_size
     assert held == dense.sharded + copies + parallel.tensor * dense.replicated
     assert held_experts == experts.sharded + parallel.expert_tensor * experts.replicated
+
+
+def test_every_part_of_a_pyramid_with_residual_experts_matches_a_hand_count(
+    models: dict[str, ModelSpec],
+) -> None:
+    # 24 layers of width 1024, 12 of them with experts: 10 x 32 and 2 x 64; biases but for the router
+    mlp = 2 * 1024 * 4096 + 4096 + 1024
+    parts = main_weights(models["pr_moe_350m"], num_experts=None, family=None)
+    assert {part: weights.total for part, weights in parts.items()} == {
+        Part.INPUT_EMBEDDING: 50_257 * 1024 + 2048 * 1024,
+        Part.ATTENTION: 24 * (4 * 1024 * 1024 + 4 * 1024),
+        Part.NORMS: 24 * 2 * 2 * 1024 + 2 * 1024,
+        Part.ROUTER: 448 * 1024,
+        Part.ROUTED_EXPERTS: 448 * mlp,
+        Part.SHARED_EXPERTS: 12 * (mlp + 2 * 1024 + 2),
+        Part.DENSE_MLP: 12 * mlp,
+    }
+    assert whole(models["pr_moe_350m"]) == 4_116_745_240
+    assert whole(models["pr_moe_1_3b"]) == pytest.approx(31.4e9, rel=0.01)
 
 
 def test_a_mamba_layer_matches_a_hand_count() -> None:

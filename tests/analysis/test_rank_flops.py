@@ -6,7 +6,7 @@ import pytest
 
 from moe_bench.analysis.flops import FlopsCounting, forward_flops_by_part
 from moe_bench.analysis.params import Part
-from moe_bench.analysis.rank_flops import Kernel, rank_flops
+from moe_bench.analysis.rank_flops import EXPERT_BIAS, EXPERT_MIXING, Kernel, rank_flops
 from moe_bench.spec.catalogue import recipe_paths, recipes_root
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import ModelSpec
@@ -117,6 +117,8 @@ def test_all_ranks_together_do_what_the_model_needs(loader: Loader, name: str) -
         for line in rank_flops(recipe, pipeline_rank):
             spent[line.part] += ranks_per_stage * line.forward_flops
     routers = spent.pop(Part.ROUTER)
+    for beside in (EXPERT_BIAS, EXPERT_MIXING):
+        spent.pop(beside, None)
     needed = dict(
         forward_flops_by_part(
             recipe.model,

@@ -183,6 +183,15 @@ CASES: Mapping[str, Recipe] = {
         recompute=FULL,
         num_mtp_layers=1,
     ),
+    "residual experts, GELU, LayerNorm, learned positions over EP2": toy(
+        "pr_moe_350m", {"num_gpus": 4, "expert": 2}
+    ),
+    "the same over TP2, PP2, EP2, recomputed": toy(
+        "pr_moe_350m", {**SPLIT, "num_gpus": 8, "pipeline": 2, "expert": 2}, recompute=FULL
+    ),
+    "residual experts recomputed": toy(
+        "pr_moe_350m", {"num_gpus": 2, "expert": 2}, recompute=selective("shared_experts", "layernorm")
+    ),
     "tokens gathered over ETP2 x EP2": toy(
         "mixtral_8x7b",
         {**SPLIT, "num_gpus": 8, "expert": 2, "expert_tensor": 2},

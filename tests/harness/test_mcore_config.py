@@ -46,7 +46,6 @@ NOT_BUILT = {
     "model.num_residual_streams": 4,
     "model.attention.output_gate": True,
     "model.attention.chunked": ChunkedAttention(chunk_tokens=8192, full_attention_every=4),
-    "model.moe.every_n_layers": 2,
     "model.moe.latent_size": 1024,
     "model.attention.sparse": None,
     "model.mtp_is_shared": True,

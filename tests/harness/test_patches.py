@@ -71,6 +71,8 @@ def settings(*, device: str | None, wanted: tuple[str, ...]) -> Settings:
         experts_are_fp8=False,
         triton_fusions=(),
         router_choice="top_k",
+        router_has_bias=True,
+        shared_expert_mixing="sum",
         expert_steps=(),
         eval_capacity_factor=None,
         min_capacity=0,

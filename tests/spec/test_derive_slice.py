@@ -56,7 +56,8 @@ def test_other_kernels_are_legal_and_everything_that_they_replace_is_a_row(
     plan = slice_plan(asked, fits=rank_fits, modified=(), choice=SliceChoice(kernels=family))
     problems = {problem.rule for problem in legality_problems(plan.recipe)}
     # What would be another model or other work is not replaced, and `run` refuses the slice.
-    assert problems <= ({"quack_activation", "quack_experts", "quack_rows"} if family == "quack" else set())
+    others = {"quack_activation", "quack_experts", "quack_rows", "residual_experts"}
+    assert problems <= (others if family == "quack" else set())
     assert plan.recipe.kernels.family == family
     keeps = asked.precision == "bf16" or (asked.precision, family) == ("fp8_rowwise", "torch_native")
     assert plan.recipe.precision == (asked.precision if keeps else "bf16")

@@ -148,12 +148,12 @@ def _rms_norm(on_flops: OnFlops) -> dict[str, Any]:
 
 def _gated(on_flops: OnFlops) -> dict[str, Any]:
     def forward(x: Tensor, probabilities: Tensor, *numbers: object) -> Tensor:
-        return x.new_empty(x.shape[0], x.shape[1] // 2)
+        return x.new_empty(x.shape[0], x.shape[1] // (2 if numbers else 1))  # of a gate alone
 
     def backward(grad: Tensor, x: Tensor, probabilities: Tensor, *numbers: object) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), torch.empty_like(probabilities)
 
-    return {"gated_forward": forward, "gated_backward": backward}
+    return {f"{kind}_{way.__name__}": way for kind in ("gated", "gelu") for way in (forward, backward)}
 
 
 def _row_wise(on_flops: OnFlops) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.kernels.activation import GatedActivation, gated_activation
+from moe_bench.harness.kernels.activation import ExpertActivation, GatedActivation, expert_activation
 from moe_bench.harness.kernels.expert_checkpoint import ExpertShards, sharded_parameters
 from moe_bench.harness.kernels.grouped_linear import (
     PLAIN,
@@ -146,7 +146,9 @@ class ExpertStack(torch.nn.Module):
 
 
 class UpProjection(ExpertStack):
-    """The first projection: tokens [tokens, hidden] to gate and linear part [tokens, 2 * ffn]."""
+    """The first projection: tokens [tokens, hidden] to gate and linear part [tokens, 2 * ffn], or without a
+    gate to [tokens, ffn].
+    """
 
     def forward(self, x: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """Project; `members` is the one-hot matrix of `membership`, needed with biases."""
@@ -176,7 +178,7 @@ class DownProjection(ExpertStack):
             init_method=init_method,
             groups=groups,
         )
-        self.activation: GatedActivation = gated_activation(config)
+        self.activation: ExpertActivation = expert_activation(config)
         self.recompute = config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
 
     def forward(self, x: Tensor, probabilities: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
@@ -209,6 +211,19 @@ class ExpertFusions:
     """The same activation on other kernels."""
     accumulate: Accumulate | None = None
     """What adds weight gradients to the gradient buffer."""
+
+    def on(self, activation: ExpertActivation) -> ExpertActivation:
+        """The activation on the kernels that are asked for, if any.
+
+        Raises MissingRequirementError for one without a gate.
+        """
+        if self.activation is None:
+            return activation
+        if not isinstance(activation, GatedActivation):
+            raise MissingRequirementError(
+                "kernels.fusions.activation: the kernel is written for gated experts; set it to false"
+            )
+        return self.activation(activation)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -249,13 +264,15 @@ class GroupedExperts(MegatronModule):
                 f"expert width {config.moe_ffn_hidden_size}: the expert-tensor-parallel size "
                 f"{groups.expt_tp.size()} does not divide it; choose one that does"
             )
-        hidden = config.hidden_size
+        hidden, has_gate = config.hidden_size, config.gated_linear_unit
         products.check_widths(
             dtype=config.params_dtype, hidden_size=hidden, expert_ffn_hidden_size_per_rank=ffn
         )
         self.linear_fc1 = UpProjection(
             config,
-            StackShape(in_features=hidden, out_features=2 * ffn, split="out", has_gate=True),
+            StackShape(
+                in_features=hidden, out_features=(1 + has_gate) * ffn, split="out", has_gate=has_gate
+            ),
             num_experts=num_local_experts,
             are_apart=are_apart,
             init_method=config.init_method,
@@ -277,8 +294,7 @@ class GroupedExperts(MegatronModule):
                 "set it to false"
             )
         self.linear_fc1.accumulate = self.linear_fc2.accumulate = fusions.accumulate
-        if fusions.activation is not None:
-            self.linear_fc2.activation = fusions.activation(self.linear_fc2.activation)
+        self.linear_fc2.activation = fusions.on(self.linear_fc2.activation)
         self.implementation = "+".join((products.implementation, *fusions.names))
 
     def forward(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.kernels.activation import GatedActivation
+from moe_bench.harness.kernels.activation import ExpertActivation
 from moe_bench.harness.ranges import range_named
 
 ALIGNMENT_BYTES = 16
@@ -127,12 +127,12 @@ def activated_grouped_linear(
     weights: Sequence[Tensor],
     offsets: Tensor,
     *,
-    activation: GatedActivation,
+    activation: ExpertActivation,
     recompute: bool,
     products: Products = PLAIN,
     accumulate: Accumulate | None = None,
 ) -> Tensor:
-    """Activate x [tokens, 2 * in], weight by the probabilities, then `grouped_linear`.
+    """Activate x [tokens, 2 * in], or [tokens, in] without a gate, weight by the probabilities, then `grouped_linear`.
 
     Args:
         recompute: keep only x for the backward pass and activate again there, rather than keep the activated
@@ -198,7 +198,7 @@ class _ActivatedGroupedLinear(torch.autograd.Function):
         x: Tensor,
         probabilities: Tensor,
         offsets: Tensor,
-        activation: GatedActivation,
+        activation: ExpertActivation,
         recompute: bool,
         products: Products,
         accumulate: Accumulate | None,

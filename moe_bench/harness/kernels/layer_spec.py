@@ -19,6 +19,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -34,6 +36,7 @@ from moe_bench.errors import BadInputError
 from moe_bench.harness.kernels.mla import TorchMLASelfAttention
 from moe_bench.harness.kernels.norm import WholeVectorRMSNorm
 from moe_bench.harness.kernels.provider import TorchNativeSpecProvider, provider_for
+from moe_bench.harness.kernels.shared_experts import BiasedSharedExperts
 from moe_bench.harness.settings import TritonFusion
 
 NormBuilder = Callable[..., torch.nn.Module]
@@ -60,6 +63,8 @@ class KernelChoice:
     """What the other families than Transformer Engine run as Triton kernels."""
     expert_steps: tuple[ExpertStep, ...] = ()
     """Where experts change on the way up, in order."""
+    mixes_shared_experts: bool = False
+    """Whether shared experts are weighed against the routed ones, not added to them."""
 
     def provider(self) -> BackendSpecProvider:
         """The modules of the family.
@@ -72,6 +77,7 @@ class KernelChoice:
             experts_are_apart=self.experts_are_apart,
             experts_are_fp8=self.experts_are_fp8,
             fusions=self.fusions,
+            mixes_shared_experts=self.mixes_shared_experts,
         )
 
 
@@ -229,7 +235,15 @@ def _mlp(
         num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    return partial(provider.fused_moe_layer(), **spec.keywords) if has_experts else spec
+    if not has_experts:
+        return spec
+    submodules: MoESubmodules = spec.keywords["submodules"]
+    if config.add_bias_linear and config.moe_shared_expert_intermediate_size:
+        mlp = MLPSubmodules(
+            linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
+        )
+        submodules = replace(submodules, shared_experts=partial(BiasedSharedExperts, submodules=mlp))
+    return partial(provider.fused_moe_layer(), submodules=submodules)
 
 
 def _latent_attention(config: TransformerConfig, provider: TorchNativeSpecProvider) -> ModuleSpec:

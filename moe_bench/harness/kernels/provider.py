@@ -22,6 +22,7 @@ from moe_bench.harness.kernels.experts import UNFUSED, ExpertFusions, GroupedExp
 from moe_bench.harness.kernels.grouped_linear import PLAIN, Products
 from moe_bench.harness.kernels.mla import DuplicatedLinear
 from moe_bench.harness.kernels.norm import norm
+from moe_bench.harness.kernels.shared_experts import MixingMoELayer
 from moe_bench.harness.settings import TritonFusion
 
 TRANSFORMER_ENGINE_PIP = 'pip install --no-build-isolation "transformer_engine[pytorch]"'
@@ -37,11 +38,14 @@ class TorchNativeSpecProvider(BackendSpecProvider):
         experts_are_apart: bool = False,
         experts_are_fp8: bool = False,
         fusions: frozenset[TritonFusion] = frozenset(),
+        mixes_shared_experts: bool = False,
     ) -> None:
         """`experts_are_apart`: a weight for each, as Megatron-FSDP needs them (`ExpertStack`);
-        `experts_are_fp8`: their products as in `fp8_grouped`; `fusions`: what runs as Triton kernels.
+        `experts_are_fp8`: their products as in `fp8_grouped`; `fusions`: what runs as Triton kernels;
+        `mixes_shared_experts`: weighed against the routed ones (`MixingMoELayer`).
         """
         self.fusions = fusions
+        self.mixes_shared_experts = mixes_shared_experts
         self.device_type = device_type
         self.experts_are_apart = experts_are_apart
         self.experts_are_fp8 = experts_are_fp8
@@ -118,8 +122,8 @@ class TorchNativeSpecProvider(BackendSpecProvider):
         """Megatron-Core's own activation."""
 
     def moe_layer(self) -> Callable[..., torch.nn.Module]:
-        """Megatron-Core's own."""
-        return MoELayer
+        """Megatron-Core's own, or the one that weighs shared experts."""
+        return MixingMoELayer if self.mixes_shared_experts else MoELayer
 
     def fused_moe_layer(self) -> Callable[..., torch.nn.Module]:
         """`moe_layer` with the router and the permutation that are asked for."""
@@ -142,6 +146,7 @@ def provider_for(
     experts_are_apart: bool = False,
     experts_are_fp8: bool = False,
     fusions: frozenset[TritonFusion] = frozenset(),
+    mixes_shared_experts: bool = False,
 ) -> BackendSpecProvider:
     """Return the modules of a kernel family.
 
@@ -151,6 +156,7 @@ def provider_for(
         experts_are_apart: whether torch-native experts have a weight each; Transformer Engine's always have.
         experts_are_fp8: whether the torch-native experts' products are in FP8 (precision `fp8_rowwise`).
         fusions: what the other families than Transformer Engine run as Triton kernels.
+        mixes_shared_experts: whether they are weighed against the routed ones.
 
     Raises:
         BadInputError: there is no such family.
@@ -160,6 +166,10 @@ def provider_for(
         raise MissingRequirementError(
             f"precision: fp8_rowwise needs kernels.family: torch_native, not {family}"
         )
+    if mixes_shared_experts and family != "torch_native":
+        raise MissingRequirementError(
+            "model.moe.shared_expert_mixing: softmax is built from the torch_native kernels"
+        )
     _require_triton(fusions, device_type)
     if family == "torch_native":
         return TorchNativeSpecProvider(
@@ -167,6 +177,7 @@ def provider_for(
             experts_are_apart=experts_are_apart,
             experts_are_fp8=experts_are_fp8,
             fusions=fusions,
+            mixes_shared_experts=mixes_shared_experts,
         )
     if family == "transformer_engine":
         if find_spec("transformer_engine") is None:

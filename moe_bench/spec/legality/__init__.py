@@ -14,6 +14,7 @@ from moe_bench.spec.legality import (
     precision,
     quack,
     quantization,
+    residual,
     routers,
     saving,
     sharding,
@@ -24,8 +25,8 @@ from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe
 
 GROUPS = (
-    structure, grid, attention, layers, experts, routers, dispatch, batches, precision, overlap, saving,
-    graphs, sharding, quack, quantization,
+    structure, grid, attention, layers, experts, residual, routers, dispatch, batches, precision, overlap,
+    saving, graphs, sharding, quack, quantization,
 )  # fmt: skip
 """The modules of rules, in the order in which they are asked; the docstring of each says what it is about."""
 

@@ -150,13 +150,6 @@ def bias_and_dropout_fusion(recipe: Recipe) -> Iterator[Found]:
         yield "kernels.fusions.bias_dropout", "true with biases in the experts", "write false"
 
 
-@rule("shared experts have no biases", "megatron/core/transformer/moe/shared_experts.py:124")
-def bias_and_shared_experts(recipe: Recipe) -> Iterator[Found]:
-    moe = recipe.model.moe
-    if moe is not None and moe.shared_expert_ffn_hidden_size and recipe.model.linear_bias:
-        yield "model.linear_bias", "true with shared experts", "write false"
-
-
 @rule("the gate scales the output of shared experts", "megatron/core/transformer/moe/moe_layer.py:334")
 def shared_expert_gate(recipe: Recipe) -> Iterator[Found]:
     moe = recipe.model.moe
@@ -184,5 +177,5 @@ def probs_on_input(recipe: Recipe) -> Iterator[Found]:
 RULES = (
     experts_of_a_dense_model, experts_per_rank, top_k, routing_groups, sigmoid_renormalises, single_expert,
     expert_bias, aux_loss, bias_and_expert_tensor, bias_and_expert_loop, bias_and_dropout_fusion,
-    bias_and_shared_experts, shared_expert_gate, capacity, probs_on_input,
+    shared_expert_gate, capacity, probs_on_input,
 )  # fmt: skip

@@ -33,7 +33,7 @@ def _layers(model: ModelSpec) -> Iterator[str]:
         yield "compressed attention"
     if model.num_residual_streams > 1:
         yield f"{model.num_residual_streams} residual streams"
-    if model.activation.kind not in ("swiglu", "clamped_swiglu"):
+    if model.activation.kind not in ("swiglu", "clamped_swiglu", "gelu"):
         yield f"{model.activation.kind} activation"
     if model.mtp_is_shared:
         yield "a shared prediction module"
@@ -41,7 +41,7 @@ def _layers(model: ModelSpec) -> Iterator[str]:
 
 def _attention(model: ModelSpec) -> Iterator[str]:
     attention = model.attention
-    if model.rope.rotary_fraction == 0:
+    if model.rope.rotary_fraction == 0 and not model.learned_positions:
         yield "no rotary embedding"
     if attention.kind == "mla":
         if attention.sparse is not None:
@@ -59,8 +59,6 @@ def _experts(model: ModelSpec) -> Iterator[str]:
     moe = model.moe
     if moe is None:
         return
-    if moe.every_n_layers > 1:
-        yield f"experts in one of {moe.every_n_layers} layers"
     if moe.latent_size is not None:
         yield "experts in a latent width"
     if moe.router.score_function == "sqrt_softplus":

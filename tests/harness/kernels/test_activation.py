@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.kernels.activation import GatedActivation, gated_activation, gated_forward
+from moe_bench.harness.kernels.activation import GatedActivation, Gelu, expert_activation, gated_forward, gelu
 from tests.harness.kernels.configs import gpt_oss_experts, small_config
 
 SWIGLU = GatedActivation(alpha=1.0)
@@ -39,6 +40,19 @@ def test_the_gradient_equals_torchs(activation: GatedActivation) -> None:
     torch.testing.assert_close(grad_probabilities, probabilities.grad)
 
 
+def test_gelu_and_its_gradient_are_torchs_tanh_approximation() -> None:
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    probabilities = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(7, 6, dtype=torch.float64)
+    expected = functional.gelu(x, approximate="tanh") * probabilities.unsqueeze(-1)
+    expected.backward(grad)
+    output = Gelu().forward(x.detach(), probabilities.detach())
+    grad_x, grad_probabilities = Gelu().backward(grad, x.detach(), probabilities.detach())
+    torch.testing.assert_close(output, expected.detach())
+    torch.testing.assert_close(grad_x, x.grad)
+    torch.testing.assert_close(grad_probabilities, probabilities.grad)
+
+
 def test_a_clamped_value_has_no_gradient() -> None:
     x, probabilities = torch.tensor([[0.8, -0.6, 0.5, 0.9]]), torch.ones(1)
     grad_x, _ = GPT_OSS.backward(torch.ones(1, 2), x, probabilities)
@@ -57,15 +71,16 @@ def test_types_stay_those_of_the_inputs() -> None:
 
 
 def test_the_configuration_says_which_activation_it_is() -> None:
-    assert gated_activation(small_config()) == SWIGLU
-    assert gated_activation(small_config(**gpt_oss_experts())) == GatedActivation(
+    assert expert_activation(small_config()) == SWIGLU
+    assert expert_activation(small_config(**gpt_oss_experts())) == GatedActivation(
         alpha=1.702, offset=1.0, clamp=0.3
     )
 
 
-def test_an_activation_without_a_gate_is_refused() -> None:
+def test_gelu_is_the_one_activation_without_a_gate() -> None:
+    assert expert_activation(small_config(gated_linear_unit=False, activation_func=gelu)) == Gelu()
     with pytest.raises(MissingRequirementError, match="gated by SiLU"):
-        gated_activation(small_config(gated_linear_unit=False))
+        expert_activation(small_config(gated_linear_unit=False))
 
 
 @pytest.mark.gpu("torch.compile makes another kernel there")

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.layer.weights import LayerWeights
-from moe_bench.spec.model import Activation
+from moe_bench.spec.activation import Activation
 
 GPT_OSS_ALPHA = 1.702
 """Gain of the sigmoid in the clamped SwiGLU (github.com/openai/gpt-oss, gpt_oss/torch/model.py)."""
