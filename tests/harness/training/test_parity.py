@@ -8,8 +8,12 @@ import pytest
 
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.batches import MicroBatch
+from moe_bench.harness.build import Training
 from moe_bench.harness.data.build import Wish, build_dataset
 from moe_bench.harness.data.tokenizer import byte_tokenizer
+from moe_bench.harness.step import StepOutcome, train_step
+from moe_bench.harness.training import program
 from moe_bench.harness.training.parity import ParityCase, Trained, compare_losses
 from moe_bench.results.parity import Parity
 from moe_bench.spec.derive_training import Wishes, training_job
@@ -80,3 +84,47 @@ def test_ranks_on_gpus_are_not_forked(prefix: Path) -> None:
     case = ParityCase(base=full, variant=full, varied=("seed=7",), num_repeats=2)
     with pytest.raises(MissingRequirementError, match="--scale smoke"):
         compare_losses(case, environment={}, command=(), source_root=prefix, on_run=print, trained=Trained())
+
+
+def compared_with_doubled_gradients(prefix: Path) -> Parity:
+    """The same job twice, the second time with gradients that are twice what they should be."""
+    is_variant = False
+
+    def doubling(built: Training, batches: list[MicroBatch]) -> StepOutcome:
+        step = built.optimizer.step
+
+        def doubled() -> object:
+            for chunk in built.chunks:
+                for parameter in chunk.parameters():
+                    parameter.main_grad.mul_(2)
+            return step()
+
+        with pytest.MonkeyPatch.context() as patch:
+            if is_variant:
+                patch.setattr(built.optimizer, "step", doubled)
+            return train_step(built, batches)
+
+    def on_run(name: str) -> None:
+        nonlocal is_variant
+        is_variant = name == "variant"
+
+    one = job(prefix, ScaleOption.SMOKE)
+    case = ParityCase(base=one, variant=one, varied=("gradients=2",), num_repeats=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "train_step", doubling)
+        return compare_losses(
+            case,
+            environment={},
+            command=(),
+            source_root=prefix.parent,
+            on_run=on_run,
+            trained=Trained(),
+        )
+
+
+@pytest.mark.slow
+def test_gradients_that_are_wrong_by_a_factor_show_in_their_norm_alone(prefix: Path, zygote: Zygote) -> None:
+    found: Parity = zygote.call(compared_with_doubled_gradients, prefix)
+    # Adam divides the factor out, and clipping to a norm of one has done so before
+    assert [curve.first_different_step for curve in found.curves] == [None, 1]
+    assert found.variant.learned.grad_norms[0] == pytest.approx(2 * found.base.learned.grad_norms[0])
