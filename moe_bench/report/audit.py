@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bench.analysis.flops import FlopsCounting, defines, step_flops_by_part
+from moe_bench.report.figures import TERA
 from moe_bench.results.flops_convention import CONVENTIONS, FlopsConvention
 from moe_bench.results.metrics import COUNTING
 from moe_bench.spec.recipe import Recipe
@@ -27,7 +28,6 @@ AUDITED = (
 """The conventions that somebody has written down, and the one that counts nothing (docs/registry.md)."""
 
 GFLOPS = 1e9
-TFLOPS = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +109,11 @@ def audit_view(lines: tuple[AuditLine, ...], *, tokens_per_s_per_gpu: float | No
             continue
         cells = [
             f"{line.count.token_flops / GFLOPS:.2f}",
-            f"{line.count.step_flops / TFLOPS:,.0f}",
+            f"{line.count.step_flops / TERA:,.0f}",
             f"{line.count.to_ours_ratio:.4f}",
         ]
         if tokens_per_s_per_gpu is not None:
-            cells.append(f"{tokens_per_s_per_gpu * line.count.token_flops / TFLOPS:.1f}")
+            cells.append(f"{tokens_per_s_per_gpu * line.count.token_flops / TERA:.1f}")
         table.add_row(label, *cells, _terms(line.count) or "-")
     return Group(table, Text("what each convention contains: docs/accounting.md", style="dim"))
 
@@ -148,10 +148,10 @@ def _line_json(line: AuditLine, tokens_per_s_per_gpu: float | None) -> dict[str,
         return head | {"gflops_per_token": None}
     numbers: dict[str, object] = {
         "gflops_per_token": count.token_flops / GFLOPS,
-        "step_tflops": count.step_flops / TFLOPS,
+        "step_tflops": count.step_flops / TERA,
         "ratio_to_ours": count.to_ours_ratio,
         "differences_gflops_per_token": {part: more / GFLOPS for part, more in count.differences.items()},
     }
     if tokens_per_s_per_gpu is not None:
-        numbers["tflops_per_gpu"] = tokens_per_s_per_gpu * count.token_flops / TFLOPS
+        numbers["tflops_per_gpu"] = tokens_per_s_per_gpu * count.token_flops / TERA
     return head | numbers

@@ -13,6 +13,7 @@ from rich.text import Text
 from moe_bench.projection.calibration.plan import CalibrationPlan, PlannedTask
 from moe_bench.projection.evidence.calibrated_constants import CalibratedConstants, sustained_ratio
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import GIB, GIGA, MICRO, TERA
 from moe_bench.results.calibration import (
     AttentionCore,
     Calibration,
@@ -28,8 +29,6 @@ from moe_bench.results.calibration import (
 )
 from moe_bench.results.calibration_journal import Entry
 
-_GIB = 1024**3
-_TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
 PLAIN_LINES = 20
 """Lines that a long calibration writes into a log, evenly spaced."""
 
@@ -90,9 +89,9 @@ def _plan_row(number: int, one: PlannedTask) -> tuple[str, ...]:
         shape_label(task.what),
         task.dtype,
         task.implementation,
-        f"{one.call_s / _MICRO:.0f}",
+        f"{one.call_s / MICRO:.0f}",
         f"{one.estimated_s:.2f}",
-        f"{one.memory_bytes / _GIB:.2f}",
+        f"{one.memory_bytes / GIB:.2f}",
         f"{one.time_fraction:.2%}" if one.time_fraction else "-",
         one.origin,
     )
@@ -119,7 +118,7 @@ def _notes(plan: CalibrationPlan) -> Iterator[str]:
         seconds = sum(one.estimated_s for one in plan.over_budget)
         yield f"beyond the budget: {len(plan.over_budget)} measurements, {seconds:.0f} s"
     for one in plan.too_large:
-        size = one.memory_bytes / _GIB
+        size = one.memory_bytes / GIB
         yield f"too large: {one.task.what.operation} {shape_label(one.task.what)} needs {size:.1f} GiB"
     if plan.unprojected:
         yield f"no operations known: {', '.join(plan.unprojected)}"
@@ -172,7 +171,7 @@ def calibration_view(calibration: Calibration, constants: CalibratedConstants) -
         if ratio is not None:
             parts.append(Text(f"{shape_label(one.what)}: {ratio:.3f} of its rate in a burst"))
         if isinstance(one.what, Launch):
-            per_kernel = one.median_s / one.what.num_kernels / _MICRO
+            per_kernel = one.median_s / one.what.num_kernels / MICRO
             parts.append(Text(f"{shape_label(one.what)}: {per_kernel:.1f} us each on the host"))
     for name, source in constants.sources.items():
         parts.append(Text(f"constants.{name} = {getattr(constants.constants, name):.4g} ({source})"))
@@ -194,8 +193,8 @@ def _best(measurements: Sequence[Measurement]) -> tuple[tuple[str, ...], ...]:
             (
                 *key,
                 str(len(found)),
-                f"{flops / _TERA:.3g}" if flops else "-",
-                f"{num_bytes / _GIGA:.4g}" if num_bytes else "-",
+                f"{flops / TERA:.3g}" if flops else "-",
+                f"{num_bytes / GIGA:.4g}" if num_bytes else "-",
             )
         )
     return tuple(rows)

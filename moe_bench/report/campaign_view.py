@@ -12,9 +12,8 @@ from rich.text import Text
 
 from moe_bench.projection.campaign.plan import CampaignPlan, PlannedStep
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import GIB
 from moe_bench.results.campaign import Campaign, Step, StepOutcome
-
-_GIB = 1024**3
 
 Seen = tuple[Callable[[Step, float], None], Callable[[StepOutcome], None]]
 """Called before a step with its estimated seconds, and after it with what came of it."""
@@ -29,7 +28,7 @@ def campaign_plan_view(plan: CampaignPlan) -> RenderableType:
 
 
 def _plan_row(number: int, one: PlannedStep) -> tuple[str, ...]:
-    memory = "-" if one.memory_bytes is None else f"{one.memory_bytes / _GIB:.1f}"
+    memory = "-" if one.memory_bytes is None else f"{one.memory_bytes / GIB:.1f}"
     name = f"{one.step.key} (not here)" if one.absent else one.step.key
     return (str(number), name, f"{one.estimated_s:.0f}", memory, _command(one.step), one.step.question)
 

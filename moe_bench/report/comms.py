@@ -10,9 +10,9 @@ from rich.table import Table
 
 from moe_bench.analysis.collectives import Phase
 from moe_bench.analysis.comms import Transfer, step_transfers
+from moe_bench.report.figures import GIGA
 from moe_bench.spec.recipe import Recipe
 
-GB = 1e9
 _PASSES = (Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD)
 
 
@@ -76,7 +76,7 @@ def _by_purpose(transfers: Iterable[Transfer]) -> Mapping[tuple[str, int, str, s
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / GB:,.3f}" if num_bytes else "-"
+    return f"{num_bytes / GIGA:,.3f}" if num_bytes else "-"
 
 
 def comms_json(recipe: Recipe, stages: Sequence[tuple[Transfer, ...]]) -> dict[str, object]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moe_bench.analysis.memory import memory_fit, needed_bytes
+from moe_bench.report.figures import GIB
 from moe_bench.report.recipe_list import layout_label
-from moe_bench.report.show import GIB
 from moe_bench.results.published import row_by_id
 from moe_bench.spec.recipe import Recipe
 

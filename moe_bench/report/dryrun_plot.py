@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_bench.harness.dryrun.outcome import DryRun, RankDryRun
 from moe_bench.report.dryrun_view import NOT_COMPARED, bytes_by_category
-from moe_bench.report.show import GIB
+from moe_bench.report.figures import GIB
 
 _WIDTH, _HEIGHT = 960, 640
 _LEFT, _RIGHT, _TOP = 64, 24, 56

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from moe_bench.analysis.memory import rank_memory
 from moe_bench.harness.dryrun.outcome import DryRun, FlopsLine, RankDryRun, RankOutcome, TrafficLine
+from moe_bench.report.figures import GIB
 from moe_bench.report.recipe_list import layout_label
-from moe_bench.report.show import GIB, substitution_table
+from moe_bench.report.show import substitution_table
 from moe_bench.spec.recipe import Recipe
 
 NOT_COMPARED = "unverified: no figure here has been compared with a GPU"

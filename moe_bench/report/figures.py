@@ -1,8 +1,9 @@
-"""Numbers as people read them, in tables and sentences."""
+"""Numbers as people read them, in tables and sentences, and the units in which they do."""
 
 from __future__ import annotations
 
-_TFLOPS = 1e12
+TERA, GIGA, MILLI, MICRO = 1e12, 1e9, 1e-3, 1e-6
+GIB, MIB = 2**30, 2**20
 
 
 def rate_text(tokens_per_s: float) -> str:
@@ -17,4 +18,4 @@ def seconds_text(seconds: float) -> str:
 
 def tflops_text(flops_per_s: float) -> str:
     """TFLOPs with one decimal."""
-    return f"{flops_per_s / _TFLOPS:.1f}"
+    return f"{flops_per_s / TERA:.1f}"

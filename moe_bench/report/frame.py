@@ -9,10 +9,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import GIB, TERA
 from moe_bench.report.parity_view import marks_notes
 from moe_bench.report.recipe_list import layout_label, parity_mark
-from moe_bench.report.show import GIB
-from moe_bench.report.tables import TFLOPS
 from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.summary import Run, summary_of
 
@@ -78,7 +77,7 @@ def _row(run: Run, parities: Sequence[Parity]) -> dict[str, object]:
         "step_time_low_s": metrics.step_time_low_s,
         "step_time_high_s": metrics.step_time_high_s,
         "tokens_per_s_per_gpu": metrics.tokens_per_s_per_gpu,
-        "tflops_per_gpu": metrics.flops_per_s_per_gpu / TFLOPS,
+        "tflops_per_gpu": metrics.flops_per_s_per_gpu / TERA,
         "mfu_pct": None if metrics.mfu_fraction is None else metrics.mfu_fraction * 100,
         "peak_memory_gib": metrics.peak_memory_bytes / GIB,
         "loss": metrics.last_loss,

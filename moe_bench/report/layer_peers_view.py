@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import GIB, MILLI
 from moe_bench.results.layer_peers import EngineResult, LayerPeers, Pass
 
-_MILLI, _GIB = 1e-3, 2**30
 _NONE = "-"
 _SAYS_SO = "not installed"
 
@@ -80,7 +80,7 @@ def _row(peers: LayerPeers, one: EngineResult) -> tuple[str, ...]:
         _NONE if forward is None else f"{forward.median_ratio:.2f}",
         _milli(tuple(itertools.chain.from_iterable(samples.forward_s for samples in rounds))),
         _milli(tuple(itertools.chain.from_iterable(samples.backward_s for samples in rounds))),
-        _NONE if peak_bytes is None else f"{peak_bytes / _GIB:.2f}",
+        _NONE if peak_bytes is None else f"{peak_bytes / GIB:.2f}",
         _NONE if worst is None or worst.difference_fraction is None else f"{worst.difference_fraction:.1e}",
         f"{one.package} {one.version or ''}".strip(),
     )
@@ -117,4 +117,4 @@ def _gathered(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
 
 
 def _milli(samples_s: tuple[float, ...]) -> str:
-    return f"{statistics.median(samples_s) / _MILLI:.3f}"
+    return f"{statistics.median(samples_s) / MILLI:.3f}"

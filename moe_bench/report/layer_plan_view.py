@@ -10,6 +10,7 @@ from rich.text import Text
 
 from moe_bench.projection.isolated_layer import isolated_parts
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import MILLI, TERA
 from moe_bench.report.layer_view import PUBLISHED_NOTE, published_rates
 from moe_bench.results.layer_record import gated_flops
 from moe_bench.spec.derive_layer import layer_recipe
@@ -19,7 +20,6 @@ from moe_bench.spec.system import SystemSpec
 
 PARTS = ("router", "permute and unpermute", "fc1", "activation", "fc2", "shared experts")
 _FUSIONS = ("router", "permute", "activation")
-_MILLI, _TERA = 1e-3, 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +65,9 @@ def layer_plan_view(layers: Sequence[PlannedLayer], system: SystemSpec) -> Rende
         (
             layer.case.name,
             kernels_text(layer.case.kernels),
-            *(f"{layer.total_s(part) / _MILLI:.3f}" for part in shown),
-            f"{layer.total_s() / _MILLI:.3f}",
-            *(f"{rate / _TERA:.0f}" for rate in layer.rates_flops_per_s),
+            *(f"{layer.total_s(part) / MILLI:.3f}" for part in shown),
+            f"{layer.total_s() / MILLI:.3f}",
+            *(f"{rate / TERA:.0f}" for rate in layer.rates_flops_per_s),
             *(reversed(there) if there else ("-",) * len(sources)),
         )
         for layer, there in zip(layers, published, strict=True)

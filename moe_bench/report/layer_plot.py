@@ -7,13 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from moe_bench.report.figures import MILLI
 from moe_bench.report.layer_view import EXCHANGE, experts_s, imbalance_ratio
 from moe_bench.results.layer_record import LayerRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MILLI = 1e-3
 _LOOKS = MappingProxyType(
     {
         "whole": ("#1d5c99", "o", "-"),
@@ -43,15 +43,15 @@ def curves_ms(records: Sequence[LayerRecord]) -> dict[str, list[float]]:
     """What is drawn: forward and backward milliseconds of the whole and of its parts, record by record."""
     moved = ("router", "permute", "unpermute")
     return {
-        "whole": [record.whole.median_s / _MILLI for record in records],
-        "experts": [experts_s(record) / _MILLI for record in records],
+        "whole": [record.whole.median_s / MILLI for record in records],
+        "experts": [experts_s(record) / MILLI for record in records],
         "router, permute and unpermute": [_parts_ms(record, moved) for record in records],
         "dispatch and combine": [_parts_ms(record, EXCHANGE) for record in records],
     }
 
 
 def _parts_ms(record: LayerRecord, names: Sequence[str]) -> float:
-    return sum(part.median_s for part in record.parts if part.part in names) / _MILLI
+    return sum(part.median_s for part in record.parts if part.part in names) / MILLI
 
 
 def _draw_panel(place: Axes, records: Sequence[LayerRecord]) -> None:
@@ -63,7 +63,7 @@ def _draw_panel(place: Axes, records: Sequence[LayerRecord]) -> None:
     for load, record in zip(loads, records, strict=True):
         place.annotate(
             record.case.routing.label,
-            (load, record.whole.median_s / _MILLI),
+            (load, record.whole.median_s / MILLI),
             xytext=(0, 6),
             textcoords="offset points",
             fontsize=6,
@@ -73,7 +73,7 @@ def _draw_panel(place: Axes, records: Sequence[LayerRecord]) -> None:
     machine = records[0].provenance.gpu.name + (", toy sizes" if records[0].is_tiny else "")
     place.set_title(f"{records[0].case.name}\n{records[0].engine}, {machine}", fontsize=9, loc="left")
     place.grid(axis="y", color="#e4e1da", linewidth=0.6)
-    place.set_ylim(0, 1.1 * max(record.whole.median_s for record in records) / _MILLI)
+    place.set_ylim(0, 1.1 * max(record.whole.median_s for record in records) / MILLI)
     place.set_xlabel("rows of the busiest expert here over the mean", fontsize=8)
     place.set_ylabel("forward and backward (ms)", fontsize=8)
     place.tick_params(labelsize=8)

@@ -12,6 +12,7 @@ from rich.text import Text
 from moe_bench.analysis.layer_bytes import permute_bytes, router_bytes, unpermute_bytes
 from moe_bench.projection.isolated_layer import isolated_parts
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import MILLI, TERA
 from moe_bench.report.layer_peers_view import layer_peers_json, layer_peers_view
 from moe_bench.results.layer_record import PASSES, LayerRecord
 from moe_bench.results.sonicmoe import sonic_shape
@@ -21,7 +22,6 @@ from moe_bench.spec.system import SystemSpec
 EXCHANGE = ("dispatch", "combine")
 MOVED = ("router", "permute", "unpermute")
 PRODUCTS = ("fc1", "fc2")
-_MILLI, _TERA = 1e-3, 1e12
 _NONE = "-"
 _PERMUTATION = "permute and unpermute"
 PUBLISHED_NOTE = "SonicMoE, Megatron: forward/backward TFLOP/s, read off figure 14 of arXiv:2512.14080, +-5"
@@ -202,7 +202,7 @@ def published_rates(name: str) -> tuple[str, str] | None:
     if (shape := sonic_shape(name)) is None:
         return None
     first, second = (
-        f"{rate.forward_flops_per_s / _TERA:.0f}/{rate.backward_flops_per_s / _TERA:.0f}"
+        f"{rate.forward_flops_per_s / TERA:.0f}/{rate.backward_flops_per_s / TERA:.0f}"
         for rate in (shape.sonicmoe, shape.megatron)
     )
     return first, second
@@ -309,9 +309,9 @@ def _floors_s(record: LayerRecord) -> dict[str, float]:
 
 
 def _milli(seconds: float) -> str:
-    return f"{seconds / _MILLI:.3f}"
+    return f"{seconds / MILLI:.3f}"
 
 
 def _tera(flops_per_s: float) -> str:
-    tera = flops_per_s / _TERA
+    tera = flops_per_s / TERA
     return f"{tera:.1f}" if tera >= 1 else f"{tera:.3g}"

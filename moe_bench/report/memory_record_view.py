@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moe_bench.analysis.memory import GIB
 from moe_bench.analysis.memory_verdict import MemoryVerdict
 from moe_bench.projection.accuracy.memory import TOLERANCE_FRACTION, JudgedRow, MemoryRecord
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import GIB
 
 
 def memory_record_view(record: MemoryRecord) -> RenderableType:

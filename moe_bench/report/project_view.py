@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moe_bench.analysis.memory import GIB, needed_bytes
+from moe_bench.analysis.memory import needed_bytes
 from moe_bench.analysis.memory_verdict import rank_verdict, verdict
 from moe_bench.projection.cost import TrainingCost
 from moe_bench.projection.forecast import Forecast
@@ -16,7 +16,7 @@ from moe_bench.projection.nearest import NearRow
 from moe_bench.projection.scaleout import ScaleOut
 from moe_bench.projection.step import Projection
 from moe_bench.report.columns import Columns
-from moe_bench.report.figures import rate_text, seconds_text, tflops_text
+from moe_bench.report.figures import GIB, rate_text, seconds_text, tflops_text
 from moe_bench.report.recipe_list import layout_label
 
 NOT_MEASURED = "projected: nothing here was measured"

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
-from moe_bench.report.tables import TFLOPS
+from moe_bench.report.figures import TERA
 from moe_bench.results.contradictions import Contradiction
 from moe_bench.results.flops_convention import OUR_COUNTING
 from moe_bench.results.published import PublishedRow, model_key
@@ -167,7 +167,7 @@ def _cause(one: Contradiction) -> str:
 
 
 def _tflops(flops_per_s: float | None) -> float | None:
-    return None if flops_per_s is None else flops_per_s / TFLOPS
+    return None if flops_per_s is None else flops_per_s / TERA
 
 
 def _text(value: str | float | None) -> str:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from moe_bench.analysis.rank_flops import Kernel, RankFlops, rank_flops
+from moe_bench.report.figures import TERA
 from moe_bench.spec.recipe import Recipe
-
-TFLOPS = 1e12
 
 
 def stage_flops(recipe: Recipe) -> tuple[tuple[RankFlops, ...], ...]:
@@ -41,7 +40,7 @@ def rank_flops_view(stages: Sequence[tuple[RankFlops, ...]]) -> Table:
                 sum(line.recompute_flops for line in of_kernel),
             )
             cells = (*passes, sum(passes))
-            table.add_row(str(rank), str(kernel), *(f"{flops / TFLOPS:,.1f}" for flops in cells))
+            table.add_row(str(rank), str(kernel), *(f"{flops / TERA:,.1f}" for flops in cells))
     return table
 
 

@@ -9,10 +9,10 @@ from rich.console import Group
 from rich.table import Table
 
 from moe_bench.analysis.chunk_memory import ModelMemory
-from moe_bench.analysis.memory import GIB, RankMemory
+from moe_bench.analysis.memory import RankMemory
+from moe_bench.report.figures import GIB, MIB
 from moe_bench.spec.recipe import Recipe
 
-MIB = 2**20
 _SMALLEST_SHOWN_BYTES = MIB // 2
 
 

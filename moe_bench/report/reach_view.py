@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import TERA
 from moe_bench.results.reach import GPU, Reach
 
-_TERA = 1e12
 _VERDICTS = {None: "not measured", True: "reached", False: "missed"}
 
 
@@ -54,5 +54,5 @@ def reach_json(figures: Sequence[Reach], predicted: Mapping[str, float]) -> list
 
 def _text(value: float, one: Reach) -> str:
     if one.unit == "flops_per_s":
-        return f"{value / _TERA:.0f} TFLOP/s"
+        return f"{value / TERA:.0f} TFLOP/s"
     return f"{value:.1%}" if one.unit == "fraction" else f"{value:.2f}"

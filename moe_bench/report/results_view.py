@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import TERA
 from moe_bench.report.html.facts import run_provenance
-from moe_bench.report.tables import TFLOPS, run_view
+from moe_bench.report.tables import run_view
 from moe_bench.results.entry import Entry
 from moe_bench.results.parity import Parity
 from moe_bench.results.record import Record
@@ -44,7 +45,7 @@ def entry_line(entry: Entry) -> Line:
     said = {column: getattr(entry, column) for column in COLUMNS if column != "tflops_per_gpu"}
     shown = {
         "modified": " ".join(entry.modified),
-        "tflops_per_gpu": entry.flops_per_s_per_gpu / TFLOPS,
+        "tflops_per_gpu": entry.flops_per_s_per_gpu / TERA,
         "path": str(entry.path),
     }
     return {column: (said | shown)[column] for column in COLUMNS}
@@ -72,7 +73,7 @@ def entries_view(entries: Sequence[Entry], *, num_found: int) -> RenderableType:
                 str(entry.num_ranks),
                 f"{entry.step_time_s:.4g}",
                 f"{entry.tokens_per_s_per_gpu:,.4g}",
-                f"{entry.flops_per_s_per_gpu / TFLOPS:.4g}",
+                f"{entry.flops_per_s_per_gpu / TERA:.4g}",
             )
             for entry in entries
         ),

@@ -14,10 +14,9 @@ from moe_bench.projection.search.record import Record
 from moe_bench.projection.search.search import Found, SearchResult
 from moe_bench.projection.search.space import Space
 from moe_bench.report.columns import Columns
-from moe_bench.report.figures import rate_text, seconds_text, tflops_text
+from moe_bench.report.figures import GIB, rate_text, seconds_text, tflops_text
 from moe_bench.report.project_view import NOT_MEASURED
 from moe_bench.report.recipe_list import layout_label
-from moe_bench.report.show import GIB
 from moe_bench.results.flops_convention import OUR_COUNTING
 from moe_bench.spec.recipe import Recompute
 

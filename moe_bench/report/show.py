@@ -12,10 +12,9 @@ from moe_bench.analysis.memory import MemoryFit, memory_fit, needed_bytes
 from moe_bench.analysis.memory_verdict import verdict
 from moe_bench.analysis.size import CountedSize
 from moe_bench.harness.mcore_config import MegatronArguments
+from moe_bench.report.figures import GIB
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.spec.scale import Plan, Substitution
-
-GIB = 2**30
 
 
 def plan_view(plan: Plan, *, evidence: Mapping[str, str]) -> RenderableType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from moe_bench.report.show import GIB
+from moe_bench.report.figures import GIB, TERA
 from moe_bench.results.metrics import COUNTING
 from moe_bench.results.record import Record
 from moe_bench.results.slice_metrics import Bound, SliceMetrics, bound_of, slice_metrics
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from moe_bench.projection.step import Projection
 
 MAX_TRANSFERS_SHOWN = 3
-_TFLOPS = 1e12
 
 
 def slice_rows(record: Record, *, dry_run_peak_bytes: int | None = None) -> list[tuple[str, str]]:
@@ -70,8 +69,8 @@ def _metric_rows(
         ),
         (
             f"compute TFLOPs/{unit}",
-            f"{metrics.flops_per_s / _TFLOPS:.4g} model (counted: {COUNTING}), "
-            f"{metrics.hardware_flops_per_s / _TFLOPS:.4g} hardware",
+            f"{metrics.flops_per_s / TERA:.4g} model (counted: {COUNTING}), "
+            f"{metrics.hardware_flops_per_s / TERA:.4g} hardware",
         ),
     ]
     bound, projection = _bound(record, metrics), _projected(record, metrics)
@@ -109,7 +108,7 @@ def _as_bound(projection: Projection) -> Bound:
 
 def _throughput(one: Bound, unit: str) -> str:
     return (
-        f"{one.flops_per_s_per_gpu / _TFLOPS:.4g} TFLOPs/{unit}, "
+        f"{one.flops_per_s_per_gpu / TERA:.4g} TFLOPs/{unit}, "
         f"{one.tokens_per_s_per_gpu:,.0f} tokens/s/{unit}, {one.step_s:.4g} s per step"
     )
 

@@ -10,16 +10,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_bench.report.figures import GIB, TERA
 from moe_bench.report.parity_view import evidence_line
 from moe_bench.report.recipe_list import layout_label
-from moe_bench.report.show import GIB, substitution_table
+from moe_bench.report.show import substitution_table
 from moe_bench.report.slice_view import slice_json, slice_rows
 from moe_bench.results.metrics import COUNTING, RunMetrics, max_over_mean_load_ratio, run_metrics
 from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.record import Record
 from moe_bench.spec.scale import Plan
 
-TFLOPS = 1e12
 MAX_OUTLIERS_SHOWN = 5
 
 
@@ -89,7 +89,7 @@ def run_rows(record: Record, *, dry_run_peak_bytes: int | None = None) -> list[t
         ("step time", f"{step_time_text(metrics)}, {steps_text(metrics, len(samples.step_times_s[0]))}"),
         *outlier_rows(record, metrics),
         ("tokens/s", f"{metrics.tokens_per_s:,.0f} ({metrics.tokens_per_s_per_gpu:,.0f} per {unit})"),
-        (f"TFLOPs/{unit}", f"{metrics.flops_per_s_per_gpu / TFLOPS:.4g} (counted: {COUNTING})"),
+        (f"TFLOPs/{unit}", f"{metrics.flops_per_s_per_gpu / TERA:.4g} (counted: {COUNTING})"),
         ("MFU", mfu),
         ("loss", _loss_text(metrics)),
         ("peak memory", f"{metrics.peak_memory_bytes / GIB:.2f} GiB (rank {metrics.peak_memory_rank})"),

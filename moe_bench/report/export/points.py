@@ -8,8 +8,7 @@ from datetime import datetime
 from itertools import accumulate
 
 from moe_bench.analysis.stats import slowest_ranks
-from moe_bench.report.show import GIB
-from moe_bench.report.tables import TFLOPS
+from moe_bench.report.figures import GIB, TERA
 from moe_bench.results.metrics import rank_step_flops, step_load_ratio
 from moe_bench.results.record import Record
 
@@ -41,7 +40,7 @@ def points(record: Record) -> Iterator[Point]:
                 yield Point(tag=tag, step=step, time_s=ends_s[step], value=value)
 
     first, last = len(warmup_s), len(warmup_s) + len(timed_s) - 1
-    tflops = rank_step_flops(record) / TFLOPS
+    tflops = rank_step_flops(record) / TERA
     yield from curve("loss", samples.losses)
     yield from curve("grad_norm", samples.grad_norms)
     yield from curve("warmup/step_time_s", warmup_s)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_bench.analysis.size import counted_size
+from moe_bench.report.figures import GIGA
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.results.published import PublishedRow, Source
 from moe_bench.results.record import Provenance, Record
@@ -24,7 +25,6 @@ _NAMES = {
 }
 """How people write what a recipe calls by a key; a key that is not here is its own name."""
 _BILLION = 1e9
-_GIGA = 1e9
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 _THREAD = re.compile(r"(?:issue|PR) #(\d+)")
 _VERSION = re.compile(r"(?:tag )?(\S+)")
@@ -183,7 +183,7 @@ def _gpu_facts(provenance: Provenance) -> tuple[Fact, ...]:
     drivers = ", ".join(sorted({gpu.driver_version or "not recorded" for gpu in gpus}))
     clocks_hz = [gpu.sm_clock_hz for gpu in gpus if gpu.sm_clock_hz is not None]
     clocks = (
-        f"{min(clocks_hz) / _GIGA:.3f} to {max(clocks_hz) / _GIGA:.3f} GHz" if clocks_hz else "not recorded"
+        f"{min(clocks_hz) / GIGA:.3f} to {max(clocks_hz) / GIGA:.3f} GHz" if clocks_hz else "not recorded"
     )
     limits_w = [gpu.power_limit_w for gpu in gpus if gpu.power_limit_w is not None]
     limits = f"{min(limits_w):.0f} to {max(limits_w):.0f} W" if limits_w else "not recorded"

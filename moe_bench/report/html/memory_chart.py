@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moe_bench.analysis.memory import GIB, MemoryFit, RankMemory, needed_bytes
+from moe_bench.analysis.memory import MemoryFit, RankMemory, needed_bytes
 from moe_bench.analysis.memory_verdict import verdict
+from moe_bench.report.figures import GIB
 from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks
 from moe_bench.report.html.chart import (
     BOTTOM_PX,

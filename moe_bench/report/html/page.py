@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_bench.analysis.memory import memory_fit
+from moe_bench.report.figures import TERA
 from moe_bench.report.html.chart import Chart
 from moe_bench.report.html.facts import Fact, recipe_facts, row_sources, run_provenance
 from moe_bench.report.html.job_drawing import JobDrawing, job_drawing
@@ -24,7 +25,7 @@ from moe_bench.report.recipe_list import parity_mark
 from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
 from moe_bench.report.scaling import Curve, MissingPoint, ScalingPoint, scaling_of
-from moe_bench.report.tables import TFLOPS, run_rows, run_title, step_time_text
+from moe_bench.report.tables import run_rows, run_title, step_time_text
 from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
@@ -192,7 +193,7 @@ def overview_row(run: RunSummary, parities: Sequence[Parity]) -> dict[str, str]:
         "ranks": str(run.num_ranks),
         "step time, 95 %": step_time_text(metrics),
         "tokens/s per rank": f"{metrics.tokens_per_s_per_gpu:,.0f}",
-        "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TFLOPS:.3g}",
+        "TFLOPs per rank": f"{metrics.flops_per_s_per_gpu / TERA:.3g}",
         "MFU": "-" if metrics.mfu_fraction is None else f"{metrics.mfu_fraction:.1%}",
         "last loss": "-" if metrics.last_loss is None else f"{metrics.last_loss:.4f}",
         "parity": parity_mark(evidence_of(parities, run.plan)),

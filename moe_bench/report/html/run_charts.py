@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_bench.analysis.memory import GIB
+from moe_bench.report.figures import GIB
 from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks, whole_ticks
 from moe_bench.report.html.chart import (
     BOTTOM_PX,
