@@ -153,9 +153,9 @@ class _Session:
         from moe_bench.harness.start import quiet_imports
         from moe_bench.launch.environment import current_environment
         from moe_bench.results.parity import write_parity
-        from moe_bench.spec.derive_parity import changes_between, require_causal
+        from moe_bench.spec.derive_parity import changes_between, require_causal, watched_plan
 
-        jobs = self.job(base), self.job(variant)
+        jobs = self.job(watched_plan(base)), self.job(watched_plan(variant))
         for job in jobs:
             require_causal(job.plan.recipe)  # refused before anything is loaded
         with quiet_imports():

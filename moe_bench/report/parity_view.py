@@ -117,6 +117,13 @@ def evidence_line(evidence: Evidence | None, plan: Plan) -> str:
         f"({parity.provenance.started_at[:10]}, {parity.provenance.git.short_name})"
         for parity in evidence.comparisons
     ]
+    if gaps := evidence.precision_gaps:
+        worst = max(range(len(gaps)), key=lambda step: abs(gaps[step]))
+        precision = evidence.comparisons[-1].variant.plan.recipe.precision
+        lines.append(
+            f"{precision} itself is off fp32 by at most {abs(gaps[worst]):.1e} nats (step {worst + 1}), "
+            f"by {abs(gaps[-1]):.1e} in the last step"
+        )
     if evidence.unseen:
         lines.append(f"unproven: {grouped(evidence.unseen)}")
     return "\n".join(lines)

@@ -152,6 +152,22 @@ class Evidence:
     """Settings of the plan that none of them ran, as `field=value`."""
 
     @property
+    def precision_gaps(self) -> tuple[float, ...]:
+        """How far the plain setting's losses in the own precision are from those in FP32, in nats, by step.
+
+        Empty where not both were trained alike. No verdict: what rounding explains is not known across
+        precisions (spec/derive_parity.py, plain_recipe).
+        """
+        if len(self.comparisons) != 2:
+            return ()
+        exact, own = self.comparisons
+        runs = [(one.data, one.num_data_tokens, one.base.plan.recipe.seed) for one in (exact, own)]
+        losses = [one.base.learned.losses for one in (exact, own)]
+        if runs[0] != runs[1] or len(losses[0]) != len(losses[1]):
+            return ()
+        return tuple(other - one for one, other in zip(*losses, strict=True))
+
+    @property
     def verdict(self) -> Verdict:
         """`equal` where everything that runs was compared, `partly` where some of it was."""
         if not all(parity.is_equal for parity in self.comparisons):

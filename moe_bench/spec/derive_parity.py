@@ -34,6 +34,9 @@ ROUNDOFF_FRACTIONS: MappingProxyType[Precision, float] = MappingProxyType(
 """Unit roundoff 2^-p of the format that matrix products take: p = 24 bits of significand in FP32, 8 in BF16,
 4 in E4M3 (arXiv:2209.05433), 2 in E2M1 (OCP Microscaling Formats 1.0)."""
 
+UNREACHED_NORM = 1e9
+"""Clips no gradient; that of a toy is about 2."""
+
 
 def nudge_fraction(base: Recipe, variant: Recipe) -> float:
     """One rounding of the coarser of the two precisions."""
@@ -104,6 +107,18 @@ def fp32_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"precision": "fp32", "low_precision": None, "optimizer": optimizer})
 
 
+def watched_plan(plan: Plan) -> Plan:
+    """`plan` with gradient norms: Megatron-Core computes none where it clips none."""
+    return _substituted(plan, _watched(plan.recipe), why="the same, with the norm computed")
+
+
+def _watched(recipe: Recipe) -> Recipe:
+    if recipe.optimizer.clip_grad_norm:
+        return recipe
+    optimizer = recipe.optimizer.model_copy(update={"clip_grad_norm": UNREACHED_NORM})
+    return recipe.model_copy(update={"optimizer": optimizer})
+
+
 def _with_fp32_state(optimizer: OptimizerSpec) -> OptimizerSpec:
     names = ("gradient_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
     return optimizer.model_copy(update=dict.fromkeys(names, "fp32"))
@@ -123,7 +138,9 @@ def settings_of_toy(toy: Recipe) -> tuple[object, ...]:
     Left out is what names, places or times a run, and what `training_plan` fixes for every toy. A recipe's
     sizes are in its toy only as far as they make a difference there: EP32 and EP64 are both EP2.
     """
-    return (*(getattr(toy.model, name) for name in _FACTS), *(getattr(toy, name) for name in _SETTINGS))
+    recipe = _watched(toy)
+    facts = (getattr(recipe.model, name) for name in _FACTS)
+    return (*facts, *(getattr(recipe, name) for name in _SETTINGS))
 
 
 _NO_FACTS = {"display_name", "hf_id", "hf_model_type", "default_run", "published", "sources"}

@@ -151,7 +151,14 @@ def test_what_was_compared_in_fp32_alone_leaves_the_precision_unproven() -> None
     exact = fp32_plan(toy())
     found = evidence(parity(5.0, 4.0, variant=exact), of=toy())
     assert found.unseen == ("precision=bf16",)
-    both = evidence(parity(5.0, 4.0, variant=exact), parity(5.0, 4.0), of=toy())
+    own = parity(5.0, 4.0)
+    later = own.model_copy(update={"base": ParitySide(plan=own.base.plan, learned=learned(4.9, 4.25))})
+    both = evidence(parity(5.0, 4.0, variant=exact), later, of=toy())
+    assert found.precision_gaps == ()
+    assert both.precision_gaps == pytest.approx((-0.1, 0.25))
+    assert "bf16 itself is off fp32 by at most 2.5e-01 nats (step 2), by 2.5e-01" in evidence_line(
+        both, toy()
+    )
     assert [one.variant.plan.recipe.precision for one in both.comparisons] == ["fp32", "bf16"]
     assert both.unseen == ()
 

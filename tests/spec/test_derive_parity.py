@@ -16,6 +16,7 @@ from moe_bench.spec.derive_parity import (
     require_same_model,
     settings_of_toy,
     toy_of,
+    watched_plan,
 )
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.load import Loader
@@ -37,7 +38,7 @@ def with_choice(choice: RouterChoice) -> Recipe:
     return before.model_copy(update={"model": before.model.model_copy(update={"moe": moe})})
 
 
-@pytest.mark.parametrize("choice", ["expert_choice", "sinkhorn"])
+@pytest.mark.parametrize("choice", ["expert_choice", "gshard", "sinkhorn"])
 def test_a_router_that_sees_later_tokens_is_refused(choice: RouterChoice) -> None:
     with pytest.raises(BadInputError, match=f"a {choice} router sees later tokens"):
         require_causal(with_choice(choice))
@@ -79,6 +80,16 @@ def test_a_capacity_keeps_what_divides_a_sequence() -> None:
     plain = plain_plan(toy("mixtral_8x22b/h100_sxm_128g_bf16_capacity")).recipe
     assert (plain.parallel.tensor, plain.parallel.sequence_parallel, plain.parallel.num_gpus) == (2, True, 2)
     assert plain.dispatch.dispatcher == "alltoall"
+
+
+def test_gradient_norms_are_computed_also_where_nothing_is_clipped() -> None:
+    own = toy("kimi_k2")
+    watched = watched_plan(own)
+    assert (own.recipe.optimizer.clip_grad_norm, watched.recipe.optimizer.clip_grad_norm) == (0, 1e9)
+    assert settings_of_toy(watched.recipe) == settings_of_toy(own.recipe)
+    assert "optimizer.clip_grad_norm" in {row.field for row in watched.substitutions}
+    clipped = toy("mixtral_8x7b")
+    assert watched_plan(clipped) == clipped
 
 
 def test_the_toy_of_a_plan_is_the_same_at_every_scale() -> None:
