@@ -359,13 +359,11 @@ class Recipe(Spec):
     def routing_is_causal(self) -> bool:
         """Whether no token's experts depend on tokens behind it; False where their loss is not causal.
 
-        A capacity that keeps the largest probabilities lets a later token push an earlier one out, as does
-        one that first choices fill before second ones (GShard).
+        A capacity that keeps the largest probabilities lets a later token push an earlier one out.
         """
         drop, moe = self.token_drop, self.model.moe
-        if moe is None or drop is None:
-            return moe is None or moe.router.is_causal
-        return moe.router.choice == "top_k" and drop.policy == "position"
+        drops_by_score = drop is not None and drop.policy == "probs"
+        return moe is None or (moe.router.is_causal and not drops_by_score)
 
     @property
     def tokens_per_step(self) -> int:
