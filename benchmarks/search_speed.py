@@ -1,4 +1,4 @@
-"""How fast the search is, part by part, on one core: layouts judged, bounded and projected per second.
+"""How fast the search is, part by part: layouts judged, bounded and projected per second of one core.
 
 python benchmarks/search_speed.py [--model deepseek_v3] [--system h100_sxm] [--num-gpus 256]
 """
@@ -17,10 +17,11 @@ from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.search.base import Asked, search_base
 from moe_bench.projection.search.bound import StepBound
+from moe_bench.projection.search.layout import Axis
 from moe_bench.projection.search.legality import Legality
 from moe_bench.projection.search.memory import MemoryBound
 from moe_bench.projection.search.search import search
-from moe_bench.projection.search.space import Axis, Space, search_space
+from moe_bench.projection.search.space import Space, search_space
 from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.legality import legality_problems
@@ -66,9 +67,9 @@ def main() -> None:
 
 
 def _line[Made](what: str, make: Callable[[], Made], number: int) -> Made:
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     made = make()
-    took_s = time.perf_counter() - start_s
+    took_s = time.process_time() - start_s
     print(f"{what:32} {number:>10,} in {took_s:7.2f} s {number / took_s:>12,.0f} per second")
     return made
 

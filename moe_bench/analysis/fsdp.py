@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_bench.analysis.tensors import Tensor, chunk_parts
 from moe_bench.spec.pipeline import Chunk
@@ -57,26 +58,47 @@ class ShardedBuffer:
 
 
 def sharded_buffers(recipe: Recipe, chunk: Chunk) -> tuple[ShardedBuffer, ...]:
-    """The buffers of a chunk: of each layer (`optim_grads_params`) or of all (`_get_parameter_groups`)."""
-    divides_layers = recipe.parallel.fsdp_strategy == "optim_grads_params"
-    rest: list[Tensor] = []
-    layers: list[tuple[Tensor, ...]] = []
-    for part in chunk_parts(recipe, chunk):
-        if part.is_layer and divides_layers:
-            layers.append(part.tensors)
-        else:
-            rest += part.tensors
-    keeps_fp8 = recipe.low_precision is not None and recipe.low_precision.param_gather
-    return tuple(
-        _buffer(recipe, own, in_layer=in_layer, is_quantized=is_quantized)
-        for tensors, in_layer in ((rest, False), *((layer, True) for layer in layers))
-        for is_expert, is_quantized in itertools.product((False, True), (False, True))
-        if (
-            own := [
-                t for t in tensors if (t.is_expert, t.is_quantized and keeps_fp8) == (is_expert, is_quantized)
-            ]
-        )
+    """The buffers of a chunk: of each layer (`optim_grads_params`) or of all (`_get_parameter_groups`).
+
+    Layers of one structure have equal buffers, which are laid out once.
+    """
+    if recipe.parallel.fsdp_strategy != "optim_grads_params":
+        whole = [tensor for part in chunk_parts(recipe, chunk) for tensor in part.tensors]
+        return tuple(_buffers(recipe, whole, in_layer=False))
+    # the last layer brings the final norm along
+    last = chunk_parts(recipe, replace(chunk, layers=chunk.layers[-1:]))
+    rest = [tensor for part in last if not part.is_layer for tensor in part.tensors]
+    structures = [recipe.model.layer(layer) for layer in chunk.layers[:-1]]
+    first = dict(zip(reversed(structures), reversed(chunk.layers[:-1]), strict=True))
+    of_structure = {
+        structure: tuple(_buffers(recipe, _layer_tensors(recipe, layer), in_layer=True))
+        for structure, layer in first.items()
+    }
+    layers = [of_structure[structure] for structure in structures]
+    layers += [tuple(_buffers(recipe, part.tensors, in_layer=True)) for part in last if part.is_layer]
+    return (*_buffers(recipe, rest, in_layer=False), *itertools.chain.from_iterable(layers))
+
+
+def _layer_tensors(recipe: Recipe, layer: int) -> tuple[Tensor, ...]:
+    alone = Chunk(
+        pipeline_rank=0,
+        virtual_stage=0,
+        layers=(layer,),
+        has_embedding=False,
+        has_loss=False,
+        num_mtp_layers=0,
     )
+    return next(part.tensors for part in chunk_parts(recipe, alone) if part.is_layer)
+
+
+def _buffers(recipe: Recipe, tensors: Sequence[Tensor], *, in_layer: bool) -> Iterator[ShardedBuffer]:
+    """Of what stands together: experts apart from the rest, and FP8 weights apart from BF16 ones."""
+    keeps_fp8 = recipe.low_precision is not None and recipe.low_precision.param_gather
+    for is_expert, is_quantized in itertools.product((False, True), (False, True)):
+        kind = is_expert, is_quantized
+        own = [tensor for tensor in tensors if (tensor.is_expert, tensor.is_quantized and keeps_fp8) == kind]
+        if own:
+            yield _buffer(recipe, own, in_layer=in_layer, is_quantized=is_quantized)
 
 
 def _buffer(
@@ -123,11 +145,11 @@ def _placed(ordered: Sequence[Tensor], grain: int) -> tuple[list[Item], int]:
     tensors smaller than a grain as far as they fit.
     """
     items: list[Item] = []
-    large = [tensor for tensor in ordered if tensor.num_elements >= grain]
+    large = deque(tensor for tensor in ordered if tensor.num_elements >= grain)
     small = [tensor for tensor in ordered if tensor.num_elements < grain]
     end = 0
     while large:
-        tensor = large.pop(0)
+        tensor = large.popleft()
         items.append(Item(tensor=tensor, start=end))
         gap = end + tensor.num_elements
         num_whole, remainder = divmod(tensor.num_elements, grain)
@@ -139,7 +161,8 @@ def _placed(ordered: Sequence[Tensor], grain: int) -> tuple[list[Item], int]:
         for index, other in enumerate(large):
             other_remainder = other.num_elements % grain
             if other_remainder and remainder + other_remainder <= grain:
-                items.append(Item(tensor=large.pop(index), start=end - other_remainder))
+                items.append(Item(tensor=other, start=end - other_remainder))
+                del large[index]
                 space -= other_remainder
                 end += other.num_elements - other_remainder
                 break

@@ -132,15 +132,15 @@ def _finalize_calls(recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[tuple[P
     (counted in the model's type, which Float16Module gives to the router's counters too).
     """
     model, parallel = recipe.model, recipe.parallel
-    summed = sum(
-        tensor.num_elements
-        for chunk in chunks
-        for tensor in chunk_tensors(recipe, chunk)
-        if tensor.sums_over_tensor
-    )
-    num_bytes = gradient_bytes(recipe) * summed
     if parallel.data_sharding == "megatron_fsdp":
         num_bytes = FP32_BYTES * sum(_summed_in_shard(recipe, chunk, shard=0) for chunk in chunks)
+    else:
+        num_bytes = gradient_bytes(recipe) * sum(
+            tensor.num_elements
+            for chunk in chunks
+            for tensor in chunk_tensors(recipe, chunk)
+            if tensor.sums_over_tensor
+        )
     what = "norms, routers and repeated projections"
     yield Phase.FINALIZE, Call(REDUCE, Group.TENSOR, num_bytes, what)
     ranks = embedding_pipeline_ranks(

@@ -144,7 +144,7 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
     pipeline_s = table.schedule_factor * (busy_s + transfer_s + fill)
     critical = _critical_ranks(table, busy)
     forward, backward = rank_busy_s[critical, 0], rank_busy_s[critical, 1]
-    gathers_s = _gathers(table, constants, slowest)
+    gathers_s = exposed_gathers_s(table, constants, busy_s=slowest)
     gradients_s = _synced(
         table.gradients_s,
         table.overlaps_gradients,
@@ -199,10 +199,10 @@ def _transfers(table: StepTable, constants: Constants) -> Floats:
     return exposed
 
 
-def _gathers(table: StepTable, constants: Constants, slowest: Floats) -> Floats:
-    """What gathering weights in every micro batch adds: max(C, A) + leak min - C."""
+def exposed_gathers_s(table: StepTable, constants: Constants, *, busy_s: Floats) -> Floats:
+    """[recipe] what gathering weights adds to C seconds of every micro batch: max(C, A) + leak min - C."""
     traffic = _link_seconds(table.gathers_s, constants)
-    exposed = np.maximum(traffic - slowest, 0) + _FSDP_LEAK * np.minimum(traffic, slowest)
+    exposed = np.maximum(traffic - busy_s, 0) + _FSDP_LEAK * np.minimum(traffic, busy_s)
     whole: Floats = table.num_micro_batches * np.where(traffic > 0, exposed, 0.0)
     return whole
 

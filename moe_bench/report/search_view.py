@@ -10,6 +10,7 @@ from rich.text import Text
 
 from moe_bench.analysis.memory_verdict import verdict
 from moe_bench.projection.search.base import Base
+from moe_bench.projection.search.layout import Context, Sharding
 from moe_bench.projection.search.record import Record
 from moe_bench.projection.search.search import Found, SearchResult
 from moe_bench.projection.search.space import Space
@@ -136,14 +137,9 @@ def why_text(ranked: Sequence[Found]) -> str:
 
 def space_rows(space: Space) -> Iterator[tuple[str, str]]:
     """Every axis and its values."""
-    yield (
-        "TP (ETP)",
-        _joined(
-            f"{one.tensor}" if one.tensor == one.expert_tensor == 1 else f"{one.tensor} ({one.expert_tensor})"
-            for one in space.widths
-        ),
-    )
-    yield "CP", _joined(map(str, space.contexts))
+    yield "TP", _joined(dict.fromkeys(str(one.tensor) for one in space.widths))
+    yield "ETP", _joined(dict.fromkeys(str(one.expert_tensor) for one in space.widths))
+    yield "CP", _joined(context_text(one) for one in space.contexts)
     yield "EP", _joined(map(str, space.experts))
     yield "micro batch", _joined(map(str, space.micro_batch_sizes))
     sizes = dict.fromkeys((split.pipeline, split.virtual_pipeline) for split in space.splits)
@@ -157,6 +153,21 @@ def space_rows(space: Space) -> Iterator[tuple[str, str]]:
     yield "dispatcher", _joined(space.dispatchers)
     yield "EP overlap", _joined("on" if one else "off" for one in space.overlaps)
     yield "recompute", _joined(map(recompute_text, space.recomputes))
+    yield "sharding", _joined(map(sharding_text, space.shardings))
+
+
+def context_text(context: Context) -> str:
+    """`1`, or the ranks and what they send: `4 p2p`."""
+    return f"{context.size} {context.comm}" if context.size > 1 else "1"
+
+
+def sharding_text(sharding: Sharding) -> str:
+    """What data-parallel ranks divide: `optimizer`, `FSDP`, or of Megatron-FSDP what else than everything."""
+    if sharding.is_fsdp:
+        text = "FSDP" if sharding.divides_weights else f"FSDP {sharding.fsdp_strategy}"
+    else:
+        text = "optimizer" if sharding.data_sharding == "distributed_optimizer" else "none"
+    return f"{text} x{sharding.num_instances}" if sharding.num_instances > 1 else text
 
 
 def recompute_text(recompute: Recompute) -> str:
@@ -167,12 +178,25 @@ def recompute_text(recompute: Recompute) -> str:
 def _table(found: Sequence[Found], title: str) -> RenderableType:
     heading = ("tokens/s/GPU", "TFLOPs/GPU", "MFU", "step", "peak GiB")
     return Columns(
-        headings=(title, *heading, "MBS", "dispatcher", "EP overlap", "recompute", "variants", "layers"),
+        headings=(
+            title,
+            *heading,
+            "MBS",
+            "sharding",
+            "CP",
+            "dispatcher",
+            "EP overlap",
+            "recompute",
+            "variants",
+            "layers",
+        ),
         rows=tuple(
             (
                 layout_label(one.recipe) or "one GPU per replica",
                 *_figures(one),
                 str(one.layout.micro_batch_size),
+                sharding_text(one.layout.sharding),
+                one.layout.context.comm if one.layout.context.size > 1 else "-",
                 " or ".join((one.layout.dispatcher, *one.like)) if one.recipe.model.moe is not None else "-",
                 "on" if one.layout.overlaps_experts else "off",
                 recompute_text(one.layout.recompute),
@@ -233,8 +257,9 @@ def _found_json(one: Found) -> dict[str, object]:
             **{
                 name: getattr(one.recipe.parallel, name)
                 for name in (
-                    "tensor", "expert_tensor", "context", "expert", "pipeline", "virtual_pipeline", "layout",
-                    "data",
+                    "tensor", "expert_tensor", "context", "context_comm", "expert", "pipeline",
+                    "virtual_pipeline", "layout", "data", "data_sharding", "fsdp_strategy",
+                    "num_optimizer_instances",
                 )
             },
             "micro_batch_size": layout.micro_batch_size,

@@ -59,7 +59,9 @@ def test_the_most_frequent_rules_come_first(result: SearchResult) -> None:
 
 def test_every_axis_is_stated() -> None:
     rows = dict(space_rows(SPACE))
-    assert rows["TP (ETP)"] == "1"
+    assert (rows["TP"], rows["ETP"]) == ("1", "1, 2, 4, 8")
+    assert rows["CP"] == "1"
+    assert rows["sharding"] == ("optimizer, FSDP optim, FSDP optim_grads, FSDP, FSDP x2, FSDP x4, FSDP x8")
     assert rows["EP"] == "16"
     assert rows["micro batch"] == "1, 2"
     assert rows["PP x VPP"] == "1 x 1; divisions of the layers: 1"

@@ -11,6 +11,7 @@ from typing import get_args
 import yaml
 
 from moe_bench.errors import BadInputError
+from moe_bench.projection.search.layout import FOLLOWS
 from moe_bench.spec.catalogue import find_recipe, recipe_paths, reference_model_keys
 from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.load import Loader
@@ -77,9 +78,11 @@ def search_base(asked: Asked, loader: Loader) -> Base:
     That of the model on the system: in the precision asked for, its default run first, then the one nearest
     in size; else one of the model's, moved to the system; else, for a model without recipes, stated defaults.
     Where no batch is asked for, every GPU keeps the base's tokens per step. Raises BadInputError for a model,
-    system or precision that does not exist, and where no batch can be known.
+    system or precision that does not exist, for changes that a search would override, and where no batch can
+    be known.
     """
     precision = _precision(asked.precision)
+    _refuse_unheard(asked)
     if "/" not in asked.model:
         loader.model(asked.model)  # names the nearest models where there is none of this name
     system = loader.system(asked.system)
@@ -98,6 +101,24 @@ def search_base(asked: Asked, loader: Loader) -> Base:
         recipe, batch_note = _sized(recipe, asked, own)
         notes.append(batch_note)
     return Base(recipe=_moved(recipe, asked, system, precision), notes=tuple(notes))
+
+
+def _refuse_unheard(asked: Asked) -> None:
+    """Raises BadInputError for changes that a search would override."""
+    options = {
+        "model": ("MODEL", asked.model),
+        "system": ("--system", asked.system),
+        "parallel.num_gpus": ("--num-gpus", asked.num_gpus),
+        "precision": ("--precision", asked.precision),
+        "seq_len": ("--seq-len", asked.seq_len),
+        "global_batch_size": ("--global-batch", asked.global_batch_size),
+    }
+    for key in sorted(asked.pinned):
+        option, value = options.get(key, ("", None))
+        if value is not None:
+            raise BadInputError(f"--set {key}: {option} says {value}; remove one of the two")
+        if key in FOLLOWS:
+            raise BadInputError(f"--set {key}: it follows from {FOLLOWS[key]} in a search; remove it")
 
 
 def _precision(text: str | None) -> Precision | None:

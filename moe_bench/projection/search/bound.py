@@ -8,7 +8,8 @@ since rank r starts when a micro batch has come through the chunks before its fi
 work, and the last gradient still has to go back through them; s is the straggler's share. Where passes of two
 micro batches are merged, F and B are their shares of a merged slot, which never exceed their time alone
 (schedule.merged_s). Transfers only add to that, and so do data parallelism and the optimizer, whose share
-`once_s` bounds: collectives that nothing hides, or one bucket of those that something may hide.
+`with_traffic_s` bounds: collectives that nothing hides, one bucket of those that something may hide, and of
+what Megatron-FSDP gathers in every micro batch all that these layers cannot hide.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from moe_bench.projection.fabric import Fabric
 from moe_bench.projection.layer_time import LayerTimes, layer_times
 from moe_bench.projection.pricing import Floats, LayerSetting, PricedLayer, Pricer, stack
 from moe_bench.projection.schedule.choice import schedule_kind
-from moe_bench.projection.search.space import Axis, Layout, Space, recipe_of
+from moe_bench.projection.search.layout import Axis, Layout, recipe_of
+from moe_bench.projection.search.space import Space
 from moe_bench.projection.search.splits import Split
-from moe_bench.projection.step_time import step_table, sync_seconds
-from moe_bench.projection.step_work import layer_setting, step_work
+from moe_bench.projection.step_time import StepTable, exposed_gathers_s, step_table, sync_seconds
+from moe_bench.projection.step_work import StepWork, layer_setting, step_work
 from moe_bench.projection.work.load import recipe_load
 from moe_bench.projection.work.lowering import ChunkWork, LayerKind, lower
 from moe_bench.spec.recipe import Recipe, Recompute
 
-_ONCE_AXES = (Axis.WIDTHS, Axis.CONTEXT, Axis.MICRO_BATCH, Axis.EXPERT, Axis.SPLIT)
+_ONCE_AXES = (Axis.WIDTHS, Axis.CONTEXT, Axis.MICRO_BATCH, Axis.EXPERT, Axis.SHARDING, Axis.SPLIT)
 """What the traffic of weights and gradients depends on."""
 Family = tuple[int, ...]
 """Indices on all axes but the last, which divides the layers."""
@@ -58,7 +60,7 @@ class StepBound:
         self._loads: dict[Family, float] = {}
         self._known: dict[Family, Floats] = {}
         self._priced: dict[Family, list[tuple[PricedLayer, LayerSetting]]] = {}
-        self._once_s: dict[tuple[int, ...], float] = {}
+        self._traffic: dict[tuple[int, ...], tuple[StepTable, float]] = {}
         num_gpus = space.base.parallel.num_gpus
         self._straggler = 1 + constants.straggler_std * math.sqrt(2 * math.log(num_gpus))
         first = tuple(0 for _ in space.sizes)
@@ -86,20 +88,22 @@ class StepBound:
     def of_group(self, families: Sequence[Family], splits: Sequence[int]) -> Floats:
         """[family, split] seconds for families that agree on widths, context, micro batch and overlap.
 
-        Recomputation is left out, which only adds work: families that differ in nothing else are priced once.
+        Recomputation is left out, and layers are those under the first sharding, since others only add work:
+        families that differ in nothing else are priced once.
         """
         space = self._space
-        cores = list(dict.fromkeys(map(_core, families)))
+        cores = {core: row for row, core in enumerate(dict.fromkeys(map(_core, families)))}
         layers = []
         for core in cores:
             layout = space.layout((*core, splits[0]))
             layers += self._layers(core, recipe_of(space.base, layout._replace(recompute=Recompute())))
         bounds = self._bounds((*families[0], splits[0]), layers, splits)
-        of_families: Floats = bounds[[cores.index(_core(family)) for family in families]]
+        of_families: Floats = bounds[[cores[_core(family)] for family in families]]
         return of_families
 
     def of_family(self, family: Family) -> Floats:
         """[split] seconds of one family, recomputation included, for every split of the space."""
+        family = self._like(family)
         if family not in self._known:
             recipe = _kept(self._space.recipe((*family, 0)))
             self._priced[family] = self._layers(family, recipe)
@@ -112,27 +116,43 @@ class StepBound:
         return all(
             mine_set == theirs_set and _is_equal(mine, theirs)
             for (mine, mine_set), (theirs, theirs_set) in zip(
-                self._priced[one], self._priced[other], strict=True
+                self._priced[self._like(one)], self._priced[self._like(other)], strict=True
             )
         )
 
-    def once_s(self, indices: Sequence[int]) -> float:
-        """Seconds that gradients, parameters and the optimizer add at least to the step of one layout."""
+    def _like(self, family: Family) -> Family:
+        """The first family whose layers are the same: with weights divided as much, or none."""
+        shardings = self._space.shardings
+        own = shardings[family[Axis.SHARDING]]
+        alike = (index for index, one in enumerate(shardings) if one.data_sharding == own.data_sharding)
+        return (*family[: Axis.SHARDING], next(alike))
+
+    def with_traffic_s(self, indices: Sequence[int], layers_s: float) -> float:
+        """`layers_s`, a bound of one layout's layers, and what weights, gradients and the optimizer add."""
         key = tuple(indices[axis] for axis in _ONCE_AXES)
-        if key not in self._once_s:
+        if key not in self._traffic:
             work = step_work(self._space.recipe(indices), self._efficiency, load=1.0)
-            table = step_table([work])
-            shares = (
-                (table.gradients_s, table.overlaps_gradients, table.gradient_buckets),
-                (table.parameters_s, table.overlaps_parameters, table.parameter_buckets),
-            )
-            exposed_s = sum(
-                float(sync_seconds(links_s, self._constants)[0]) / (float(buckets[0]) if overlaps[0] else 1.0)
-                for links_s, overlaps, buckets in shares
-            )
-            optimizer_s = work.optimizer_memory_s / self._constants.stream_fraction
-            self._once_s[key] = self._straggler * (exposed_s + optimizer_s)
-        return self._once_s[key]
+            self._traffic[key] = self._least_traffic(work)
+        table, once_s = self._traffic[key]
+        gathers_s = 0.0
+        if table.num_ranks[0] == 1:
+            # the layers of a lone rank are all that may hide its gathers, and both together grow with them
+            busy_s = layers_s / (self._straggler * table.num_micro_batches)
+            gathers_s = float(exposed_gathers_s(table, self._constants, busy_s=busy_s)[0])
+        return layers_s + self._straggler * (once_s + gathers_s)
+
+    def _least_traffic(self, work: StepWork) -> tuple[StepTable, float]:
+        """A step as a table, and what happens once in it at the least."""
+        table = step_table([work])
+        shares = (
+            (table.gradients_s, table.overlaps_gradients, table.gradient_buckets),
+            (table.parameters_s, table.overlaps_parameters, table.parameter_buckets),
+        )
+        exposed_s = sum(
+            float(sync_seconds(links_s, self._constants)[0]) / (float(buckets[0]) if overlaps[0] else 1.0)
+            for links_s, overlaps, buckets in shares
+        )
+        return table, exposed_s + work.optimizer_memory_s / self._constants.stream_fraction
 
     def _bounds(
         self, like: Sequence[int], layers: Sequence[tuple[PricedLayer, LayerSetting]], splits: Sequence[int]
@@ -167,7 +187,7 @@ class StepBound:
 
 def num_micro_batches(base: Recipe, layout: Layout) -> int:
     """Micro batches of a layout per step and data-parallel rank; 1 where the batch has fewer."""
-    replica = layout.widths.tensor * layout.context * layout.split.pipeline
+    replica = layout.widths.tensor * layout.context.size * layout.split.pipeline
     data = max(1, base.parallel.num_gpus // replica)
     return max(1, base.global_batch_size // (layout.micro_batch_size * data))
 
@@ -201,8 +221,8 @@ def _is_equal(one: PricedLayer, other: PricedLayer) -> bool:
 
 
 def _core(family: Family) -> Family:
-    """The family without its recomputation, the first value standing for all."""
-    return (*family[: Axis.RECOMPUTE], 0, *family[Axis.RECOMPUTE + 1 :])
+    """The family without its recomputation and sharding, their first values standing for all."""
+    return (*family[: Axis.RECOMPUTE], 0, 0)
 
 
 def _kept(recipe: Recipe) -> Recipe:

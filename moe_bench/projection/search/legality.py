@@ -13,12 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from moe_bench.projection.search.space import AXES_OF_FIELD, Axis, Space
+from moe_bench.projection.search.layout import AXES_OF_FIELD, Axis
+from moe_bench.projection.search.space import Space
 from moe_bench.spec.base import Spec
 from moe_bench.spec.legality import RULES, Rule
 from moe_bench.spec.recipe import Recipe
 
-_HOLDERS = frozenset(key.rpartition(".")[0] for key in AXES_OF_FIELD) - {""}
+_HOLDERS = frozenset(
+    ".".join(key.split(".")[:depth]) for key in AXES_OF_FIELD for depth in range(1, key.count(".") + 1)
+)
+"""Parts of a recipe of which some fields are decided by an axis and others are not."""
 
 
 @dataclass(slots=True)
@@ -181,4 +185,6 @@ class _Watched:
         for axis in AXES_OF_FIELD.get(path, ()):
             self._reads[axis] = None
         value = getattr(self._spec, name)
-        return _Watched(value, f"{path}.", self._reads) if path in _HOLDERS else value
+        if path in _HOLDERS and value is not None:
+            return _Watched(value, f"{path}.", self._reads)
+        return value

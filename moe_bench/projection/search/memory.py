@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_bench.analysis.chunk_memory import ModelMemory
+from moe_bench.analysis.fsdp_memory import fsdp_in_flight
 from moe_bench.analysis.memory import gradients_bytes, inputs_bytes, optimizer_bytes, weights_bytes
 from moe_bench.analysis.params import Part, RankParams, rank_weights
 from moe_bench.projection.pricing import Floats
 from moe_bench.projection.search.bound import Family
-from moe_bench.projection.search.space import Axis, Space, Widths
+from moe_bench.projection.search.layout import Axis, Widths
+from moe_bench.projection.search.space import Space
 from moe_bench.projection.search.splits import Split
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
 
+_STATE_AXES = (Axis.WIDTHS, Axis.EXPERT, Axis.SHARDING)
 _PARAMS = 10**12
 """Parameters of a made-up rank, so many that rounding up to whole shards vanishes in bytes per parameter."""
 
@@ -37,7 +40,10 @@ class MemoryBound:
 
     def __init__(self, space: Space) -> None:
         self._space = space
-        self._known_states: dict[tuple[int, int, int], Floats] = {}
+        self._known_states: dict[tuple[int, ...], Floats] = {}
+        model = space.base.model
+        kinds = [model.is_moe_layer(layer) for layer in range(model.num_layers)]
+        self._layers = tuple((kinds.index(one),) if one in kinds else () for one in (False, True))
         first = tuple(0 for _ in space.sizes)
         self._holdings = [
             _holding(space.recipe((*first[:-1], index)), split) for index, split in enumerate(space.splits)
@@ -46,18 +52,34 @@ class MemoryBound:
     def of_group(self, families: Sequence[Family], splits: Sequence[int]) -> Floats:
         """[family, split] bytes for families that agree on widths, context, micro batch and overlap."""
         space = self._space
-        kept = np.array([_kept_bytes(space.recipe((*family, splits[0]))) for family in families])
+        kinds = dict.fromkeys(map(self._kept_alike, families))
+        kept_by = {kind: _kept_bytes(space.recipe((*kind, splits[0])), self._layers) for kind in kinds}
+        kept = np.array([kept_by[self._kept_alike(family)] for family in families])
+        states_by = {tuple(family[axis] for axis in _STATE_AXES): family for family in families}
+        rows = {key: row for row, key in enumerate(states_by)}
+        row_of = [rows[tuple(family[axis] for axis in _STATE_AXES)] for family in families]
         found = np.empty((len(families), len(splits)))
         for column, split in enumerate(splits):
             alone = space.recipe((*families[0], split))
-            states = np.array([self._states(family, split) for family in families])
+            states = np.array([self._states(family, split) for family in states_by.values()])
             held = kept @ _held(alone, self._holdings[split]).T
-            found[:, column] = (states + held).max(1) + inputs_bytes(alone)
+            found[:, column] = (states[row_of] + held).max(1) + inputs_bytes(alone)
         return found
 
+    def _kept_alike(self, family: Family) -> Family:
+        """The first family that keeps the same: torch's experts alone depend on who shards them."""
+        if not self._space.base.kernels.is_torch_native:
+            return (*family[: Axis.SHARDING], 0)
+        shardings = self._space.shardings
+        own = shardings[family[Axis.SHARDING]].data_sharding
+        first = next(index for index, one in enumerate(shardings) if one.data_sharding == own)
+        return (*family[: Axis.SHARDING], first)
+
     def _states(self, family: Family, index: int) -> Floats:
-        """[pipeline rank] bytes of weights, gradients and optimizer, quantized copies left out."""
-        key = family[Axis.WIDTHS], family[Axis.EXPERT], index
+        """[pipeline rank] bytes of weights, gradients and optimizer, quantized copies left out, and of what
+        Megatron-FSDP, which has no pipelines, holds whole for a while.
+        """
+        key = (*(family[axis] for axis in _STATE_AXES), index)
         if key not in self._known_states:
             self._known_states[key] = self._new_states(family, index)
         return self._known_states[key]
@@ -67,13 +89,17 @@ class MemoryBound:
         widths: Widths = self._space.widths[family[Axis.WIDTHS]]
         dense = _state_bytes(recipe, RankParams(dense=_PARAMS, expert=0)) / _PARAMS
         expert = _state_bytes(recipe, RankParams(dense=0, expert=_PARAMS)) / _PARAMS
-        return np.array(
+        states = np.array(
             [
                 dense * (divided // widths.tensor + repeated)
                 + expert * ((experts // widths.expert_tensor + repeated_experts) // recipe.parallel.expert)
                 for divided, repeated, experts, repeated_experts in self._holdings[index].weights
             ]
         )
+        if len(states) > 1 or not self._space.shardings[family[Axis.SHARDING]].divides_weights:
+            return states
+        whole: Floats = states + sum(fsdp_in_flight(recipe, recipe.chunks()))
+        return whole
 
 
 def _holding(recipe: Recipe, split: Split) -> _Holding:
@@ -104,20 +130,19 @@ def _state_bytes(recipe: Recipe, params: RankParams) -> int:
     return weights_bytes(recipe, params) + gradients_bytes(recipe, params) + optimizer_bytes(recipe, params)
 
 
-def _kept_bytes(recipe: Recipe) -> tuple[int, int, int, int]:
-    """What one micro batch keeps of each kind until its backward pass.
+def _kept_bytes(recipe: Recipe, layers: Sequence[tuple[int, ...]]) -> tuple[int, int, int, int]:
+    """What one micro batch keeps of each kind until its backward pass; `layers` are one dense and one of
+    experts, none where there is none.
 
     Nothing where several layers are recomputed together, or some layers and not others are recomputed or sent
     to the host: kinds do not add up there.
     """
-    model, recompute = recipe.model, recipe.recompute
+    recompute = recipe.recompute
     if recipe.offload.num_activation_layers:
         return 0, 0, 0, 0
     if recompute.granularity == "full" and (recompute.method == "block" or recompute.num_layers != 1):
         return 0, 0, 0, 0
     memory = ModelMemory(recipe)
-    kinds = [model.is_moe_layer(layer) for layer in range(model.num_layers)]
-    layers = [(kinds.index(is_moe),) if is_moe in kinds else () for is_moe in (False, True)]
     chunks = [(layer, 0, False) for layer in layers] + [
         ((), min(1, recipe.num_mtp_layers), False),
         ((), 0, True),

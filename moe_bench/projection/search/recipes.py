@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_bench.projection.search.space import Layout
+from moe_bench.projection.search.layout import Layout
 from moe_bench.spec.pipeline import expand_layout
 from moe_bench.spec.recipe import Recipe
 
@@ -34,6 +34,9 @@ def _parts(recipe: Recipe, layout: Layout) -> Iterator[str]:
     ):
         if size > 1:
             yield f"{name}{size}"
+    if parallel.context > 1 and parallel.context_comm != "p2p":
+        yield parallel.context_comm
+    yield from _sharding_parts(layout)
     if parallel.layout is not None:
         stages = expand_layout(parallel.layout)
         yield f"{stages[0].count('t')}to{stages[-1].count('t')}"
@@ -44,3 +47,14 @@ def _parts(recipe: Recipe, layout: Layout) -> Iterator[str]:
     recompute = layout.recompute
     if recompute.granularity != "none":
         yield "_".join(("recompute", *(recompute.modules or (recompute.granularity,))))
+
+
+def _sharding_parts(layout: Layout) -> Iterator[str]:
+    """Nothing for one distributed optimizer."""
+    sharding = layout.sharding
+    if sharding.is_fsdp:
+        yield "fsdp" if sharding.divides_weights else f"fsdp_{sharding.fsdp_strategy}"
+    elif sharding.data_sharding == "none":
+        yield "unsharded"
+    if sharding.num_instances > 1:
+        yield f"inst{sharding.num_instances}"

@@ -27,10 +27,11 @@ from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.pricing import Floats
 from moe_bench.projection.search.bound import Family, StepBound
+from moe_bench.projection.search.layout import Axis, Layout
 from moe_bench.projection.search.legality import Legality
 from moe_bench.projection.search.memory import MemoryBound
 from moe_bench.projection.search.pareto import Front
-from moe_bench.projection.search.space import Axis, Layout, Space
+from moe_bench.projection.search.space import Space
 from moe_bench.projection.step import Projection, project
 from moe_bench.spec.legality import RULES
 from moe_bench.spec.recipe import Dispatcher, Recipe
@@ -66,13 +67,14 @@ class Found:
 
     @property
     def group(self) -> Hashable:
-        """The same for layouts that a reader takes for one: virtual stages, division of the layers and
-        recomputation left aside, dispatchers by what they send.
+        """The same for layouts that a reader takes for one: virtual stages, division of the layers,
+        recomputation and instances of the optimizer left aside, dispatchers by what they send.
         """
         layout = self.layout
         sends_once = layout.dispatcher not in ("alltoall", "allgather")
+        sharding = layout.sharding.data_sharding, layout.sharding.fsdp_strategy
         kept = layout.widths, layout.context, layout.micro_batch_size, layout.overlaps_experts, layout.expert
-        return (*kept, layout.split.pipeline, "flex" if sends_once else layout.dispatcher)
+        return (*kept, *sharding, layout.split.pipeline, "flex" if sends_once else layout.dispatcher)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +139,8 @@ def search(space: Space, *, num_wanted: int, constants: Constants | None = None)
             continue
         family, split = candidates.families[candidates.family[index]], int(candidates.split[index])
         within_s = limit_s * (1 + _ROUNDING)
-        if bound.of_family(family)[split] > within_s:
-            continue
-        if bound.of_family(family)[split] + bound.once_s((*family, split)) <= within_s:
+        layers_s = float(bound.of_family(family)[split])
+        if layers_s <= within_s and bound.with_traffic_s((*family, split), layers_s) <= within_s:
             examined.examine((*family, split))
     if not examined.fitting and not examined.close:
         raise BadInputError(_nothing_fits(space, candidates))
@@ -259,9 +260,11 @@ def _candidates(space: Space, legality: Legality, bound: StepBound) -> _Candidat
         num_legal += int(is_legal.sum())
         rows, chosen = np.nonzero(memory * (1 - _ROUNDING) <= usable_bytes)
         if len(rows):
-            step_s = bound.of_group(members, splits)[rows, chosen] * (1 - _ROUNDING)
-            columns.append((rows + len(families), np.array(splits)[chosen], step_s, memory[rows, chosen]))
-        families += members
+            held, own = np.unique(rows, return_inverse=True)
+            small = [members[row] for row in held]
+            step_s = bound.of_group(small, splits)[own, chosen] * (1 - _ROUNDING)
+            columns.append((own + len(families), np.array(splits)[chosen], step_s, memory[rows, chosen]))
+            families += small
     if not num_legal:
         raise BadInputError(_nothing_legal(space, legality))
     empty = (np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),) * 2

@@ -1,21 +1,31 @@
-"""The layouts that a search looks at: values on nine axes, and the recipe that each combination makes."""
+"""The layouts that a search looks at: the values of every axis, as a base recipe and its GPUs allow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
+from moe_bench.projection.search.layout import (
+    Axis,
+    Context,
+    ContextComm,
+    DataSharding,
+    FsdpStrategy,
+    Layout,
+    Sharding,
+    Widths,
+    recipe_of,
+)
 from moe_bench.projection.search.splits import Split, splits
-from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN, HYBRIDEP_MAX_DOMAIN
-from moe_bench.spec.legality.sharding import CONNECTIONS
 from moe_bench.spec.recipe import Dispatcher, Recipe, Recompute, RecomputeModule
 
 LARGEST_TENSOR = 8
 MICRO_BATCH_SIZES = (1, 2, 4)
 FEWEST_TOKENS_PER_CONTEXT_RANK = 4096
+FSDP_INSTANCES = (2, 4, 8)
+"""Groups that each hold all weights, which is what Megatron-FSDP gathers in every micro batch."""
 _SEARCHED_DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "deepep", "hybridep")
 _RECOMPUTED: tuple[tuple[RecomputeModule, ...], ...] = (
     ("moe_act",),
@@ -29,69 +39,6 @@ _RECOMPUTED: tuple[tuple[RecomputeModule, ...], ...] = (
     ("layernorm", "mlp"),
 )
 """The sets of the recipes of Megatron-Bridge, Megatron-LM and ModelZoo; what a model lacks is left out."""
-_HYBRIDEP_VARIABLES = (
-    HYBRIDEP_DOMAIN, "NVLINK_DOMAIN_SIZE", "USE_MNNVL", "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API",
-)  # fmt: skip
-_HYBRIDEP_FIELDS = ("moe_permute_fusion_into_hybridep", "moe_hybridep_num_sms_preprocessing")
-
-
-class Widths(NamedTuple):
-    """Tensor parallelism of the dense part and of experts."""
-
-    tensor: int
-    expert_tensor: int
-
-
-class Layout(NamedTuple):
-    """One value of each axis."""
-
-    widths: Widths
-    context: int
-    micro_batch_size: int
-    overlaps_experts: bool
-    expert: int
-    dispatcher: Dispatcher
-    recompute: Recompute
-    split: Split
-
-
-class Axis(IntEnum):
-    """The fields of `Layout`, in order."""
-
-    WIDTHS = 0
-    CONTEXT = 1
-    MICRO_BATCH = 2
-    OVERLAP = 3
-    EXPERT = 4
-    DISPATCHER = 5
-    RECOMPUTE = 6
-    SPLIT = 7
-
-
-AXES_OF_FIELD: Mapping[str, tuple[Axis, ...]] = {
-    "parallel.tensor": (Axis.WIDTHS,),
-    "parallel.expert_tensor": (Axis.WIDTHS,),
-    "parallel.sequence_parallel": (Axis.WIDTHS,),
-    "parallel.context": (Axis.CONTEXT,),
-    "parallel.expert": (Axis.EXPERT,),
-    "parallel.pipeline": (Axis.SPLIT,),
-    "parallel.virtual_pipeline": (Axis.SPLIT,),
-    "parallel.layout": (Axis.SPLIT,),
-    "micro_batch_size": (Axis.MICRO_BATCH,),
-    "recompute": (Axis.RECOMPUTE,),
-    "dispatch": (Axis.DISPATCHER,),
-    "overlap.expert_parallel": (Axis.OVERLAP,),
-    "overlap.delayed_wgrad": (Axis.OVERLAP,),
-    "overlap.shared_experts": (Axis.OVERLAP,),
-    "overlap.tensor_parallel": (Axis.WIDTHS,),
-    "overlap.p2p": (Axis.SPLIT,),
-    "overlap.align_param_gather": (Axis.SPLIT,),
-    "overlap.param_gather_with_optimizer_step": (Axis.SPLIT,),
-    "cuda_graphs": (Axis.RECOMPUTE,),
-    "mcore": (Axis.DISPATCHER,),
-    "env": (Axis.WIDTHS, Axis.CONTEXT, Axis.OVERLAP, Axis.EXPERT, Axis.DISPATCHER),
-}
-"""Fields of a recipe that `recipe_of` changes, and the axes that decide each; all others are the base's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +47,13 @@ class Space:
 
     base: Recipe
     widths: tuple[Widths, ...]
-    contexts: tuple[int, ...]
+    contexts: tuple[Context, ...]
     micro_batch_sizes: tuple[int, ...]
     overlaps: tuple[bool, ...]
     experts: tuple[int, ...]
     dispatchers: tuple[Dispatcher, ...]
     recomputes: tuple[Recompute, ...]
+    shardings: tuple[Sharding, ...]
     splits: tuple[Split, ...]
 
     @property
@@ -113,7 +61,7 @@ class Space:
         """Values by `Axis`."""
         return (
             self.widths, self.contexts, self.micro_batch_sizes, self.overlaps, self.experts,
-            self.dispatchers, self.recomputes, self.splits,
+            self.dispatchers, self.recomputes, self.shardings, self.splits,
         )  # fmt: skip
 
     @property
@@ -136,6 +84,7 @@ class Space:
             self.experts[indices[Axis.EXPERT]],
             self.dispatchers[indices[Axis.DISPATCHER]],
             self.recomputes[indices[Axis.RECOMPUTE]],
+            self.shardings[indices[Axis.SHARDING]],
             self.splits[indices[Axis.SPLIT]],
         )
 
@@ -156,8 +105,6 @@ def search_space(
     """
     parallel = base.parallel
     num_gpus = parallel.num_gpus
-    most_contexts = max(1, base.seq_len // FEWEST_TOKENS_PER_CONTEXT_RANK)
-    contexts = [1 << power for power in range(num_gpus.bit_length()) if 1 << power <= most_contexts]
     moe = base.model.moe
     num_experts = 1 if moe is None else moe.common_num_experts
     experts = [size for size in _divisors(num_experts) if size <= num_gpus]
@@ -168,7 +115,7 @@ def search_space(
     return Space(
         base=base,
         widths=_widths(base, pinned),
-        contexts=values("parallel.context", parallel.context, contexts),
+        contexts=_contexts(base, pinned),
         micro_batch_sizes=values("micro_batch_size", base.micro_batch_size, micro_batch_sizes),
         overlaps=values(
             "overlap.expert_parallel",
@@ -180,96 +127,61 @@ def search_space(
         recomputes=(base.recompute,)
         if any(key.startswith("recompute") for key in pinned)
         else _recomputes(base),
+        shardings=_shardings(base, pinned),
         splits=_splits(base, pinned),
     )
 
 
 def _widths(base: Recipe, pinned: frozenset[str]) -> tuple[Widths, ...]:
-    """Experts whole, or as thin as the rest."""
+    """Inside an NVLink domain; experts are divided independently of the rest (arXiv:2504.14960)."""
     parallel = base.parallel
     most = min(LARGEST_TENSOR, parallel.num_gpus, base.system.nvlink_domain_gpus)
-    tensors = [1 << power for power in range(most.bit_length())]
-    if "parallel.tensor" in pinned:
-        tensors = [parallel.tensor]
+    sizes = [1 << power for power in range(most.bit_length())]
+    tensors = [parallel.tensor] if "parallel.tensor" in pinned else sizes
+    experts = sizes if base.model.moe is not None else [1]
     if "parallel.expert_tensor" in pinned:
-        return tuple(Widths(size, parallel.expert_tensor) for size in tensors)
-    return tuple(Widths(size, expert) for size in tensors for expert in dict.fromkeys((1, size)))
+        experts = [parallel.expert_tensor]
+    return tuple(Widths(size, expert) for size in tensors for expert in experts)
 
 
-def recipe_of(base: Recipe, layout: Layout) -> Recipe:
-    """`base` in another layout; what follows from a layout follows, everything else stays."""
-    split, widths = layout.split, layout.widths
-    has_virtual = split.virtual_pipeline > 1
-    overlap = base.overlap
-    uses_hybridep = layout.dispatcher == "hybridep"
-    num_sms = base.dispatch.num_sms if layout.dispatcher == base.dispatch.dispatcher else None
-    return base.model_copy(
-        update={
-            "parallel": base.parallel.model_copy(
-                update={
-                    "tensor": widths.tensor,
-                    "expert_tensor": widths.expert_tensor,
-                    "sequence_parallel": widths.tensor > 1,
-                    "context": layout.context,
-                    "expert": layout.expert,
-                    "pipeline": split.pipeline,
-                    "virtual_pipeline": split.virtual_pipeline,
-                    "layout": split.layout,
-                }
-            ),
-            "micro_batch_size": layout.micro_batch_size,
-            "recompute": layout.recompute,
-            "dispatch": base.dispatch.model_copy(
-                update={"dispatcher": layout.dispatcher, "num_sms": num_sms}
-            ),
-            "overlap": overlap.model_copy(
-                update={
-                    "expert_parallel": layout.overlaps_experts,
-                    "delayed_wgrad": overlap.delayed_wgrad and layout.overlaps_experts,
-                    "shared_experts": overlap.shared_experts and not layout.overlaps_experts,
-                    "tensor_parallel": overlap.tensor_parallel and widths.tensor > 1,
-                    "p2p": has_virtual,
-                    "align_param_gather": overlap.align_param_gather and has_virtual,
-                    "param_gather_with_optimizer_step": overlap.param_gather_with_optimizer_step
-                    and has_virtual,
-                }
-            ),
-            "cuda_graphs": _graphs(base, layout.recompute),
-            "env": _env(base, layout),
-            "mcore": base.mcore
-            if uses_hybridep
-            else {name: value for name, value in base.mcore.items() if name not in _HYBRIDEP_FIELDS},
-        }
+def _contexts(base: Recipe, pinned: frozenset[str]) -> tuple[Context, ...]:
+    """Every size with each kind of communication; one context rank has none."""
+    parallel = base.parallel
+    most = max(1, base.seq_len // FEWEST_TOKENS_PER_CONTEXT_RANK)
+    sizes = [1 << power for power in range(parallel.num_gpus.bit_length()) if 1 << power <= most]
+    if "parallel.context" in pinned:
+        sizes = [parallel.context]
+    comms: tuple[ContextComm, ...] = get_args(ContextComm)
+    if "parallel.context_comm" in pinned:
+        comms = (parallel.context_comm,)
+    return tuple(
+        Context(size, comm) for size in sizes for comm in (comms if size > 1 else (parallel.context_comm,))
     )
 
 
-def _graphs(base: Recipe, recompute: Recompute) -> object:
-    """The base's; none of layers that are recomputed as a whole, which cannot be captured alone."""
-    graphs = base.cuda_graphs
-    is_by_layer = graphs.implementation in ("local", "transformer_engine")
-    return type(graphs)() if is_by_layer and recompute.granularity == "full" else graphs
+def _shardings(base: Recipe, pinned: frozenset[str]) -> tuple[Sharding, ...]:
+    """The distributed optimizer, Megatron-FSDP in its three strategies, and what the base has.
 
-
-def _env(base: Recipe, layout: Layout) -> dict[str, str]:
-    """The base's environment with the variables that a layout decides: connections and HybridEP's domain."""
-    system = base.system
-    env = dict(base.env)
-    if layout.dispatcher != "hybridep":
-        env = {name: value for name, value in env.items() if name not in _HYBRIDEP_VARIABLES}
-    else:
-        group = layout.expert * layout.widths.expert_tensor
-        env[HYBRIDEP_DOMAIN] = str(min(group, system.nvlink_domain_gpus, HYBRIDEP_MAX_DOMAIN))
-        env.setdefault("NVLINK_DOMAIN_SIZE", str(system.nvlink_domain_gpus))
-        env.setdefault("USE_MNNVL", str(int(system.nvlink_domain_gpus > system.gpus_per_node)))
-    if system.gpu is None or system.gpu.architecture != "hopper":
-        return env
-    # before Blackwell one connection orders tensor and context collectives, and would serialise all others
-    is_ordered = (layout.widths.tensor > 1 or layout.context > 1) and not layout.overlaps_experts
-    if is_ordered and base.parallel.data_sharding != "megatron_fsdp":
-        env[CONNECTIONS] = "1"
-    elif env.get(CONNECTIONS, "1") == "1":
-        env[CONNECTIONS] = "32"
-    return env
+    The distributed optimizer comes first: no layer takes less time under another sharding.
+    """
+    own = base.parallel
+    kinds: tuple[DataSharding, ...] = ("distributed_optimizer", own.data_sharding, "megatron_fsdp")
+    if "parallel.data_sharding" in pinned:
+        kinds = (own.data_sharding,)
+    strategies: tuple[FsdpStrategy, ...] = get_args(FsdpStrategy)
+    if "parallel.fsdp_strategy" in pinned:
+        strategies = (own.fsdp_strategy,)
+    instances: tuple[int, ...] = (own.num_optimizer_instances,)
+    hybrid = instances
+    if "parallel.num_optimizer_instances" not in pinned:
+        instances = tuple(dict.fromkeys((1, *instances)))
+        hybrid = tuple(dict.fromkeys((*instances, *(n for n in FSDP_INSTANCES if n <= own.num_gpus))))
+    return tuple(
+        Sharding(kind, strategy, number)
+        for kind in dict.fromkeys(kinds)
+        for strategy in (strategies if kind == "megatron_fsdp" else (own.fsdp_strategy,))
+        for number in (hybrid if (kind, strategy) == ("megatron_fsdp", "optim_grads_params") else instances)
+    )
 
 
 def _dispatchers(base: Recipe) -> tuple[Dispatcher, ...]:

@@ -48,8 +48,22 @@ def test_scales_per_row_come_with_the_kernels_that_have_them() -> None:
 
 
 def test_options_of_another_precision_are_left_behind() -> None:
-    made = base("deepseek_v3", 256, "precision=fp8_blockwise", precision="bf16").recipe
+    made = base("deepseek_v3", 256, precision="bf16", system="gb300_nvl72").recipe
     assert (made.precision, made.low_precision) == ("bf16", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("parallel.num_gpus=64", "--num-gpus says 256; remove one of the two"),
+        ("precision=bf16", "--precision says fp8_blockwise; remove one of the two"),
+        ("parallel.sequence_parallel=false", "it follows from parallel.tensor in a search; remove it"),
+        ("overlap.p2p=false", "it follows from parallel.virtual_pipeline in a search; remove it"),
+    ],
+)
+def test_a_change_that_a_search_would_override_is_refused(change: str, message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
+        base("deepseek_v3", 256, change, precision="fp8_blockwise")
 
 
 def test_a_change_reaches_the_base() -> None:

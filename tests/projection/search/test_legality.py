@@ -11,10 +11,12 @@ from moe_bench.projection.search.space import Space
 from moe_bench.spec.legality import legality_problems
 from tests.projection.search_spaces import space_of
 
-ONE_TENSOR = ("parallel.tensor=1", "recompute.granularity=none")
+ONE_TENSOR = ("parallel.tensor=1", "parallel.expert_tensor=1", "recompute.granularity=none")
 # small batches and long sequences make batch, context and grid rules bite together
 SMALL = {
-    "mixtral": space_of("mixtral_8x7b", 8, *ONE_TENSOR, seq_len=16384, global_batch_size=6),
+    "mixtral": space_of(
+        "mixtral_8x7b", 8, *ONE_TENSOR, "overlap.expert_parallel=false", seq_len=8192, global_batch_size=6
+    ),
     "no experts": space_of("llama3_8b", 8, global_batch_size=12),
     "uneven GPUs": space_of(
         "qwen3_30b_a3b", 24, *ONE_TENSOR, "parallel.virtual_pipeline=2", global_batch_size=24

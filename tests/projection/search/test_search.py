@@ -4,9 +4,10 @@ import pytest
 
 from moe_bench.analysis.memory import memory_fit
 from moe_bench.errors import BadInputError
+from moe_bench.projection.search.layout import recipe_of
 from moe_bench.projection.search.pareto import CEILING_FRACTIONS
 from moe_bench.projection.search.search import Found, SearchResult, peak_bytes, search
-from moe_bench.projection.search.space import Space, recipe_of
+from moe_bench.projection.search.space import Space
 from moe_bench.projection.step import project
 from tests.projection.search_spaces import LOADER, legal_families, space_of
 
@@ -16,14 +17,32 @@ SPACES = {
         "qwen3_30b_a3b",
         16,
         "parallel.tensor=1",
+        "parallel.expert_tensor=1",
         "dispatch.dispatcher=deepep",
         "parallel.virtual_pipeline=1",
+        "parallel.data_sharding=distributed_optimizer",
         global_batch_size=256,
+    ),
+    "divided by Megatron-FSDP or not, and context ranks of every kind": space_of(
+        "qwen3_30b_a3b",
+        16,
+        "parallel.tensor=1",
+        "parallel.expert_tensor=1",
+        "dispatch.dispatcher=alltoall",
+        "overlap.expert_parallel=false",
+        "recompute.granularity=full",
+        "recompute.modules=[]",
+        "recompute.num_layers=1",
+        "parallel.virtual_pipeline=1",
+        seq_len=16384,
+        global_batch_size=64,
+        micro_batch_sizes=(1,),
     ),
     "interleaved, near the limit": space_of(
         "qwen3_235b_a22b",
         128,
         "parallel.tensor=2",
+        "parallel.expert_tensor=1",
         "parallel.expert=16",
         "parallel.pipeline=8",
         "dispatch.dispatcher=alltoall",
@@ -34,6 +53,7 @@ SPACES = {
         "llama3_8b",
         8,
         "parallel.virtual_pipeline=1",
+        "parallel.data_sharding=distributed_optimizer",
         seq_len=16384,
         global_batch_size=16,
         micro_batch_sizes=(1,),
