@@ -42,21 +42,21 @@ def write_parity_plot(parities: Sequence[Parity], path: Path) -> None:
 
 
 def _draw_both(place: Axes, curve: Curve) -> None:
-    steps = range(1, len(curve.base) + 1)
-    place.plot(steps, curve.base, color=_BLUE, linewidth=1.6, label="base")
-    place.plot(steps, curve.variant, color=_RED, linewidth=1.1, linestyle="--", label="variant")
+    steps = range(1, len(curve.base_values) + 1)
+    place.plot(steps, curve.base_values, color=_BLUE, linewidth=1.6, label="base")
+    place.plot(steps, curve.variant_values, color=_RED, linewidth=1.1, linestyle="--", label="variant")
     place.set_title(f"{curve.name} (nats per token)", fontsize=9, loc="left")
 
 
 def _draw_difference(place: Axes, curve: Curve) -> None:
-    steps = range(1, len(curve.base) + 1)
-    for repeat in curve.repeats:
-        place.plot(steps, _apart(repeat, curve.base), color=_GREY, linewidth=0.6, linestyle=":")
-    place.plot(steps, curve.tolerances, color=_GREEN, linewidth=1.1, label="tolerance")
-    apart = _apart(curve.variant, curve.base)
+    steps = range(1, len(curve.base_values) + 1)
+    for repeat in curve.repeat_values:
+        place.plot(steps, _apart(repeat, curve.base_values), color=_GREY, linewidth=0.6, linestyle=":")
+    place.plot(steps, curve.tolerance_values, color=_GREEN, linewidth=1.1, label="tolerance")
+    apart = _apart(curve.variant_values, curve.base_values)
     place.plot(steps, apart, color=_RED, marker="o", markersize=2.5, linewidth=0.9, label="|variant - base|")
     # differences of no bit at all stand on the axis
-    place.set_yscale("symlog", linthresh=min(curve.tolerances) / 100)
+    place.set_yscale("symlog", linthresh=min(curve.tolerance_values) / 100)
     place.set_ylim(bottom=0)
     verdict = (
         "equal" if curve.first_different_step is None else f"differs from step {curve.first_different_step}"

@@ -51,15 +51,18 @@ def verdict_text(parity: Parity) -> str:
     curve = parity.first_different
     if curve is None or (step := curve.first_different_step) is None:
         return f"equal over {len(parity.base.learned.losses)} steps; {_unseen_text(parity)} would not be seen"
-    base, variant = curve.base[step - 1], curve.variant[step - 1]
+    base, variant = curve.base_values[step - 1], curve.variant_values[step - 1]
     return (
         f"differs from step {step}: {curve.name} {base:.6f} and {variant:.6f}, apart by "
-        f"{abs(base - variant):.2g} where rounding explains {curve.tolerances[step - 1]:.2g}"
+        f"{abs(base - variant):.2g} where rounding explains {curve.tolerance_values[step - 1]:.2g}"
     )
 
 
 def _unseen_text(parity: Parity) -> str:
-    parts = (f"{curve.tolerances[-1] / curve.base[-1]:.2g} of the {curve.name}" for curve in parity.curves)
+    parts = (
+        f"{curve.tolerance_values[-1] / curve.base_values[-1]:.2g} of the {curve.name}"
+        for curve in parity.curves
+    )
     return f"less than {' and '.join(parts)}"
 
 
@@ -74,8 +77,13 @@ def steps_shown(parity: Parity) -> Sequence[int]:
 def _row(parity: Parity, index: int) -> tuple[str, ...]:
     cells = [str(index + 1)]
     for curve in parity.curves:
-        base, variant = curve.base[index], curve.variant[index]
-        cells += [f"{base:.6f}", f"{variant:.6f}", f"{variant - base:+.1e}", f"{curve.tolerances[index]:.1e}"]
+        base, variant = curve.base_values[index], curve.variant_values[index]
+        cells += [
+            f"{base:.6f}",
+            f"{variant:.6f}",
+            f"{variant - base:+.1e}",
+            f"{curve.tolerance_values[index]:.1e}",
+        ]
     return tuple(cells)
 
 
@@ -88,7 +96,7 @@ def parity_json(parity: Parity, path: Path) -> dict[str, object]:
             {
                 "name": curve.name,
                 "first_different_step": curve.first_different_step,
-                "tolerances": curve.tolerances,
+                "tolerances": curve.tolerance_values,
             }
             for curve in parity.curves
         ],
@@ -179,7 +187,7 @@ def _cells(evidence: Evidence) -> tuple[str, str]:
 def _cell(parity: Parity) -> str:
     if (curve := parity.first_different) is not None:
         return f"{curve.name} differs from step {curve.first_different_step}"
-    return ", ".join(f"{curve.tolerances[-1] / curve.base[-1]:.1e}" for curve in parity.curves)
+    return ", ".join(f"{curve.tolerance_values[-1] / curve.base_values[-1]:.1e}" for curve in parity.curves)
 
 
 def evidence_json(found: Mapping[str, Evidence], skipped: Mapping[str, str]) -> dict[str, object]:

@@ -58,17 +58,18 @@ class Curve:
     """One quantity of every step under both settings."""
 
     name: str
-    base: tuple[float, ...]
-    variant: tuple[float, ...]
-    repeats: tuple[tuple[float, ...], ...]
+    """`loss`, in nats per token, or `gradient norm`."""
+    base_values: tuple[float, ...]
+    variant_values: tuple[float, ...]
+    repeat_values: tuple[tuple[float, ...], ...]
     """Of the base, each time from weights nudged anew."""
-    tolerances: tuple[float, ...]
+    tolerance_values: tuple[float, ...]
     """By how much the variant may be off at each step."""
 
     @property
     def first_different_step(self) -> int | None:
         """Counted from 1; None where all values are within their tolerances."""
-        index = first_difference(self.base, self.variant, self.tolerances)
+        index = first_difference(self.base_values, self.variant_values, self.tolerance_values)
         return None if index is None else index + 1
 
 
@@ -109,10 +110,10 @@ class Parity(Spec):
         )
         return Curve(
             name=name,
-            base=base,
-            variant=variant,
-            repeats=tuple(repeats),
-            tolerances=curve_tolerances(base, repeats),
+            base_values=base,
+            variant_values=variant,
+            repeat_values=tuple(repeats),
+            tolerance_values=curve_tolerances(base, repeats),
         )
 
     @property

@@ -67,7 +67,7 @@ def test_another_layout_learns_alike(prefix: Path, zygote: Zygote) -> None:
     # repeats did start from other weights, by no more than a rounding
     assert any(repeat != found.base.learned for repeat in found.repeats)
     assert [curve.name for curve in found.curves] == ["loss", "gradient norm"]
-    assert all(max(curve.tolerances) < 1e-3 for curve in found.curves)
+    assert all(max(curve.tolerance_values) < 1e-3 for curve in found.curves)
 
 
 @pytest.mark.slow
