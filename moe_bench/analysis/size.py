@@ -49,8 +49,9 @@ class CountedSize:
 
     @property
     def nearest_active(self) -> Counting:
-        """The way of counting whose active parameters come nearest to the published ones; where none are, that
-        of the nearest total.
+        """The way of counting whose active parameters come nearest to the published ones.
+
+        Where none are published, that of the nearest total.
         """
         if self.published_active is None:
             return self.nearest_total

@@ -22,9 +22,11 @@ from moe_bench.spec.model import (
     Attention,
     CompressedAttention,
     GatedDeltaNet,
+    GroupedQueryAttention,
     LayerStructure,
     Mamba2,
     MixtureOfExperts,
+    MultiLatentAttention,
 )
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
@@ -190,29 +192,40 @@ def _compressed_attention(recipe: Recipe, net: CompressedAttention, *, ratio: in
 
 
 def _attention(recipe: Recipe, attention: Attention, structure: LayerStructure) -> Iterator[Tensor]:
+    if attention.kind == "mla":
+        yield from _latent_attention(recipe, attention, has_indexer=structure.has_indexer)
+    else:
+        yield from _grouped_attention(recipe, attention)
+
+
+def _latent_attention(
+    recipe: Recipe, attention: MultiLatentAttention, *, has_indexer: bool
+) -> Iterator[Tensor]:
+    hidden, heads = recipe.model.hidden_size, attention.num_heads // recipe.parallel.tensor
+    query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    yield _weight("linear_proj.weight", hidden, heads * attention.v_head_dim)
+    if attention.q_lora_rank is None:
+        if has_query_input_norm(attention, recipe.kernels.family):
+            yield from _norm(recipe, "linear_q_proj.layer_norm", hidden)
+        yield _weight("linear_q_proj.weight", heads * query, hidden)
+    else:
+        yield _repeated(recipe, "linear_q_down_proj.weight", attention.q_lora_rank, hidden)
+        yield _weight("linear_q_up_proj.weight", heads * query, attention.q_lora_rank)
+        yield from _norm(recipe, "q_layernorm", attention.q_lora_rank)
+    latent = attention.kv_lora_rank
+    keys = attention.qk_nope_head_dim + attention.v_head_dim
+    yield _repeated(recipe, "linear_kv_down_proj.weight", latent + attention.qk_rope_head_dim, hidden)
+    yield _weight("linear_kv_up_proj.weight", heads * keys, latent)
+    yield from _norm(recipe, "kv_layernorm", latent)
+    if attention.sparse is not None and has_indexer:
+        q_rank = attention.q_lora_rank or hidden
+        index = indexer_params(attention.sparse, hidden=hidden, q_rank=q_rank)
+        yield from _whole(recipe, "indexer", index.total)
+
+
+def _grouped_attention(recipe: Recipe, attention: GroupedQueryAttention) -> Iterator[Tensor]:
     hidden, tensor = recipe.model.hidden_size, recipe.parallel.tensor
     heads = attention.num_heads // tensor
-    if attention.kind == "mla":
-        query = attention.qk_nope_head_dim + attention.qk_rope_head_dim
-        yield _weight("linear_proj.weight", hidden, heads * attention.v_head_dim)
-        if attention.q_lora_rank is None:
-            if has_query_input_norm(attention, recipe.kernels.family):
-                yield from _norm(recipe, "linear_q_proj.layer_norm", hidden)
-            yield _weight("linear_q_proj.weight", heads * query, hidden)
-        else:
-            yield _repeated(recipe, "linear_q_down_proj.weight", attention.q_lora_rank, hidden)
-            yield _weight("linear_q_up_proj.weight", heads * query, attention.q_lora_rank)
-            yield from _norm(recipe, "q_layernorm", attention.q_lora_rank)
-        latent = attention.kv_lora_rank
-        keys = attention.qk_nope_head_dim + attention.v_head_dim
-        yield _repeated(recipe, "linear_kv_down_proj.weight", latent + attention.qk_rope_head_dim, hidden)
-        yield _weight("linear_kv_up_proj.weight", heads * keys, latent)
-        yield from _norm(recipe, "kv_layernorm", latent)
-        if attention.sparse is not None and structure.has_indexer:
-            q_rank = attention.q_lora_rank or hidden
-            index = indexer_params(attention.sparse, hidden=hidden, q_rank=q_rank)
-            yield from _whole(recipe, "indexer", index.total)
-        return
     num_query_heads = attention.num_heads * (1 + attention.output_gate)
     qkv = attention.head_dim * (num_query_heads + 2 * attention.num_query_groups) // tensor
     if attention.sinks:

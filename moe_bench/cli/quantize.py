@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +21,7 @@ from moe_bench.cli.options import (
     rank_here,
 )
 from moe_bench.errors import BadInputError
+from moe_bench.spec.recipe import QuantFormat
 
 if TYPE_CHECKING:
     from moe_bench.checkpoints.rule import Rule
@@ -29,21 +29,19 @@ if TYPE_CHECKING:
     from moe_bench.spec.quantization import QuantizeJob
 
 
-class Format(StrEnum):
-    """Formats of weights and inputs."""
-
-    FP8 = "fp8"
-    NVFP4 = "nvfp4"
-    MXFP4 = "mxfp4"
+FormatOption = Annotated[
+    QuantFormat | None,
+    typer.Option("--format", help="Of weights and inputs of linear layers; that of the recipe."),
+]
+ExportOption = Annotated[
+    Path | None, typer.Option("--export", metavar="DIR", help="To make: Hugging Face's, quantised.")
+]
 
 
 @app.command(rich_help_panel=MODEL)
 def quantize(
     recipe: RecipeArgument,
-    format: Annotated[
-        Format | None,
-        typer.Option("--format", help="Of weights and inputs of linear layers; that of the recipe."),
-    ] = None,
+    format: FormatOption = None,
     experts_only: Annotated[
         bool, typer.Option("--experts-only", help="Routed experts alone; the rest stays as it is.")
     ] = False,
@@ -63,13 +61,11 @@ def quantize(
     evaluation_batches: Annotated[
         int, typer.Option("--evaluation-batches", min=1, help="Global batches that judge.")
     ] = 4,
-    export: Annotated[
-        Path | None, typer.Option("--export", metavar="DIR", help="To make: Hugging Face's, quantised.")
-    ] = None,
+    export: ExportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantise a model after its training: divergence, perplexity and size against the original."""
-    from moe_bench.harness.start import load_quantize
+    from moe_bench.harness.start import quiet_imports, require_package
     from moe_bench.report.progress import announce
     from moe_bench.report.quantize_view import quantize_json, quantize_view
     from moe_bench.spec.quantization import quantize_job
@@ -77,7 +73,7 @@ def quantize(
     plan = plan_of(recipe, scale=scale, num_gpus=num_gpus, changes=changes, rounds=True)
     job = quantize_job(
         plan,
-        format=None if format is None else format.value,
+        format=format,
         experts_only=experts_only,
         data=None if data is None else str(data),
         num_calibration_batches=calibration_batches,
@@ -89,15 +85,18 @@ def quantize(
     is_speaker = place is None or place.rank == 0
     if is_speaker:
         announce(job.plan, make_console(stderr=True))
-    found = load_quantize().quantize(job, weights, rendezvous=place)
+    require_package("modelopt", extra="modelopt")
+    with quiet_imports():
+        from moe_bench.harness.quantize.program import quantize as quantized
+    found = quantized(job, weights, rendezvous=place)
     if is_speaker and export is not None and weights is not None:
         _export(job, found, weights, export, rules)
-    told = {
-        "weights": "random weights" if weights is None else f"weights of {weights}",
-        "text": "random tokens" if data is None else f"the held-out part of {data}",
-    }
-    written_to = None if export is None else str(export)
     if is_speaker:
+        told = {
+            "weights": "random weights" if weights is None else f"weights of {weights}",
+            "text": "random tokens" if data is None else f"the held-out part of {data}",
+        }
+        written_to = None if export is None else str(export)
         view = quantize_view(found.report, **told, written_to=written_to)
         print_view(view, quantize_json(found.report, **told, written_to=written_to), as_json)
 
@@ -105,7 +104,7 @@ def quantize(
 def _exported(job: QuantizeJob, weights: Path | None, target: Path) -> tuple[Rule, ...]:
     """The map to Hugging Face's names, before anything is loaded that could turn out to be in vain."""
     from moe_bench.checkpoints.family import family_of
-    from moe_bench.harness.start import load_quantized_export
+    from moe_bench.harness.start import quiet_imports, require_package
 
     if weights is None:
         raise BadInputError("--export: random weights are of no use to anyone; name a --checkpoint")
@@ -113,19 +112,21 @@ def _exported(job: QuantizeJob, weights: Path | None, target: Path) -> tuple[Rul
         raise BadInputError(f"{target}: is there already; name a new folder, or remove it")
     recipe = job.plan.recipe
     rules = tuple(family_of(recipe.model).rules(recipe.model, num_mtp_layers=recipe.num_mtp_layers))
-    load_quantized_export().require_layout(job, rules)
+    require_package("modelopt", extra="modelopt")
+    require_package("safetensors", extra="huggingface")
+    with quiet_imports():
+        from moe_bench.harness.quantize.export import require_layout
+    require_layout(job, rules)
     return rules
 
 
 def _export(job: QuantizeJob, found: Quantized, weights: Path, target: Path, rules: tuple[Rule, ...]) -> None:
     from moe_bench.cli.model import GB
-    from moe_bench.harness.start import load_quantized_export
+    from moe_bench.harness.quantize.export import export
     from moe_bench.report.convert_view import convert_progress
 
     with convert_progress(rules, make_console(stderr=True)) as on_tensor:
-        load_quantized_export().export(
-            job, found, weights, target, rules=rules, max_shard_bytes=5 * GB, on_tensor=on_tensor
-        )
+        export(job, found, weights, target, rules=rules, max_shard_bytes=5 * GB, on_tensor=on_tensor)
 
 
 def _checkpoint(path: Path) -> Path:

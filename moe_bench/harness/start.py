@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
 
 from moe_bench.errors import MissingRequirementError
 
@@ -36,19 +35,8 @@ def require_package(name: str, *, extra: str) -> None:
         raise MissingRequirementError(f"{name} is not installed: pip install 'moe_bench[{extra}]'")
 
 
-def load_quantize() -> ModuleType:
-    """`moe_bench.harness.quantize.program`, imported quietly; MissingRequirementError without modelopt."""
+def load_quantize() -> None:
+    """Import what puts in and reads quantisers; MissingRequirementError without modelopt."""
     require_package("modelopt", extra="modelopt")
-    return _loaded("moe_bench.harness.quantize.program")
-
-
-def load_quantized_export() -> ModuleType:
-    """`moe_bench.harness.quantize.export`, imported quietly; MissingRequirementError without safetensors."""
-    require_package("modelopt", extra="modelopt")
-    require_package("safetensors", extra="huggingface")
-    return _loaded("moe_bench.harness.quantize.export")
-
-
-def _loaded(name: str) -> ModuleType:
     with quiet_imports():
-        return importlib.import_module(name)
+        importlib.import_module("moe_bench.harness.quantize.program")  # which imports what calls this

@@ -270,9 +270,7 @@ class GroupedExperts(MegatronModule):
         )
         self.linear_fc1 = UpProjection(
             config,
-            StackShape(
-                in_features=hidden, out_features=(1 + has_gate) * ffn, split="out", has_gate=has_gate
-            ),
+            StackShape(in_features=hidden, out_features=(1 + has_gate) * ffn, split="out", has_gate=has_gate),
             num_experts=num_local_experts,
             are_apart=are_apart,
             init_method=config.init_method,

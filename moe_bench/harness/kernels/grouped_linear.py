@@ -132,7 +132,7 @@ def activated_grouped_linear(
     products: Products = PLAIN,
     accumulate: Accumulate | None = None,
 ) -> Tensor:
-    """Activate x [tokens, 2 * in], or [tokens, in] without a gate, weight by the probabilities, then `grouped_linear`.
+    """Activate x [tokens, 2 * in], or [tokens, in] without a gate, weight by the probabilities, and project.
 
     Args:
         recompute: keep only x for the backward pass and activate again there, rather than keep the activated
