@@ -80,6 +80,40 @@ def two_experts(logits: Tensor, *, capacity: int | None = None) -> Tensor:
     return torch.stack(rows)
 
 
+def two_of_all(logits: Tensor) -> Tensor:
+    """arXiv:2405.04434, equations 20 to 22: p over all experts, weights p of the best two."""
+    p = logits.softmax(-1)
+    kept = torch.zeros_like(p)
+    for token, experts in enumerate(top(p, 2)):
+        kept[token, experts] = 1.0
+    return p * kept
+
+
+def sigmoid_experts(logits: Tensor) -> Tensor:
+    """arXiv:2412.19437, equations 13 to 15 without groups and bias: s of the best two over their sum."""
+    return grouped(logits, bias=torch.zeros(EXPERTS), num_groups=1, groups_per_token=1, top_k=2)
+
+
+def grouped(
+    logits: Tensor, *, bias: Tensor, num_groups: int, groups_per_token: int, top_k: int, scale: float = 1.0
+) -> Tensor:
+    """arXiv:2412.19437, 2.1.2: s + b of a group's best k / groups added up, experts of the best groups by
+    s + b, weights s over their sum.
+    """
+    s, size = logits.sigmoid(), EXPERTS // num_groups
+    kept = torch.zeros_like(s)
+    for token, row in enumerate((s + bias).tolist()):
+        members = [range(first, first + size) for first in range(0, EXPERTS, size)]
+        value = [
+            sum(sorted((row[e] for e in group), reverse=True)[: top_k // groups_per_token])
+            for group in members
+        ]
+        best = sorted(range(num_groups), key=lambda g: -value[g])[:groups_per_token]
+        allowed = sorted((e for g in best for e in members[g]), key=lambda e: -row[e])
+        kept[token, allowed[:top_k]] = 1.0
+    return scale * s * kept / (s * kept).sum(-1, keepdim=True)
+
+
 def gshard(logits: Tensor, *, capacity: int) -> Tensor:
     """arXiv:2006.16668, algorithm 1: all first experts, then second ones where 2 g2 exceeds a draw of [0, 1).
 
@@ -201,6 +235,16 @@ ROOMY = TokenDrop(capacity_factor=4.0, policy="position")
 CHOICE = TokenDrop(capacity_factor=1.0, pad_to_capacity=True)
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+BIAS = torch.tensor([0.3, -0.2, 0.1, 0.0, -0.4, 0.2, 0.05, -0.1])
+GROUPED = SIGMOID | {
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_enable_expert_bias": True,
+}
+BEST_GROUPS = functools.partial(grouped, bias=BIAS, num_groups=4, groups_per_token=2, top_k=4, scale=2.5)
+
 CASES: dict[str, tuple[int, dict[str, Any], TokenDrop | None, Weigh, dict[Any, float]]] = {
     "Switch, dropless": (1, PRE, None, functools.partial(switch, capacity=None), {}),
     "Switch, its first tokens": (1, PRE, FIRST, functools.partial(switch, capacity=6), {}),
@@ -211,6 +255,9 @@ CASES: dict[str, tuple[int, dict[str, Any], TokenDrop | None, Weigh, dict[Any, f
     "top-2, its first tokens": (2, {}, FIRST, functools.partial(two_experts, capacity=12), {}),
     "top-2, padded": (2, {}, PADDED, functools.partial(two_experts, capacity=9), {}),
     "top-2, gathered": (2, ALLGATHER, FIRST, functools.partial(two_experts, capacity=12), {}),
+    "top-2 of softmax over all": (2, PRE, None, two_of_all, {}),
+    "top-2 of sigmoid": (2, SIGMOID, None, sigmoid_experts, {}),
+    "groups, expert bias, scaling": (4, GROUPED, None, BEST_GROUPS, {}),
     "Mixtral, all local losses": (2, LOSS_FIELDS, None, two_experts, LOSSES),
     "Mixtral, the global loss": (2, GLOBAL, None, two_experts, {balancing: 0.3}),
     "capacity by probability": (
@@ -258,6 +305,8 @@ def layer_of(case: str) -> Any:
     tell_dispatchers(layer.modules())
     # logits so far apart that float32 and float64 choose alike, and loads so uneven that capacities bite
     layer.router.weight.data *= 20
+    if layer.router.expert_bias is not None:
+        layer.router.expert_bias.copy_(BIAS)
     return layer
 
 
@@ -420,14 +469,18 @@ ROUTED = {
     "Sinkhorn": routed("sinkhorn", None, renormalise=False),
     "expert choice": routed("expert_choice", CHOICE, renormalise=False),
     "first come": routed("top_k", FIRST),
+    "residual experts": parity_recipe("pr_moe_350m"),
 }
+
+
+SLOW = ("Sinkhorn", "first come", "pyramid", "residual experts")
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         "expert choice",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Sinkhorn", "first come", "pyramid")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
 def test_two_expert_ranks_train_as_one_process_does(kind: str, zygote: Zygote) -> None:

@@ -86,6 +86,35 @@ def test_a_residual_layer_computes_what_the_textbook_does(groups: Groups) -> Non
     assert "router.bias" not in named
 
 
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_shared_experts_are_added_or_gated_as_the_textbook_says(groups: Groups, *, has_gate: bool) -> None:
+    """arXiv:2401.06066, 3.2: the routed experts' output plus M(x), SwiGLU; with a gate, sigmoid(x g) M(x)."""
+    from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    sizes = {"moe_shared_expert_intermediate_size": 48, "moe_shared_expert_gate": has_gate}
+    shared = partial(_build_shared_experts, submodules=mlp)
+    layer = moe_layer(MoELayer, small_config(**sizes), shared_experts=shared)
+    routed_alone = moe_layer(MoELayer, small_config())
+    routed_alone.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(12, 2, 64, generator=torch.Generator().manual_seed(3))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    output = layer(inputs[0])[0]
+    named = dict(layer.named_parameters())
+    gate, linear = functional.linear(inputs[1], named["shared_experts.linear_fc1.weight"]).chunk(2, dim=-1)
+    added = functional.linear(functional.silu(gate) * linear, named["shared_experts.linear_fc2.weight"])
+    if has_gate:
+        added = functional.linear(inputs[1], named["shared_experts.gate_weight"]).sigmoid() * added
+    expected = routed_alone(inputs[1])[0] + added
+    for each in (output, expected):
+        each.square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+
+
 def test_shared_experts_with_biases_refuse_a_gate(groups: Groups) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.mlp import MLPSubmodules
