@@ -20,13 +20,13 @@ from moe_bench.spec.catalogue import data_root
 
 HALF_A_POINT = 0.005
 LEFT_OUT: dict[FoldBy, tuple[float, float]] = {
-    "model": (0.080, 0.088),
-    "system": (0.080, 0.090),
-    "release": (0.079, 0.090),
-    "layout": (0.079, 0.089),
+    "model": (0.073, 0.085),
+    "system": (0.075, 0.087),
+    "release": (0.072, 0.084),
+    "layout": (0.073, 0.085),
 }
 """MAPE of step time, of all rows and of MoE rows; to be lowered when a change lowers them."""
-NUM_ROWS = 399
+NUM_ROWS = 423
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ TRAITS: Mapping[Engine, Traits] = {
     Engine.OTHER: MEGATRON,
 }
 _TRUSTED = ("A", "B")
+_TE_EXPERTS = ("te", "te_mxfp8")
+"""Automodel's GroupedExpertsTE, whose GroupedLinear adds the biases (components/moe/experts.py at 77f112399);
+its others add them after the product (_apply_bias), as Megatron-Core does."""
 _FUSED_LATENT_ATTENTION = (2025, 7)
 """Year and month of the first release whose cuDNN may have it."""
 
@@ -30,7 +33,11 @@ def traits_of(run: InferredRun) -> Traits:
     torch's own attention has but its memory-efficient kernel for it (pytorch/torchtitan #1610), half as fast
     as FlashAttention 2 (arXiv:2307.08691, figures 4 and 5: xformers).
     """
-    traits = replace(TRAITS[run.stack.engine], num_flushes=_num_flushes(run))
+    traits = replace(
+        TRAITS[run.stack.engine],
+        num_flushes=_num_flushes(run),
+        fuses_expert_biases=run.stack.engine is Engine.AUTOMODEL and run.row.experts_backend in _TE_EXPERTS,
+    )
     gpu, attention = run.recipe.system.gpu, run.recipe.model.attention
     if attention.kind == "mla" and run.stack.engine is Engine.TORCHTITAN:
         return replace(traits, attention_fraction=traits.attention_fraction / 2)

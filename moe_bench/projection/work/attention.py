@@ -42,10 +42,12 @@ def add_attention(tally: Tally, structure: LayerStructure) -> None:
         tally.launch(_GQA_LAUNCHES, captured_by="attn")
 
 
-def add_norm_and_residual(tally: Tally, hidden_bytes: float) -> None:
-    """RMSNorm of a half layer's input (read, write; backward also the input) and the residual's sum."""
+def add_norm_and_residual(tally: Tally, hidden_bytes: float, *, is_last: bool = False) -> None:
+    """RMSNorm of a half layer's input (read, write; backward also the input) and the residual's sum, which no
+    gradient asks for where the half layer is the last one.
+    """
     tally.move(Part.NORMS, forward_bytes=2 * hidden_bytes, backward_bytes=3 * hidden_bytes, repeated_by=_NORM)
-    tally.move(Part.NORMS, forward_bytes=3 * hidden_bytes, backward_bytes=2 * hidden_bytes)
+    tally.move(Part.NORMS, forward_bytes=3 * hidden_bytes, backward_bytes=2 * hidden_bytes, is_last=is_last)
 
 
 def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, structure: LayerStructure) -> None:

@@ -66,7 +66,7 @@ def add_dense_mlp(tally: Tally) -> None:
     """Pre-MLP norm, dense MLP and residual."""
     recipe = tally.recipe
     counts, hidden = token_counts(recipe), recipe.model.hidden_size
-    add_norm_and_residual(tally, _BYTES * counts.sharded * hidden)
+    add_norm_and_residual(tally, _BYTES * counts.sharded * hidden, is_last=True)
     width = (recipe.model.dense_ffn_hidden_size or 0) / recipe.parallel.tensor
     _add_mlp(tally, Part.DENSE_MLP, counts.gathered, hidden, width, repeated_by=(_DENSE, _DENSE))
     tally.launch(_DENSE_LAUNCHES, captured_by="mlp")
@@ -79,7 +79,7 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
     """
     recipe = tally.recipe
     counts, model, parallel = token_counts(recipe), recipe.model, recipe.parallel
-    add_norm_and_residual(tally, _BYTES * counts.sharded * model.hidden_size)
+    add_norm_and_residual(tally, _BYTES * counts.sharded * model.hidden_size, is_last=True)
     _add_router(tally, moe)
     rows = load * dispatched_rows(recipe, moe) * parallel.expert_tensor
     num_local = max(1, moe.num_experts // parallel.expert)
@@ -90,7 +90,7 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
     per_expert = _LAUNCHES_PER_EXPERT
     if tally.number is not Number.BF16:
         per_expert += _QUANTIZATION_LAUNCHES_PER_EXPERT.get(recipe.precision, 0)
-    if model.linear_bias and not recipe.kernels.op_fuser:
+    if model.linear_bias and not recipe.kernels.op_fuser and not tally.fuses_expert_biases:
         _add_expert_biases(tally, rows, width)
         per_expert += _BIAS_LAUNCHES_PER_EXPERT
     if recipe.kernels.family == "quack":
@@ -157,6 +157,7 @@ def _add_expert_biases(tally: Tally, rows: float, width: float) -> None:
         forward_bytes=_BIAS_FORWARD_BYTES * outputs,
         backward_bytes=_BIAS_BACKWARD_BYTES * outputs + first,
         repeated_by=_MOE,
+        is_last=True,
     )
 
 
@@ -178,7 +179,7 @@ def _add_router(tally: Tally, moe: MixtureOfExperts) -> None:
 
 
 def _add_permutation(tally: Tally, num_local: int, rows: float) -> None:
-    """Tokens copied into rows and back, t H a and r H a each way.
+    """Tokens copied into rows and back, t H a and r H a each way; no gradient asks for the way back.
 
     With `alltoall` a rank orders its tokens by expert before they leave and, where it has several experts, by
     local expert when they arrive; DeepEP and HybridEP send unordered tokens and order them on arrival.
@@ -202,6 +203,13 @@ def _add_permutation(tally: Tally, num_local: int, rows: float) -> None:
         moved *= _UNFUSED_PERMUTATION
     if gathers:
         moved += copies + (tokens if recipe.parallel.expert == 1 else copies)
-    tally.move(Part.PERMUTATION, forward_bytes=moved, backward_bytes=moved, repeated_by=_MOE)
+    for is_last in (False, True):
+        tally.move(
+            Part.PERMUTATION,
+            forward_bytes=moved / 2,
+            backward_bytes=moved / 2,
+            repeated_by=_MOE,
+            is_last=is_last,
+        )
     tally.launch(_PREPROCESS_LAUNCHES, captured_by="moe_preprocess")
     tally.launch(_DISPATCH_LAUNCHES[is_flex], captured_by="moe")

@@ -125,6 +125,7 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float, traits: Traits) ->
         is_whole_recomputed=kind.is_recomputed,
         stops_early=traits.stops_recompute_early,
         fuses_attention=traits.fuses_attention,
+        fuses_expert_biases=traits.fuses_expert_biases,
     )
     if kind.is_mtp:
         rows, hidden = token_counts(recipe).gathered, recipe.model.hidden_size

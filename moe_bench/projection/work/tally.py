@@ -34,6 +34,10 @@ _COLLECTIVE_LAUNCHES = 20
 """Kernels that one tensor-parallel collective costs the host as much time as: its process group, events and
 waits, and the order that CUDA_DEVICE_MAX_CONNECTIONS=1 forces on all streams. Chosen between 0 and 22 by rows
 left out of the fit (docs/projection.md, what was tried)."""
+_USER_BUFFER_LAUNCHES = 10
+"""The same where Transformer Engine's user buffers move the pieces of a product without torch's process
+groups: 30 calls of the driver with four ranks, 65 with eight (common/comm_gemm_overlap/comm_gemm_overlap.cpp,
+split_overlap_ag). Chosen among 0, 2, 5, 10 and 20 by rows left out of the fit."""
 _REPLAY_LAUNCHES = 12
 """The same of one recomputed module, whose checkpoint saves and restores the generators' states: 0.35 to
 0.88 ms a module in Megatron-Bridge's matched runs of Moonlight (results/published/moonlight_16b_a3b.yaml)."""
@@ -57,7 +61,8 @@ class Tally:
     """Whether that ends where the last saved tensor is back, as torch's own checkpointing does: the products
     and messages behind it do not run again."""
     fuses_attention: bool = True
-    """As in `Traits`."""
+    fuses_expert_biases: bool = False
+    """Both as in `Traits`."""
     operations: list[Operation] = field(default_factory=list)
     num_launches: float = 0.0
     replayed: set[RecomputeModule] = field(default_factory=set)
@@ -151,7 +156,9 @@ class Tally:
         """What the host does beside the kernels of a layer whose parts have all been added: tensor-parallel
         collectives, and the recomputation of modules or of the whole layer.
         """
-        self.launch(_COLLECTIVE_LAUNCHES * num_collectives, captured_by="attn")
+        is_pieced = self.recipe.overlap.tensor_parallel
+        per_collective = _USER_BUFFER_LAUNCHES if is_pieced else _COLLECTIVE_LAUNCHES
+        self.launch(per_collective * num_collectives, captured_by="attn")
         if self.is_whole_recomputed:
             self.num_launches *= 1 + _FORWARD_SHARE
         self.launch(_REPLAY_LAUNCHES * len(self.replayed))

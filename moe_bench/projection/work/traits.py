@@ -20,6 +20,8 @@ class Traits:
     num_flushes: int = 1
     """Pipeline schedules of one step, one behind the other: torch's pipelines empty themselves after every
     local batch, Megatron-Core's once."""
+    fuses_expert_biases: bool = False
+    """Whether experts add their biases inside of their products, not as sums of their own."""
     fuses_attention: bool = True
     """Whether scores stay inside of one kernel, or are written, normalised and read as a matrix."""
 

@@ -39,3 +39,9 @@ def test_torch_has_no_fast_kernel_for_latent_attention() -> None:
     latent = traits("torchtitan-deepseek-v3-h100-512gpu-bf16-s4096-deepep")
     assert latent.attention_fraction == TORCHTITAN.attention_fraction / 2
     assert traits("torchtitan-llama3-8b-h100-8gpu-bf16-s8192") == TORCHTITAN
+
+
+def test_experts_of_transformer_engine_add_their_biases_in_the_product() -> None:
+    assert traits("automodel-yaml-gpt-oss-120b-gb200-32gpu-mxfp8-s4096").fuses_expert_biases
+    assert not traits("automodel-yaml-gpt-oss-120b-gb200-32gpu-bf16-s4096").fuses_expert_biases
+    assert not traits("mb26.04-gpt-oss-120b-h100-64gpu-bf16-s4096").fuses_expert_biases

@@ -26,7 +26,7 @@ FULL_LAYOUT = [
 
 def test_nearly_every_row_with_a_full_layout_is_inferred() -> None:
     lost = [outcome for outcome in FULL_LAYOUT if isinstance(outcome, NotProjectable)]
-    assert len(FULL_LAYOUT) == 382
+    assert len(FULL_LAYOUT) == 406
     assert len(lost) / len(FULL_LAYOUT) <= 0.1
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from moe_bench.projection.work.lowering import lower
 from moe_bench.projection.work.operations import MemoryBound, Part, Pass
+from moe_bench.projection.work.traits import MEGATRON, Traits
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader
 
@@ -58,3 +59,40 @@ def test_each_expert_starts_the_kernels_that_quantize_its_four_tensors(
     for expert_ranks in (8, 16):
         added = launches(precision, expert_ranks) - launches("bf16", expert_ranks)
         assert added == 4 * per_tensor * 128 / expert_ranks
+
+
+def moved_bytes(name: str, part: Part, in_pass: Pass, traits: Traits, *changes: str) -> float:
+    """Bytes that layers of a recipe move for one part in one pass."""
+    loader = Loader(root=recipes_root(), rules=())
+    recipe = loader.recipe(find_recipe(name, loader), changes=changes)
+    return sum(
+        operation.num_bytes
+        for layer in lower(recipe, traits=traits).kinds.values()
+        for operation in layer.operations
+        if isinstance(operation, MemoryBound) and operation.part is part and operation.in_pass is in_pass
+    )
+
+
+def test_recomputation_that_stops_early_does_not_put_rows_back_into_tokens() -> None:
+    changes = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
+    early = Traits(stops_recompute_early=True)
+    forward, whole, cut = (
+        moved_bytes("qwen3_30b_a3b/h100_sxm_16g_bf16", Part.PERMUTATION, in_pass, traits, *changes)
+        for in_pass, traits in (
+            (Pass.FORWARD, MEGATRON),
+            (Pass.RECOMPUTE, MEGATRON),
+            (Pass.RECOMPUTE, early),
+        )
+    )
+    assert whole == forward
+    assert cut == forward / 2
+
+
+def test_biases_inside_of_the_products_move_nothing() -> None:
+    name, fused = "gpt_oss_120b/h100_sxm_64g_bf16", Traits(fuses_expert_biases=True)
+    apart, within = (moved_bytes(name, Part.EXPERTS, Pass.FORWARD, traits) for traits in (MEGATRON, fused))
+    loader = Loader(root=recipes_root(), rules=())
+    recipe = loader.recipe(find_recipe(name, loader))
+    rows = recipe.micro_batch_size * recipe.seq_len * 4
+    # the bias times its probability in FP32, the sum, and the cast to BF16; layers with a window and without
+    assert apart - within == 2 * 28 * rows * recipe.model.hidden_size
