@@ -17,7 +17,7 @@ from moe_bench.spec.recipe import (
     Recipe,
     Recompute,
 )
-from moe_bench.spec.scale import Plan, differences, smoke_plan
+from moe_bench.spec.scale import Plan, differences, smoke_recipe
 
 ROUNDOFF_FRACTIONS: MappingProxyType[Precision, float] = MappingProxyType(
     {
@@ -127,9 +127,7 @@ def _with_fp32_state(optimizer: OptimizerSpec) -> OptimizerSpec:
 def toy_of(plan: Plan) -> Recipe:
     """The toy of what `plan` runs, at whatever scale; of a slice, that of the run that it is a part of."""
     whole = plan.recipe if plan.whole is None else plan.whole
-    if plan.scale == "smoke":
-        return whole
-    return smoke_plan(whole, host=whole.system, modified=plan.modified).recipe
+    return whole if plan.scale == "smoke" else smoke_recipe(whole, whole.system)
 
 
 def settings_of_toy(toy: Recipe) -> tuple[object, ...]:

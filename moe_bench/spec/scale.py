@@ -82,7 +82,7 @@ def full_plan(recipe: Recipe, *, modified: tuple[str, ...]) -> Plan:
 
 def smoke_plan(recipe: Recipe, *, host: SystemSpec, modified: tuple[str, ...]) -> Plan:
     """A toy of `recipe` for machines without GPUs: same structure, every size above one becomes two."""
-    toy = _smoke_recipe(recipe, host)
+    toy = smoke_recipe(recipe, host)
     if any(change.startswith("steps.") for change in modified):
         # whoever sets the number of steps means the run at hand
         toy = toy.model_copy(update={"steps": recipe.steps})
@@ -190,7 +190,8 @@ def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def _smoke_recipe(recipe: Recipe, host: SystemSpec) -> Recipe:
+def smoke_recipe(recipe: Recipe, host: SystemSpec) -> Recipe:
+    """The toy of `smoke_plan`."""
     parallel = _smoke_parallel(recipe)
     num_layers = _smoke_num_layers(recipe, parallel)
     micro_batch_size = min(recipe.micro_batch_size, 2)
