@@ -37,6 +37,13 @@ def test_the_experts_of_a_run_are_shown_with_their_alarms(
     assert "expert load" in (folder / "health.svg").read_text()
 
 
+def test_a_full_disk_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "health.svg").symlink_to("/dev/full")
+    assert main(["health", str(folder), "--plot", str(folder / "health.svg")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "No space left on device" in line
+
+
 def test_programs_get_every_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", str(folder), "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)

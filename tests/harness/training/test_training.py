@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,15 @@ def test_it_goes_on_under_another_layout(
             assert mine.validation_loss == pytest.approx(before.validation_loss, rel=2e-6)
 
 
+def test_a_run_that_begins_with_the_weights_of_another_takes_its_own_steps(
+    first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    start = Start(checkpoint=checkpoint(first_run, 6), with_optimizer=False)
+    (line,) = train(zygote, job(prefix, *TWO_EXPERT_RANKS, num_steps=1), tmp_path, start)
+    assert line.step == 1
+    assert line.loss < first_run[1][0].loss
+
+
 def test_rates_may_change_on_the_way(
     first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
 ) -> None:
@@ -250,6 +260,36 @@ def test_a_disk_that_is_full_within_a_file_is_one_line_and_leaves_no_part_of_it(
     assert not list(folder.glob(f"{CHECKPOINTS}/*"))
     whole = 8 if "checkpoint" in problem else 0  # four files of each part of the text
     assert len([path for path in folder.rglob("*") if path.is_file()]) == whole
+
+
+@functools.wraps(_write_item)
+def write_when_told(*arguments: Any, **options: Any) -> Any:
+    """Waits for the file `go` in the folder of the run."""
+    path = next(Path(argument.name) for argument in arguments if hasattr(argument, "name"))
+    go = path.parents[2] / "go"
+    for _ in range(6000):
+        if go.exists():
+            break
+        time.sleep(0.01)
+    assert go.exists(), "training waits for its checkpoint"
+    return _write_item(*arguments, **options)
+
+
+def told_after_the_second_step(job: TrainingJob, folder: Path, seat: Seat) -> None:
+    def on_line(line: LogLine) -> None:
+        if line.step == 2:
+            assert saved_steps(folder / CHECKPOINTS) == ()
+            (folder / "go").touch()
+
+    with substituted(Substitution(filesystem_async, "_write_item", write_when_told)):
+        start = Start(checkpoint=None)
+        train_rank(job, folder, start, seat.rendezvous, on_line, ignored, listen_fd=seat.listen_fd)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(prefix: Path, tmp_path: Path, zygote: Zygote) -> None:
+    asked = job(prefix, *TWO_EXPERT_RANKS, num_steps=3, save_every=1)
+    zygote.fork(2, partial(told_after_the_second_step, asked, tmp_path))
+    assert saved_steps(tmp_path / CHECKPOINTS) == (2, 3)
 
 
 @functools.wraps(_write_item)
