@@ -189,8 +189,9 @@ class Router(Spec):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a token's experts depend on no later token while it trains, capacities of top-k aside; first
-        choices of later tokens come before GShard's second ones.
+        """Whether a token's experts depend on no later token while it trains, capacities of top-k aside.
+
+        First choices of later tokens come before GShard's second ones.
         """
         return self.choice == "top_k"
 
