@@ -19,6 +19,7 @@ from moe_bench.cli.options import (
     SetOption,
     make_loader,
     print_view,
+    require_unquantised,
     results_root,
 )
 from moe_bench.errors import BadInputError, MissingRequirementError
@@ -243,6 +244,7 @@ def _layers(
             yield _Layer(case if tokens is None else case.model_copy(update={"num_tokens": tokens}))
         return
     asked = loader.recipe(find_recipe(recipe, loader), changes=tuple(changes or ()))
+    require_unquantised(asked)
     toy = smoke_plan(asked, host=loader.system("cpu_host"), modified=()).recipe if tiny else asked
     case = layer_case_of(toy, num_tokens=tokens).model_copy(update={"name": asked.name})
     yield _Layer(case, layer_differences(asked))

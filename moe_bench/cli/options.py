@@ -172,11 +172,8 @@ def derived_plan(
         return scaled_plan(plan, num_gpus, strong=strong)
     modified = tuple(changes or ())
     recipe = loader.recipe(path, changes=modified)
-    if recipe.quantization is not None and not rounds:
-        raise BadInputError(
-            f"{recipe.name}: quantization: train, evaluate, generate and quantize alone round so, at the "
-            "speed of no format; add --set quantization=null"
-        )
+    if not rounds:
+        require_unquantised(recipe)
     if scale is ScaleOption.SMOKE:
         toy = smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
         return require_legal(toy, path, loader)
@@ -195,6 +192,15 @@ def derived_plan(
         cut = node_plan(recipe, num_gpus=num_gpus, fits=fits, modified=modified)
         return require_legal(cut, path, loader)
     return full_plan(recipe, modified=modified)
+
+
+def require_unquantised(recipe: Recipe) -> None:
+    """Raise BadInputError for a recipe that a verb would time, count or project without its quantisers."""
+    if recipe.quantization is not None:
+        raise BadInputError(
+            f"{recipe.name}: quantization: train, evaluate, generate and quantize alone round so, at the "
+            "speed of no format; add --set quantization=null"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

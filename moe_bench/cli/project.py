@@ -18,6 +18,7 @@ from moe_bench.cli.options import (
     StrongOption,
     make_loader,
     print_view,
+    require_unquantised,
     results_root,
     whole_numbers,
 )
@@ -176,7 +177,9 @@ def _basis(recipe: Recipe, *, uncalibrated: bool, tables: bool) -> Basis:
 
 def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
     loader = make_loader()
-    return loader.recipe(find_recipe(name, loader), changes=changes)
+    recipe = loader.recipe(find_recipe(name, loader), changes=changes)
+    require_unquantised(recipe)
+    return recipe
 
 
 def _near(recipe: Recipe) -> tuple[NearRow, ...]:

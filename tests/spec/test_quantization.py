@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from moe_bench.cli import main
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import BadInputError
 from moe_bench.spec.legality import legality_problems
@@ -66,3 +67,9 @@ def test_verbs_that_know_no_quantisers_refuse_a_recipe_that_has_some() -> None:
         plan_of("qwen3_30b_a3b", scale=ScaleOption.SMOKE, num_gpus=None, changes=list(LEARNED))
     undone = [*LEARNED, "quantization=null"]
     assert plan_of("qwen3_30b_a3b", scale=ScaleOption.SMOKE, num_gpus=None, changes=undone)
+
+
+def test_a_projection_counts_no_quantisers_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [argument for change in LEARNED for argument in ("--set", change)]
+    assert main(["project", "qwen3_30b_a3b", *changes]) == 2
+    assert "add --set quantization=null" in capsys.readouterr().err

@@ -37,6 +37,8 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _NUM_HELD_STACKS = 2
 """Rules go expert by expert through both projections of a layer."""
 _LAYER = re.compile(r"^(decoder\.layers\.|mtp\.layers\.)(\d+)\.(.*)$")
+QUANTIZER = "_quantizer."
+"""In the keys of what nvidia-modelopt adds to a checkpoint."""
 _MODEL_KEYS = ("embedding.", "decoder.", "mtp.", "output_layer.")
 
 
@@ -94,6 +96,11 @@ class MegatronReader:
         for key in self._entries.keys() - used.keys():
             is_beside = is_adapter(key) or (beside is not None and beside in key)
             if key.startswith(_MODEL_KEYS) and not is_beside:
+                if QUANTIZER in key:
+                    raise BadInputError(
+                        f"{self._source}: {key}: learned with quantisers, which a plain checkpoint has "
+                        "no place for; write it with moe-bench quantize --export"
+                    )
                 raise BadInputError(
                     f"{self._source}: {key}: the checkpoint has this tensor and the model does not; "
                     "name the model that it is of"

@@ -20,7 +20,13 @@ from moe_bench.checkpoints.family import family_of
 from moe_bench.checkpoints.rule import AlternatingGate, Rule, TransposedExperts
 from moe_bench.errors import BadInputError
 from moe_bench.harness.convert.rearrange import to_huggingface
-from moe_bench.harness.convert.to_huggingface import MegatronReader, Named, convert_to_huggingface, plain
+from moe_bench.harness.convert.to_huggingface import (
+    QUANTIZER,
+    MegatronReader,
+    Named,
+    convert_to_huggingface,
+    plain,
+)
 from moe_bench.harness.quantize.formats import STORAGE, stored_input_scale, stored_weight
 from moe_bench.harness.quantize.program import Quantized
 from moe_bench.spec.quantization import QuantizeJob
@@ -46,7 +52,7 @@ def export(
     """
     model = job.plan.recipe.model
     reader = MegatronReader(checkpoint)
-    reader.require_match(rules, beside="_quantizer.")
+    reader.require_match(rules, beside=QUANTIZER)
     is_stacked = any(_is_stack(rule) for rule in rules)
     described = _stacked_config() if is_stacked else _config(job, rules, found)
     in_config = described if is_stacked else convert_hf_quant_config_format(described)

@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed: pip install 'moe_bench[modelopt]'")
 
+from moe_bench.checkpoints.family import family_of
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import BadInputError
+from moe_bench.harness.convert.to_huggingface import MegatronReader
 from moe_bench.harness.data.build import Wish, build_dataset
 from moe_bench.harness.data.tokenizer import byte_tokenizer
 from moe_bench.harness.training.program import Start, train_rank
@@ -69,8 +71,9 @@ def lines(asked: TrainingJob, folder: Path, start: Start, seat: Seat) -> list[Lo
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Runs:
     folder = tmp_path_factory.mktemp("quantised")
-    prefix = folder / "moby"
-    wish = Wish(inputs=(TEXT,), prefix=prefix, documents="paragraph", jsonl_key=None)
+    prefix, text = folder / "moby", folder / "moby.txt"
+    text.write_text(TEXT.read_text()[:100_000])
+    wish = Wish(inputs=(text,), prefix=prefix, documents="paragraph", jsonl_key=None)
     build_dataset(wish, byte_tokenizer(), on_bytes=lambda done, total: None)
     data, plain, quantised = str(prefix), folder / "plain", folder / "quantised"
     plain_lines = trained(zygote, job(data), plain, Start(checkpoint=None))
@@ -121,3 +124,11 @@ def test_a_run_without_quantisers_does_not_go_on_with_them(
         BadInputError, match=r"quantizer\._amax: the model has it and the checkpoint does not"
     ):
         trained(zygote, job(runs.data, *LEARNS_QUANTISED), tmp_path, start)
+
+
+@pytest.mark.slow
+def test_a_plain_checkpoint_is_not_made_of_one_with_scales(runs: Runs, tmp_path: Path) -> None:
+    model = job(runs.data).plan.recipe.model
+    rules = tuple(family_of(model).rules(model, num_mtp_layers=0))
+    with pytest.raises(BadInputError, match="moe-bench quantize --export"):
+        MegatronReader(checkpoint_path(runs.quantised / CHECKPOINTS, 2)).require_match(rules)
