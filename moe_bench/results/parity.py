@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from moe_bench.analysis.loss_parity import MIN_REPEATS, curve_tolerances, first_difference
 from moe_bench.results.journal import file_stem
-from moe_bench.results.store import PARITY_FOLDER, write_once
+from moe_bench.results.store import PARITY_FOLDER, record_files, write_once
 from moe_bench.results.verification import VerificationProvenance
 from moe_bench.results.versioned import read_versioned
 from moe_bench.spec.base import NonNegativeFloat, PositiveFloat, PositiveInt, Spec, Text
@@ -213,5 +213,7 @@ def read_parity(path: Path) -> Parity:
 
 def read_parities(root: Path, *, models: Iterable[str]) -> tuple[Parity, ...]:
     """All comparisons of `models`, which are keys, below the folder of results `root`, newest first."""
-    paths = [path for key in models for path in (root / PARITY_FOLDER / key).glob("*/[!.]*.json")]
-    return tuple(map(read_parity, sorted(paths, key=lambda path: path.name, reverse=True)))
+    folders = (root / PARITY_FOLDER / key for key in models)
+    files = [file for folder in folders if folder.is_dir() for file in record_files(str(folder))]
+    newest_first = sorted(files, key=lambda file: file.name, reverse=True)
+    return tuple(read_parity(Path(file.path)) for file in newest_first)
