@@ -161,6 +161,11 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
             f"{recipe.name}: model.moe.router.choice {model.moe.router.choice}: a layer alone is told "
             "where each token goes; name a model whose tokens take their top-k"
         )
+    if model.moe.shared_expert_mixing != "sum":
+        raise BadInputError(
+            f"{recipe.name}: model.moe.shared_expert_mixing {model.moe.shared_expert_mixing}: a layer alone "
+            "adds its shared experts; name another model"
+        )
     if model.moe.latent_size is not None:
         raise BadInputError(f"{recipe.name}: model.moe.latent_size: no code builds such experts alone")
     tokens = recipe.micro_batch_size * recipe.seq_len // (parallel.context * parallel.tensor)

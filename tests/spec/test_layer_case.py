@@ -72,6 +72,12 @@ def test_what_a_layer_alone_cannot_have_is_refused() -> None:
     dense = asked.model_copy(update={"model": asked.model.model_copy(update={"moe": None})})
     with pytest.raises(BadInputError, match="no expert layers"):
         layer_case_of(dense)
+    pyramid = recipe("pr_moe_350m/h100_sxm_8g_bf16").model_copy(update={"token_drop": None})
+    with pytest.raises(BadInputError, match=r"model\.moe\.steps"):
+        layer_case_of(pyramid)
+    even = pyramid.at(pyramid.model.layers[-1])
+    with pytest.raises(BadInputError, match="adds its shared experts"):
+        layer_case_of(even)
 
 
 def test_a_recipe_says_what_its_layer_alone_lacks() -> None:

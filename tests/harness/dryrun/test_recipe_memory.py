@@ -29,6 +29,7 @@ STRUCTURES = {
     "moonlight_16b_a3b/h100_sxm_8g_bf16_gbs4": 0,  # rotation not fused, queries not compressed
     "olmoe_1b_7b/h100_sxm_8g_bf16": 0,  # norms over all heads, z-loss
     "olmoe_1b_7b/h100_sxm_8g_bf16_quack": 0,  # nothing permuted
+    "pr_moe_350m/h100_sxm_8g_bf16": 0,  # LayerNorm, GELU, positions, residual experts weighed
     "qwen3_235b_a22b/h100_sxm_256g_bf16_seq128k": 4,  # CP8
     "qwen3_30b_a3b/h100_sxm_16g_bf16_alltoall": 0,  # permutation not fused
     "qwen3_30b_a3b/h100_sxm_8g_bf16_quack": 0,  # gathered where they arrived
