@@ -84,3 +84,16 @@ def test_what_parity_cannot_compare_is_said_at_once(
 ) -> None:
     assert main(["parity", *arguments, "--data", str(tmp_path / "none")]) == 2
     assert problem in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_of_all_recipes_one_that_cannot_be_compared_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["mixtral_8x7b/h100_sxm_64g_bf16", "olmoe_1b_7b_sinkhorn/h100_sxm_8g_bf16"]
+    monkeypatch.setattr("moe_bench.cli.parity._shipped", lambda: names)
+    asked = ["parity", "--plain", "--all", "--scale", "smoke", "--data", str(tmp_path / "none")]
+    assert main([*asked, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert f"{names[1]}: not compared: a sinkhorn router sees later tokens" in said.out
+    assert f"{names[0]}: {tmp_path / 'none'}" in said.err.splitlines()[-1]
+    assert not (tmp_path / "parity").exists()

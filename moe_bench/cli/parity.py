@@ -25,7 +25,7 @@ from moe_bench.cli.options import (
     print_view,
     results_root,
 )
-from moe_bench.errors import BadInputError, MeasurementError
+from moe_bench.errors import BadInputError, MeasurementError, MoeBenchError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
 
 if TYPE_CHECKING:
@@ -218,13 +218,14 @@ def _plain(
     again: bool,
     as_json: bool,
 ) -> None:
-    """Hold recipes against their plain settings; those of all that cannot be compared are named."""
+    """Hold recipes against their plain settings; of all, one that cannot be does not stop the others."""
     from moe_bench.report.parity_plot import write_parity_plot
     from moe_bench.report.parity_view import evidence_json, evidence_view
     from moe_bench.spec.derive_parity import require_causal
 
     found: dict[str, Evidence] = {}
     skipped: dict[str, str] = {}
+    failed: list[str] = []
     seen: list[object] = []
     for recipe in recipes:
         plan = session.plan(recipe)
@@ -233,9 +234,14 @@ def _plain(
         except BadInputError as error:
             if not is_all:
                 raise
-            skipped[plan.asked] = str(error).partition(": ")[2]
+            skipped[plan.asked] = str(error).removeprefix(f"{plan.recipe.name}: ")
             continue
-        found[plan.asked] = _evidence(session, recipe, plan, seen=seen if again else None)
+        try:
+            found[plan.asked] = _evidence(session, recipe, plan, seen=seen if again else None)
+        except MoeBenchError as error:
+            if not is_all:
+                raise
+            failed.append(f"{plan.asked}: {str(error).partition('\n')[0]}")
     if plot is not None:
         write_parity_plot(next(iter(found.values())).comparisons, plot)
     print_view(evidence_view(found, skipped), evidence_json(found, skipped), as_json)
@@ -244,6 +250,8 @@ def _plain(
         raise MeasurementError(
             f"{', '.join(different)}: does not learn like the plain setting; see its record"
         )
+    if failed:
+        raise MeasurementError("\n".join(failed))
 
 
 def _evidence(session: _Session, recipe: str, plan: Plan, *, seen: list[object] | None) -> Evidence:
