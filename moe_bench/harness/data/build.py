@@ -259,11 +259,31 @@ def _flush(path: Path) -> None:
 
 
 def read_manifest(prefix: Path) -> DatasetManifest:
-    """The manifest of the dataset `<prefix>`; BadInputError where there is none, or a damaged one."""
+    """The manifest of the dataset `<prefix>`; BadInputError where there is none, or one that is not whole."""
     path = _manifest_path(prefix)
     if not path.is_file():
         raise BadInputError(f"{path}: no dataset; build one with moe-bench data build FILE --out {prefix}")
     try:
-        return DatasetManifest.model_validate_json(path.read_bytes())
+        manifest = DatasetManifest.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise BadInputError(f"{path}: not the manifest of a dataset; build it again") from error
+    for file, num_bytes in _sizes(prefix, manifest).items():
+        found = file.stat().st_size if file.is_file() else 0
+        if found != num_bytes:
+            raise BadInputError(
+                f"{file}: {found:,} of {num_bytes:,} bytes; remove {path}, and build it again"
+            )
+    return manifest
+
+
+def _sizes(prefix: Path, manifest: DatasetManifest) -> dict[Path, int]:
+    """Bytes of both files of a dataset whose documents are one sequence each.
+
+    The index is a header of 34 bytes, lengths of four bytes, places of eight, and where documents begin and
+    the last ends, of eight each (indexed_dataset.py, _IndexWriter).
+    """
+    num_documents = manifest.num_documents
+    return {
+        Path(get_bin_path(str(prefix))): manifest.num_tokens * DType.size(_dtype(manifest.tokenizer)),
+        Path(get_idx_path(str(prefix))): 34 + (4 + 8) * num_documents + 8 * (num_documents + 1),
+    }

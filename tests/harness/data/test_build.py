@@ -107,6 +107,21 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(
     assert documents(wish.prefix) == EXPECTED
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_dataset_whose_files_are_not_whole_is_refused(
+    wish: Wish, tokenizer: Tokenizer, suffix: str, damage: str
+) -> None:
+    assert build_dataset(wish, tokenizer, on_bytes=ignore) == read_manifest(wish.prefix)
+    path = wish.prefix.with_name(f"{wish.prefix.name}{suffix}")
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BadInputError, match=rf"{suffix}: [\d,]+ of [\d,]+ bytes"):
+        read_manifest(wish.prefix)
+
+
 def test_nothing_is_built_of_nothing_and_nothing_over_something(wish: Wish, tokenizer: Tokenizer) -> None:
     empty = Wish(
         inputs=(wish.prefix.with_name("empty.txt"),), prefix=wish.prefix, documents="file", jsonl_key=None
