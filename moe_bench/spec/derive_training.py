@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.dataset import TokenizerSpec
-from moe_bench.spec.recipe import Routing
+from moe_bench.spec.recipe import Recipe, Routing
 from moe_bench.spec.scale import Plan, Substitution
 from moe_bench.spec.training import Asked, Checkpoints, Health, LearningRate, TrainingJob, Validation
 
@@ -104,11 +104,8 @@ def training_job(
         )
         for field in fields(Wishes)
     }
-    if said["lora_rank"] is not None and plan.recipe.quantization is not None:
-        raise BadInputError(
-            "--lora-rank: the recipe learns with quantised weights, beside which adapters were not tried; "
-            "add --set quantization=null, or drop it"
-        )
+    if said["lora_rank"] is not None:
+        _require_plain_weights(plan.recipe)
     try:
         return TrainingJob(
             asked=asked,
@@ -137,6 +134,20 @@ def training_job(
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
         raise BadInputError(f"train: {problem}; change one of them") from error
+
+
+def _require_plain_weights(recipe: Recipe) -> None:
+    """Raise BadInputError where adapters would stand beside weights with which they were not tried."""
+    if recipe.quantization is not None:
+        raise BadInputError(
+            "--lora-rank: the recipe learns with quantised weights, beside which adapters were not tried; "
+            "add --set quantization=null, or drop it"
+        )
+    if recipe.parallel.data_sharding == "megatron_fsdp":
+        raise BadInputError(
+            "--lora-rank: the recipe divides its weights by Megatron-FSDP, with which adapters were not tried; "
+            "add --set parallel.data_sharding=distributed_optimizer, or drop it"
+        )
 
 
 def _wishes_of(job: TrainingJob) -> Wishes:

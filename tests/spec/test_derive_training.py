@@ -105,6 +105,16 @@ def test_a_run_of_a_recipe_whose_changes_name_it_anew_goes_on() -> None:
     assert training_job(larger, Wishes(), before=before, asked=again).asked == again
 
 
+def test_adapters_beside_weights_with_which_they_were_not_tried_are_refused() -> None:
+    asked = plan()
+    sharded = asked.recipe.parallel.model_copy(update={"data_sharding": "megatron_fsdp"})
+    recipe = asked.recipe.model_copy(update={"parallel": sharded})
+    with pytest.raises(BadInputError, match="Megatron-FSDP"):
+        training_job(
+            asked.model_copy(update={"recipe": recipe}), Wishes(data="set", lora_rank=4), before=None
+        )
+
+
 def test_another_tokenizer_than_the_run_has_learned_is_refused_wherever_its_files_lie() -> None:
     learned = TokenizerSpec(kind="huggingface", path="/a", fingerprint="f", vocab_size=300, end_of_document=0)
     fresh = training_job(plan(), Wishes(data="set"), before=None)
