@@ -9,7 +9,12 @@ import pytest
 import typer
 
 from moe_bench.cli import app, main
-from moe_bench.cli.files import any_file_to_write, drawing_to_write, picture_to_write
+from moe_bench.cli.files import (
+    any_file_to_write,
+    drawing_to_write,
+    folder_to_write,
+    picture_to_write,
+)
 from moe_bench.errors import BadInputError
 
 FILES = {"--plot", "--plot-pipeline", "--trace", "--html", "--junit", "--summary"}
@@ -48,6 +53,16 @@ def test_what_may_not_be_written_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(BadInputError, match="may not be written"):
         any_file_to_write(tmp_path / "a.json")
+
+
+def test_a_folder_to_write_is_there_before_the_work(tmp_path: Path) -> None:
+    assert folder_to_write(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+    assert folder_to_write(None) is None
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(BadInputError, match="no folder can be made"):
+            folder_to_write(tmp_path / name)
 
 
 def test_a_folder_for_a_page_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

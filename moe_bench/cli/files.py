@@ -37,3 +37,19 @@ picture_to_write = file_to_write(".png", ".svg", ".pdf")
 drawing_to_write = file_to_write(".svg")
 """Of the report's own charts."""
 any_file_to_write = file_to_write()
+
+
+def folder_to_write(path: Path | None) -> Path | None:
+    """An option's callback that makes the folder, its parents included, before the work begins.
+
+    Raises BadInputError, in one line, for a file, and for what cannot be made or may not be written to.
+    """
+    if path is None:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"{path}: no folder can be made ({error.strerror}); name another") from error
+    if not os.access(path, os.W_OK):
+        raise BadInputError(f"{path}: may not be written; name another folder")
+    return path

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moe_bench.cli.app import PREDICT, app
+from moe_bench.cli.files import folder_to_write
 from moe_bench.cli.options import JsonOption, SetOption, make_loader, print_view, whole_numbers
 from moe_bench.spec.catalogue import data_root
 
@@ -35,7 +36,10 @@ def search(
     ] = "1,2,4",
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the fastest.")] = _NUM_SHOWN,
     write: Annotated[
-        Path | None, typer.Option("--write", metavar="DIR", help="Write them as recipes below DIR.")
+        Path | None,
+        typer.Option(
+            "--write", metavar="DIR", callback=folder_to_write, help="Write them as recipes below DIR."
+        ),
     ] = None,
     changes: SetOption = None,
     as_json: JsonOption = False,

@@ -92,7 +92,9 @@ def scale_out(
     error: RecipeError | None = None
     for size in sorted(set(sizes)):
         if size > MAX_GPUS:
-            raise BadInputError(f"--num-gpus {size}: no published run is that large; stay below {MAX_GPUS:,}")
+            raise BadInputError(
+                f"--num-gpus {size}: no published run is that large; write at most {MAX_GPUS:,}"
+            )
         try:
             own = () if size == recipe.parallel.num_gpus else changes
             member = scaled_recipe(recipe, size, strong=strong, changes=own)

@@ -47,7 +47,15 @@ def _ratio(recipe: Recipe, choice: str) -> float:
         return popularity_load(recipe, power_law(num_experts, _alpha(choice)))
     if not choice.endswith(".json"):
         raise BadInputError(f"--load {choice}: unknown; write {CHOICES}")
-    return recorded_load(recipe, read_trace(Path(choice), option="--load", choices=CHOICES))
+    trace = read_trace(Path(choice), option="--load", choices=CHOICES)
+    num_experts = 0 if recipe.model.moe is None else recipe.model.moe.num_experts
+    for index, counts in enumerate(trace):
+        if num_experts and len(counts) != num_experts:
+            raise BadInputError(
+                f"--load {choice}: layer {index} has {len(counts)} experts, {recipe.model.key} {num_experts};"
+                " record this model"
+            )
+    return recorded_load(recipe, trace)
 
 
 def _alpha(choice: str) -> float:

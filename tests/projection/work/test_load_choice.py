@@ -64,3 +64,11 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
     path.write_text('{"layers": 3}')
     with pytest.raises(BadInputError, match="not a routing trace"):
         ratio(str(path))
+
+
+def test_a_trace_of_another_model_is_refused_with_its_file_and_layer(tmp_path: Path) -> None:
+    recipe = Loader(root=recipes_root()).recipe(find_recipe("qwen3_30b_a3b", Loader(root=recipes_root())))
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps([[1] * 128, [1] * 64]), encoding="utf-8")
+    with pytest.raises(BadInputError, match=r"trace\.json: layer 1 has 64 experts, qwen3_30b_a3b 128"):
+        load_choice(recipe, str(path))
