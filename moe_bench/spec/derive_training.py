@@ -145,7 +145,7 @@ def _require_plain_weights(recipe: Recipe) -> None:
         )
     if recipe.parallel.data_sharding == "megatron_fsdp":
         raise BadInputError(
-            "--lora-rank: the recipe divides its weights by Megatron-FSDP, with which adapters were not tried; "
+            "--lora-rank: the recipe divides weights by Megatron-FSDP, with which adapters were not tried; "
             "add --set parallel.data_sharding=distributed_optimizer, or drop it"
         )
 
