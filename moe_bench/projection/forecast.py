@@ -15,7 +15,7 @@ from moe_bench.projection.schedule.simulation import ScheduleKind
 from moe_bench.projection.step import Projection, Term, project
 from moe_bench.projection.work.load_choice import LoadChoice, load_choice
 from moe_bench.results.calibration import Calibration
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import Offload, Recipe
 from moe_bench.spec.system import SystemSpec
 
 _NUM_LIMITS = 3
@@ -102,6 +102,11 @@ def forecast(
     )
 
 
+UNCOUNTED_OFFLOAD = (
+    "what is offloaded leaves the GPU's memory, and its way to the host and back is not counted"
+)
+
+
 def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKind | None) -> Iterable[str]:
     """What the numbers rest on, in words."""
     recipe = projection.recipe
@@ -123,6 +128,8 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
             f"{schedule.label} in the place of Megatron-Core's schedule, activations kept until their weight "
             "gradient"
         )
+    if recipe.offload != Offload():
+        yield UNCOUNTED_OFFLOAD
     if recipe.routing.mode == "natural":
         yield "experts are as unequal as a balancing loss leaves them on real text"
 

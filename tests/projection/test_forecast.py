@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.projection.constants import Constants
-from moe_bench.projection.forecast import Basis, forecast
+from moe_bench.projection.forecast import UNCOUNTED_OFFLOAD, Basis, forecast
 from moe_bench.projection.step import project
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader
@@ -55,3 +55,9 @@ def test_a_skewed_load_takes_time_and_memory() -> None:
     even, skewed = (forecast(DEEPSEEK, load=load) for load in ("balanced", "power-law:0.5"))
     assert skewed.projection.step_s > even.projection.step_s
     assert skewed.memory.worst.total_bytes > even.memory.worst.total_bytes
+
+
+def test_offloading_is_said_to_cost_time_that_is_not_counted() -> None:
+    offloaded = LOADER.recipe(find_recipe("deepseek_v3/h100_sxm_256g_fp8_blockwise_offload", LOADER))
+    assert UNCOUNTED_OFFLOAD in forecast(offloaded).assumptions
+    assert UNCOUNTED_OFFLOAD not in forecast(DEEPSEEK).assumptions
