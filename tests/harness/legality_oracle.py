@@ -297,7 +297,8 @@ def _expert_layer(asked: Asked) -> None:
         local = list(range(recipe.model.moe.num_experts // parallel.expert))
         dispatcher = token_dispatcher.MoEFlexTokenDispatcher.__new__(token_dispatcher.MoEFlexTokenDispatcher)
         _until(dispatcher.__init__, len(local), local, config, groups)
-    if config.moe_shared_expert_intermediate_size is not None:
+    is_ours = config.add_bias_linear  # harness/kernels/shared_experts.py builds what it refuses
+    if config.moe_shared_expert_intermediate_size is not None and not is_ours:
         expert = shared_experts.SharedExpertMLP.__new__(shared_experts.SharedExpertMLP)
         _until(expert.__init__, config, None, False, groups)
 

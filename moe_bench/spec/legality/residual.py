@@ -9,6 +9,7 @@ from moe_bench.spec.legality.rule import Found, nearest_divisor, rule
 from moe_bench.spec.recipe import Recipe
 
 _EMBEDDING = "megatron/core/models/common/embeddings/language_model_embedding.py"
+_CONFIG = "megatron/core/transformer/transformer_config.py"
 _SHARED = "moe_bench/harness/kernels/shared_experts.py"
 
 
@@ -36,7 +37,7 @@ def vocabulary(recipe: Recipe) -> Iterator[Found]:
         yield "parallel.tensor", f"TP{tensor}, a vocabulary of {num_rows}", fix
 
 
-@rule("GELU's tanh approximation is not among the fused activations", "megatron/core/transformer/mlp.py:300")
+@rule("GELU's tanh approximation is not among the fused activations", f"{_CONFIG}:2116")
 def gelu(recipe: Recipe) -> Iterator[Found]:
     if recipe.model.activation.kind != "gelu":
         return
@@ -46,7 +47,7 @@ def gelu(recipe: Recipe) -> Iterator[Found]:
         yield "kernels.fusions.activation", "true with gelu", "write false"
 
 
-@rule("the fused norm has no mean and no offset", "megatron/core/transformer/transformer_config.py:2147")
+@rule("the fused norm has no mean and no offset", f"{_CONFIG}:2149")
 def layer_norm(recipe: Recipe) -> Iterator[Found]:
     if recipe.model.normalization == "layernorm" and recipe.kernels.fusions.residual_norm:
         yield "kernels.fusions.residual_norm", "true with layernorm", "write false"
