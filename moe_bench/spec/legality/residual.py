@@ -39,11 +39,8 @@ def vocabulary(recipe: Recipe) -> Iterator[Found]:
 
 @rule("GELU's tanh approximation is not among the fused activations", f"{_CONFIG}:2116")
 def gelu(recipe: Recipe) -> Iterator[Found]:
-    if recipe.model.activation.kind != "gelu":
-        return
-    if recipe.kernels.family == "transformer_engine":
-        yield "kernels.family", "transformer_engine with gelu", "write torch_native"
-    if recipe.kernels.fusions.activation and recipe.kernels.family != "quack":
+    is_fused = recipe.kernels.fusions.activation and recipe.kernels.family != "quack"
+    if recipe.model.activation.kind == "gelu" and is_fused:
         yield "kernels.fusions.activation", "true with gelu", "write false"
 
 
