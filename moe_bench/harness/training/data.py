@@ -126,7 +126,8 @@ def num_training_documents(num_documents: int, validation_fraction: float) -> in
 def _too_little(job: TrainingJob) -> BadInputError:
     return BadInputError(
         f"{job.data}: too few documents for sequences of {job.plan.recipe.seq_len} tokens to train on and "
-        f"{job.validation_fraction:.1%} to validate with; use more text, more documents or --valid-fraction"
+        f"{job.validation_fraction:.1%} to validate with; use more text, more documents (data build --split "
+        "paragraph) or --valid-fraction"
     )
 
 
