@@ -44,7 +44,8 @@ PageOption = Annotated[
 @app.command(rich_help_panel=READ)
 def report(
     results: Annotated[
-        list[Path] | None, typer.Argument(help="Records or folders of them; default: results/.")
+        list[Path] | None,
+        typer.Argument(help="Records, folders of them, with --html runs of `train`; default: results/."),
     ] = None,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Weak and strong efficiency, of results and published rows.")
@@ -80,6 +81,8 @@ def report(
     if html is not None and scaling:
         raise BadInputError("--html draws scaling, too; drop --scaling")
     places = tuple(results or (results_root(),))
+    if html is None:
+        _require_records(places)
     if layers:
         _print_layers(places, as_json)
     elif html is not None:
@@ -92,6 +95,14 @@ def report(
         runs = _runs(places)
         frame = records_frame(runs, _parities(places, {run.plan.recipe.model.key for run in runs}))
         _print_frame(frame, lambda: frame_view(frame), table_format, as_json)
+
+
+def _require_records(places: tuple[Path, ...]) -> None:
+    """Raise BadInputError for a training run, which is nothing of a table."""
+    from moe_bench.results.training_run import is_run
+
+    for place in filter(is_run, places):
+        raise BadInputError(f"{place}: a run of `train`; draw it with --html, or read `moe-bench health`")
 
 
 def _print_layers(places: tuple[Path, ...], as_json: bool) -> None:
@@ -158,15 +169,20 @@ def _write_page(path: Path, places: tuple[Path, ...], names: list[str] | None) -
     from moe_bench.report.html.recipes import page_recipes
     from moe_bench.results.published import load_rows
     from moe_bench.results.reading import read_newest
+    from moe_bench.results.training_run import is_run, read_run
 
+    training = tuple(read_run(place) for place in places if is_run(place))
+    places = tuple(place for place in places if not is_run(place))
     with listening() as listener:
         newest, older = read_newest(places, listener)
-    shown = page_recipes(make_loader(), names or (), (*newest, *older))
+    ran = [one.plan for one in newest] + [one.plan for one in older] + [one.job.plan for one in training]
+    shown = page_recipes(make_loader(), names or (), ran)
     projected = projections(shown)
     page = render_page(
         ReportData(
             records=newest,
             older=older,
+            training=training,
             missing=_missing(places),
             parities=_parities(places, {recipe.model.key for recipe in shown}),
             recipes=shown,
@@ -216,7 +232,7 @@ def _projected_points(runs: tuple[RunSummary, ...]) -> tuple[ScalingPoint, ...]:
     from moe_bench.report.html.projections import projections
     from moe_bench.report.html.recipes import page_recipes
 
-    found = projections(page_recipes(make_loader(), (), runs))
+    found = projections(page_recipes(make_loader(), (), [run.plan for run in runs]))
     for name, reason in found.refused.items():
         typer.echo(f"not projected: {name}: {reason}", err=True)
     return found.points

@@ -78,12 +78,16 @@ class Alarm(Spec):
     value: float
 
     @property
+    def what(self) -> str:
+        """What is wrong, beside the limit."""
+        if self.kind == "share":
+            return f"takes {self.value:.1%} of the tokens (alarm above {self.alarm_limit:.1%})"
+        return f"got no token in {self.value:.0f} steps (alarm from {self.alarm_limit:.0f})"
+
+    @property
     def text(self) -> str:
         """In one line."""
-        where = f"step {self.step}: {self.layer}: expert {self.expert}"
-        if self.kind == "share":
-            return f"{where} takes {self.value:.1%} of the tokens (alarm above {self.alarm_limit:.1%})"
-        return f"{where} got no token in {self.value:.0f} steps (alarm from {self.alarm_limit:.0f})"
+        return f"step {self.step}: {self.layer}: expert {self.expert} {self.what}"
 
 
 class HealthLine(StepLine):

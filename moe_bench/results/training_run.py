@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from moe_bench.errors import BadInputError
-from moe_bench.results.training_health import cut_health
-from moe_bench.results.training_log import cut_log
+from moe_bench.results.training_health import HealthLine, cut_health, read_health
+from moe_bench.results.training_log import LogLine, cut_log, read_log
 from moe_bench.spec.training import TrainingJob
 
 JOB = "job.json"
@@ -17,6 +18,33 @@ CHECKPOINTS = "checkpoints"
 CACHE = "cache"
 """Megatron-Core's indices of the dataset."""
 _STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRun:
+    """A run as far as it has got."""
+
+    folder: Path
+    job: TrainingJob
+    log: tuple[LogLine, ...]
+    """A line per step."""
+    health: tuple[HealthLine, ...]
+    """A line per window of steps; none of a model without experts."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training run is in `folder`."""
+    return (folder / JOB).is_file()
+
+
+def read_run(folder: Path) -> TrainingRun:
+    """The run in `folder`, also while it goes on; BadInputError names what cannot be read."""
+    return TrainingRun(
+        folder=folder,
+        job=read_job(folder),
+        log=tuple(read_log(folder)),
+        health=tuple(read_health(folder)),
+    )
 
 
 def saved_steps(folder: Path) -> tuple[int, ...]:
@@ -66,7 +94,7 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainingJob | None]:
 
     A checkpoint that lies in no run, as a converted one, has none. Raises BadInputError where there is none.
     """
-    if (path / JOB).is_file():
+    if is_run(path):
         newest = newest_checkpoint(path)
         if newest is None:
             raise BadInputError(f"{path}: its run has saved no checkpoint yet; remove it and start anew")
@@ -74,7 +102,7 @@ def find_checkpoint(path: Path) -> tuple[Path, TrainingJob | None]:
     if not path.is_dir():
         raise BadInputError(f"{path}: no such folder; name a checkpoint, or the run that saved it")
     run = path.resolve().parent.parent
-    is_of_run = path.resolve().parent.name == CHECKPOINTS and (run / JOB).is_file()
+    is_of_run = path.resolve().parent.name == CHECKPOINTS and is_run(run)
     return path, read_job(run) if is_of_run else None
 
 

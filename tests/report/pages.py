@@ -3,6 +3,7 @@
 import math
 import random
 from functools import cache
+from pathlib import Path
 
 from moe_bench.analysis.memory import memory_fit
 from moe_bench.projection.forecast import forecast
@@ -14,7 +15,11 @@ from moe_bench.report.html.waterfall_chart import waterfall_chart
 from moe_bench.report.scaling import Kind, ScalingPoint, missing_point, recipe_subject
 from moe_bench.results.published import load_rows
 from moe_bench.results.record import Record
+from moe_bench.results.training_health import AlarmWatch, HealthLine, LayerHealth
+from moe_bench.results.training_log import LogLine
+from moe_bench.results.training_run import TrainingRun
 from moe_bench.spec.catalogue import data_root, find_recipe
+from moe_bench.spec.derive_training import Wishes, training_job
 from moe_bench.spec.family import scaled_recipe
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import full_plan, smoke_plan
@@ -53,6 +58,43 @@ def run(name: str, step_s: float, *, started_at: str, job_id: str = "job1", scal
     return made.model_copy(update={"samples": samples})
 
 
+def training_run(*, num_steps: int = 12, num_steps_per_window: int = 2) -> TrainingRun:
+    """A smoke run whose loss falls, with two layers; expert 3 of the second gets no token from step 5 on."""
+    plan = smoke_plan(recipe(QWEN), host=LOADER.system("cpu_host"), modified=("steps.seed=7",))
+    job = training_job(
+        plan, Wishes(data="data/moby", num_steps=num_steps, alarm_dead_steps=4, health_every=2), before=None
+    )
+    log = tuple(
+        LogLine(
+            step=step,
+            loss=2 + 4 / step,
+            grad_norm=1.0,
+            learning_rate=1e-3,
+            validation_loss=2.5 + 4 / step if step % 4 == 0 else None,
+        )
+        for step in range(1, num_steps + 1)
+    )
+    watch = AlarmWatch(job.health)
+    windows = tuple(
+        watch.judged(
+            HealthLine(
+                step=step,
+                num_steps=num_steps_per_window,
+                layers=(
+                    _layer("decoder.1", 10, 10, 10, 10),
+                    _layer("decoder.2", 10, 10, 10, 10 if step < 5 else 0),
+                ),
+            )
+        )
+        for step in range(num_steps_per_window, num_steps + 1, num_steps_per_window)
+    )
+    return TrainingRun(folder=Path("runs/first"), job=job, log=log, health=windows)
+
+
+def _layer(name: str, *tokens: int) -> LayerHealth:
+    return LayerHealth(layer=name, top_k=2, num_tokens=20, tokens_per_expert=tokens, expert_bias_range=None)
+
+
 QWEN, DEEPSEEK = "qwen3_30b_a3b/h100_sxm_16g_bf16", "deepseek_v3/h100_sxm_256g_bf16"
 
 
@@ -77,6 +119,7 @@ def full_page() -> ReportData:
             run(QWEN, 19.8, started_at="2026-11-20T11:00:00+00:00", job_id="job2"),
             run(DEEPSEEK, 0.5, started_at="2026-11-20T09:00:00+00:00", scale="smoke"),
         ),
+        training=(training_run(),),
         recipes=(qwen, recipe(DEEPSEEK), recipe("mixtral_8x22b")),
         rows=load_rows(data_root() / "results" / "published"),
         version="0.0.0-test",
@@ -106,7 +149,7 @@ def full_page() -> ReportData:
 def expected_marks(data: ReportData) -> dict[str, int]:
     """Data points of each chart that follows from one record or recipe alone, by the chart's key."""
     smoke, newest = data.records[2], data.records[1]
-    counts = {}
+    counts = {"loss-0": 12 + 3, "entropy-0": 6, "training-experts-0": 2 * 4}
     for index, one in enumerate((newest, smoke)):
         counts |= {
             f"steps-{index}": NUM_STEPS,

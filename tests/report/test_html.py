@@ -13,8 +13,11 @@ from moe_bench.report.html.page import ReportData, render_page
 from moe_bench.results.metrics import run_metrics
 from moe_bench.results.published import load_rows, row_by_id
 from moe_bench.results.store import write_record
+from moe_bench.results.training_health import append_health
+from moe_bench.results.training_log import append_line
+from moe_bench.results.training_run import begin_run
 from moe_bench.spec.catalogue import data_root
-from tests.report.pages import DEEPSEEK, QWEN, expected_marks, full_page, recipe, run
+from tests.report.pages import DEEPSEEK, QWEN, expected_marks, full_page, recipe, run, training_run
 
 VOID = {"meta", "link", "br", "wbr", "input"}
 FETCHING = {"src", "srcset", "data", "action", "poster", "background"}
@@ -183,7 +186,9 @@ def test_a_size_that_failed_is_a_cross_with_its_reason(html: str) -> None:
 def test_what_is_not_there_is_named(page: Page) -> None:
     for what in ("Waterfall: where the step time goes", "Pipeline picture"):
         assert what not in page.text
-    bare = dataclasses.replace(full_page(), records=(), projected=(), pipeline_pictures={}, waterfalls={})
+    bare = dataclasses.replace(
+        full_page(), records=(), training=(), projected=(), pipeline_pictures={}, waterfalls={}
+    )
     text = Page(render_page(bare)).text
     for what in (
         "Measured throughput at full scale",
@@ -193,6 +198,12 @@ def test_what_is_not_there_is_named(page: Page) -> None:
         "Waterfall: where the step time goes",
     ):
         assert what in text
+
+
+def test_a_page_without_training_runs_has_no_place_for_them() -> None:
+    text = render_page(dataclasses.replace(full_page(), training=()))
+    assert "training run" not in text
+    assert 'id="training"' not in text
 
 
 def test_a_page_of_nothing_says_so() -> None:
@@ -212,7 +223,7 @@ def test_names_from_records_cannot_become_markup() -> None:
 
 
 def test_a_load_beyond_the_classes_and_an_idle_expert_are_drawn(html: str) -> None:
-    data = full_page()
+    data = dataclasses.replace(full_page(), training=())
     lopsided = data.records[0]
     tokens = (((0, 0, 0, 100),),) * 2
     samples = lopsided.samples.model_copy(update={"tokens_per_expert": tokens})
@@ -242,6 +253,27 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     page = Page(out.read_text(encoding="utf-8"))
     assert {"recipe-0", "recipe-1", "run-0"} <= set(page.ids)
     assert "recipe-2" not in page.ids
+
+
+def test_a_training_run_gets_its_card_on_a_page_without_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, out = training_run(), tmp_path / "report.html"
+    begin_run(tmp_path / "run", made.job)
+    for line in made.log:
+        append_line(tmp_path / "run", line)
+    for window in made.health:
+        append_health(tmp_path / "run", window)
+    assert main(["report", str(tmp_path / "run"), "--html", str(out)]) == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    assert {"training-0", "loss-0", "entropy-0", "training-experts-0", "recipe-0"} <= set(page.ids)
+    assert not {"runs", "recipe-1"} & set(page.ids)
+    assert dict(page.marks) == page.stated
+    assert "got no token in 4 steps (alarm from 4)" in page.text
+    # a table of benchmark results has no line for it
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert "draw it with --html" in capsys.readouterr().err
 
 
 def test_without_results_the_page_shows_the_default_run_of_every_model(tmp_path: Path) -> None:

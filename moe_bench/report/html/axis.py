@@ -83,6 +83,11 @@ def whole_ticks(first: int, last: int, *, at_most: int = 8) -> tuple[int, ...]:
     return tuple(sorted({first, *(value for value in inside if value - first >= step / 2)}))
 
 
+def whole_axis(first: int, last: int, place: Place) -> tuple[Tick, ...]:
+    """A tick at round whole numbers from `first` to `last`."""
+    return tuple(Tick(position_px=place(value), label=number(value)) for value in whole_ticks(first, last))
+
+
 def _round_step(step: float) -> float:
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in _ROUND_STEPS if factor * power >= step * (1 - 1e-9))

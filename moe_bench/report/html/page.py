@@ -21,6 +21,7 @@ from moe_bench.report.html.run_charts import (
 )
 from moe_bench.report.html.scaling_charts import scaling_charts
 from moe_bench.report.html.throughput_chart import Line, throughput_chart, throughput_lines
+from moe_bench.report.html.training_card import training_card
 from moe_bench.report.recipe_list import parity_mark
 from moe_bench.report.reproduce import Reproduction, reproductions
 from moe_bench.report.reproduce_view import published_text, ratio_text, summary_line
@@ -30,6 +31,7 @@ from moe_bench.results.parity import Parity, evidence_of
 from moe_bench.results.published import PublishedRow
 from moe_bench.results.record import Record
 from moe_bench.results.summary import RunSummary, summary_of
+from moe_bench.results.training_run import TrainingRun
 from moe_bench.spec.recipe import Difference, Recipe
 from moe_bench.spec.scale import Substitution
 
@@ -62,6 +64,8 @@ class ReportData:
     waterfalls: Mapping[str, Chart] = field(default_factory=dict)
     """Where the step time goes, by `Recipe.name`: a bar per term, time along x, terms along y, each bar
     beginning where the one before ends. Drawn on the recipe's card, behind the picture."""
+    training: tuple[TrainingRun, ...] = ()
+    """Runs of `train`; a card each, apart from the benchmark runs."""
     parities: tuple[Parity, ...] = ()
     """Comparisons of settings, newest first; runs without one are marked."""
     unprojected: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +125,7 @@ def render_page(data: ReportData) -> str:
         overview=[overview_row(run, data.parities) for run in runs[-MAX_OVERVIEW_RUNS:]],
         runs=[_run_part(index, record) for index, record in enumerate(latest)],
         num_older=len(runs) - len(latest),
+        training=[training_card(index, run) for index, run in enumerate(data.training)],
         throughput=throughput_chart("throughput", lines) if lines else None,
         verdict_line=summary_line(reproduced),
         verdicts=[verdict_row(one) for one in reproduced if one.scale == "full"],
@@ -168,7 +173,8 @@ def absences(data: ReportData, runs: Sequence[RunSummary], curves: Sequence[Curv
             "none of these results is a full-scale run; `sbatch slurm/run_recipe.sh RECIPE` makes one",
         ),
         (
-            any(worst_load_ratios(record) for record in data.records),
+            any(worst_load_ratios(record) for record in data.records)
+            or any(run.health for run in data.training),
             "Expert load",
             "none of these results counted tokens per expert",
         ),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bench.results.summary import Run
 from moe_bench.spec.catalogue import find_recipe, recipe_paths
 from moe_bench.spec.load import Loader
 from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.scale import Plan
 
 
-def page_recipes(loader: Loader, names: Sequence[str], runs: Sequence[Run]) -> tuple[Recipe, ...]:
-    """Recipes at full size, each once: first those of `runs`, then `names`.
+def page_recipes(loader: Loader, names: Sequence[str], plans: Sequence[Plan]) -> tuple[Recipe, ...]:
+    """Recipes at full size, each once: first those of the `plans` that ran, then `names`.
 
     A run of a recipe that is not in the catalogue has a card only where it ran at full scale, for the record
     of a smaller one does not hold the recipe that was asked. Raises UnknownNameError for a name that stands
@@ -19,14 +19,14 @@ def page_recipes(loader: Loader, names: Sequence[str], runs: Sequence[Run]) -> t
     """
     catalogue = {f"{path.parent.name}/{path.stem}": path for path in recipe_paths(loader.root)}
     found: dict[str, Recipe] = {}
-    for run in runs:
-        asked = run.plan.asked
+    for plan in plans:
+        asked = plan.asked
         if asked in found:
             continue
         if asked in catalogue:
             found[asked] = loader.recipe(catalogue[asked])
-        elif run.plan.scale == "full":
-            found[asked] = run.plan.recipe
+        elif plan.scale == "full":
+            found[asked] = plan.recipe
     for name in names:
         recipe = loader.recipe(find_recipe(name, loader))
         found[recipe.name] = recipe

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from moe_bench.report.figures import GIB
-from moe_bench.report.html.axis import Axis, Place, Tick, linear, round_range, ticks, whole_ticks
+from moe_bench.report.html.axis import Axis, linear, round_range, ticks, whole_axis
 from moe_bench.report.html.chart import (
     BOTTOM_PX,
     LEFT_PX,
     RIGHT_PX,
     TOP_PX,
     Band,
-    Cells,
     Chart,
     Data,
-    LegendEntry,
     Mark,
     Note,
     Stroke,
     legend_of,
 )
+from moe_bench.report.html.load_grid import load_grid, load_ratios
 from moe_bench.results.metrics import RunMetrics, run_metrics, step_load_ratio
 from moe_bench.results.record import Record
 
@@ -28,20 +27,6 @@ STEPS = {
     "unsteady": "before the steady steps, not counted",
     "outlier": "outlier, counted",
 }
-LOAD_BOUNDS = (0.5, 2 / 3, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)
-"""Tokens over the layer's mean at which the colour of a cell changes; fixed, so that runs can be compared."""
-LOAD_CLASSES = (
-    "below 0.50",
-    "0.50 to 0.67",
-    "0.67 to 0.80",
-    "0.80 to 0.95",
-    "0.95 to 1.05",
-    "1.05 to 1.25",
-    "1.25 to 1.50",
-    "1.50 to 2.00",
-    "2.00 and above",
-)
-_MIN_GRID_PX, _MAX_GRID_PX = 60, 260
 
 
 def step_time_chart(key: str, record: Record) -> Chart:
@@ -73,7 +58,7 @@ def step_time_chart(key: str, record: Record) -> Chart:
         caption=f"Median {metrics.step_time_s * scale:.4g} {unit}, its 95 % interval as a band. A mark is "
         "the slowest rank of a step, the line below reaches to the fastest. The axis does not start at 0.",
         height_px=HEIGHT_PX,
-        x=Axis(title="timed step", ticks=_whole(1, len(slowest_s), x)),
+        x=Axis(title="timed step", ticks=whole_axis(1, len(slowest_s), x)),
         y=Axis(title=f"step time ({unit})", ticks=ticks(values, lambda value: y(value / scale))),
         marks=marks,
         bands=(
@@ -135,7 +120,7 @@ def peak_memory_chart(key: str, record: Record) -> Chart:
         title="Peak memory, measured",
         caption=f"{what}; the fullest rank holds {max(peaks_gib):.2f} GiB.",
         height_px=HEIGHT_PX,
-        x=Axis(title="rank", ticks=_whole(0, len(peaks_gib) - 1, x)),
+        x=Axis(title="rank", ticks=whole_axis(0, len(peaks_gib) - 1, x)),
         y=Axis(title="peak memory (GiB)", ticks=ticks(values, y)),
         marks=marks,
         strokes=strokes,
@@ -167,7 +152,7 @@ def load_chart(key: str, record: Record) -> Chart:
         caption="Tokens of the busiest expert over the mean of its layer, in the worst layer of each step; 1 "
         f"is perfect balance. Routing: {record.plan.recipe.routing.mode.replace('_', ' ')}.",
         height_px=HEIGHT_PX,
-        x=Axis(title="timed step", ticks=_whole(1, len(ratios), x)),
+        x=Axis(title="timed step", ticks=whole_axis(1, len(ratios), x)),
         y=Axis(title="max over mean (×)", ticks=ticks(values, y)),
         marks=tuple(
             Mark(shape="dot", role="measured", x_px=px, y_px=py, tip=f"step {step + 1}: {ratio:.3f} ×")
@@ -186,73 +171,15 @@ def layer_loads(record: Record) -> tuple[tuple[float, ...], ...]:
     steps = record.samples.tokens_per_expert
     if not steps:
         return ()
-    loads = []
-    for layer in range(len(steps[0])):
-        tokens = [sum(step[layer][expert] for step in steps) for expert in range(len(steps[0][layer]))]
-        mean = sum(tokens) / len(tokens)
-        loads.append(tuple(count / mean if mean else 0.0 for count in tokens))
-    return tuple(loads)
+    return tuple(
+        load_ratios([sum(step[layer][expert] for step in steps) for expert in range(len(steps[0][layer]))])
+        for layer in range(len(steps[0]))
+    )
 
 
 def load_heatmap(key: str, record: Record) -> Chart:
     """Experts by layers, coloured by load. Raises ValueError where no tokens were counted."""
     loads = layer_loads(record)
-    num_layers, num_experts = len(loads), max(len(layer) for layer in loads)
-    cell_width = (RIGHT_PX - LEFT_PX) / num_experts
-    grid_height = min(_MAX_GRID_PX, max(_MIN_GRID_PX, num_layers * cell_width, num_layers * 3))
-    cell_height = grid_height / num_layers
-    classes = tuple(tuple(_load_class(load) for load in layer) for layer in loads)
-    return Chart(
-        key=key,
-        title="Expert load: experts by layers",
-        caption=f"Tokens of each of {num_experts} experts over the mean of its layer, all timed steps added.",
-        height_px=round(TOP_PX + grid_height) + BOTTOM_PX,
-        x=Axis(
-            title="expert",
-            ticks=_whole(0, num_experts - 1, lambda expert: LEFT_PX + (expert + 0.5) * cell_width),
-        ),
-        y=Axis(
-            title="expert layer",
-            ticks=_whole(0, num_layers - 1, lambda layer: TOP_PX + (layer + 0.5) * cell_height),
-        ),
-        y_grid=False,
-        cells=Cells(
-            rows=classes,
-            x_px=LEFT_PX,
-            y_px=TOP_PX,
-            cell_width_px=cell_width,
-            cell_height_px=cell_height,
-        ),
-        legend=tuple(
-            LegendEntry(role=f"c{index}", shape="bar", text=f"{text} ×")
-            for index, text in enumerate(LOAD_CLASSES)
-            if any(index in row for row in classes)
-        ),
-        data=Data(
-            headings=(
-                "expert layer",
-                "busiest expert",
-                "its load (× mean)",
-                "idlest expert",
-                "its load (× mean)",
-            ),
-            rows=tuple(
-                (
-                    str(index),
-                    str(layer.index(max(layer))),
-                    f"{max(layer):.3f}",
-                    str(layer.index(min(layer))),
-                    f"{min(layer):.3f}",
-                )
-                for index, layer in enumerate(loads)
-            ),
-        ),
+    return load_grid(
+        key, loads, names=[str(index) for index in range(len(loads))], over="all timed steps added"
     )
-
-
-def _load_class(load: float) -> int:
-    return sum(load >= bound for bound in LOAD_BOUNDS)
-
-
-def _whole(first: int, last: int, place: Place) -> tuple[Tick, ...]:
-    return tuple(Tick(position_px=place(value), label=str(value)) for value in whole_ticks(first, last))
