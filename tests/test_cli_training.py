@@ -10,6 +10,8 @@ import pytest
 from moe_bench.cli import main
 from moe_bench.results.training_health import Alarm, HealthLine, LayerHealth, append_health
 
+CAPACITY = "mixtral_8x22b/h100_sxm_128g_bf16_capacity"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -57,6 +59,19 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "health.jsonl: nothing there" in line
 
 
+def test_what_megatron_fsdp_divides_is_not_trained_since_it_could_not_be_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    refused = ["train", "mixtral_8x22b/h100_sxm_128g_bf16_fsdp", "--scale", "smoke", *places]
+    assert main(refused) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "parallel.data_sharding: train cannot save" in line
+    remedy = line.rpartition("add ")[2].split()
+    assert main([*refused, *remedy, "--set", 'env.CUDA_DEVICE_MAX_CONNECTIONS="1"']) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_router_that_sees_later_tokens_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +92,7 @@ def test_a_router_that_sees_later_tokens_is_refused_before_anything_is_loaded(
         (["--plain", "olmoe_1b_7b", "--vary", "seed=7"], "drop --vary, or drop --plain"),
         (["olmoe_1b_7b", "mixtral_8x7b", "--scale", "smoke"], "another model than olmoe_1b_7b"),
         (["--plain", "olmoe_1b_7b_sinkhorn", "--scale", "smoke"], "a sinkhorn router sees later tokens"),
+        (["--plain", CAPACITY, "--scale", "smoke"], "(probs) sees later tokens"),
     ],
 )
 def test_what_parity_cannot_compare_is_said_at_once(

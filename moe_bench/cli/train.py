@@ -80,7 +80,7 @@ def train(
     """Train on text: warm-up and cosine, validation, checkpoints; resume under another layout."""
     from moe_bench.report.export.tensorboard import require_tensorboard
     from moe_bench.results.training_run import has_ended
-    from moe_bench.spec.derive_training import Wishes, training_job
+    from moe_bench.spec.derive_training import Wishes, require_checkpoints, training_job
 
     if tensorboard is not None:
         require_tensorboard()
@@ -104,6 +104,7 @@ def train(
     )
     asked = _asked(recipe, scale=scale, num_gpus=num_gpus, changes=changes, before=before)
     job = training_job(_plan(asked), wishes, before=before, asked=asked)
+    require_checkpoints(job.plan.recipe)  # refused before anything is loaded
     place = rank_here()
     if before is None or not has_ended(out, job):
         _train(job, out, checkpoint, place, goes_on=before is not None, tensorboard=tensorboard)

@@ -46,15 +46,21 @@ def nudge_fraction(base: Recipe, variant: Recipe) -> float:
 def require_causal(recipe: Recipe) -> None:
     """Raise BadInputError where a token's experts depend on later tokens.
 
-    Such a router sees what the model is to predict (arXiv:2202.09368, section 7), and what it sees is a
-    rank's micro batch, so that another layout is another model.
+    Such a router or capacity sees what the model is to predict (arXiv:2202.09368, section 7), and what it
+    sees is a rank's micro batch, so that another layout is another model.
     """
     moe = recipe.model.moe
-    if moe is not None and not moe.router.is_causal:
-        raise BadInputError(
-            f"{recipe.name}: a {moe.router.choice} router sees later tokens of a rank's micro batch, so its "
-            "loss is not that of predicting them, and no two layouts have the same; compare a top_k router"
-        )
+    if moe is None or recipe.routing_is_causal:
+        return
+    if not moe.router.is_causal:
+        who, remedy = f"a {moe.router.choice} router", "compare a top_k router"
+    else:
+        who = "token_drop.policy: a capacity that keeps the largest probabilities (probs)"
+        remedy = "compare with position, or with token_drop null"
+    raise BadInputError(
+        f"{recipe.name}: {who} sees later tokens of a rank's micro batch, so its loss is not that of "
+        f"predicting them, and no two layouts have the same; {remedy}"
+    )
 
 
 def plain_plan(toy: Plan) -> Plan:

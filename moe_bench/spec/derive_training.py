@@ -48,6 +48,19 @@ def require_vocabulary(plan: Plan, tokenizer: TokenizerSpec, data: str) -> None:
         )
 
 
+def require_checkpoints(recipe: Recipe) -> None:
+    """Raise BadInputError where what the recipe trains could not be saved.
+
+    Megatron-Core 0.19 saves Megatron-FSDP in another format, of DTensors, by Megatron-LM's own loop
+    (megatron/training/checkpointing.py, preprocess_fsdp_dtensor_state_dict).
+    """
+    if recipe.parallel.data_sharding == "megatron_fsdp":
+        raise BadInputError(
+            f"{recipe.name}: parallel.data_sharding: train cannot save what megatron_fsdp divides "
+            "(docs/train.md); add --set parallel.data_sharding=distributed_optimizer"
+        )
+
+
 def require_same_tokenizer(job: TrainingJob, tokenizer: TokenizerSpec, said: str) -> None:
     """Raise BadInputError where `said`, a dataset or an option, has other tokens than the run has learned."""
     if job.tokenizer is not None and not job.tokenizer.is_same_as(tokenizer):

@@ -21,7 +21,7 @@ from moe_bench.spec.derive_parity import (
 from moe_bench.spec.legality import legality_problems
 from moe_bench.spec.load import Loader
 from moe_bench.spec.model import RouterChoice
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import Recipe, TokenDrop
 from moe_bench.spec.scale import Plan, full_plan, smoke_plan
 
 
@@ -46,6 +46,16 @@ def test_a_router_that_sees_later_tokens_is_refused(choice: RouterChoice) -> Non
 
 def test_top_k_is_compared() -> None:
     require_causal(recipe())
+
+
+def test_a_capacity_is_compared_where_the_first_tokens_stay_and_no_other() -> None:
+    by_score, by_position = (
+        recipe().model_copy(update={"token_drop": TokenDrop(capacity_factor=1.0, policy=policy)})
+        for policy in ("probs", "position")
+    )
+    require_causal(by_position)
+    with pytest.raises(BadInputError, match=r"token_drop\.policy: .*sees later tokens.*with position"):
+        require_causal(by_score)
 
 
 def test_the_coarser_precision_says_how_far_a_rounding_goes() -> None:

@@ -60,7 +60,11 @@ def generate(prompt: Prompt, tokenizer: Tokenizer, *, rendezvous: Rendezvous | N
 
 
 def _require_causal(recipe: Recipe) -> None:
-    """What fills up a sequence behind the text must change nothing in it."""
+    """What fills up a sequence behind the text must change nothing in it.
+
+    Not `require_causal` of comparisons, which asks of training: evaluated, Sinkhorn's choice is plain top-k,
+    and a capacity by position is refused here too, since it counts what fills up the batch.
+    """
     if recipe.model.moe is not None and recipe.model.moe.router.choice == "expert_choice":
         raise BadInputError(
             f"{recipe.name}: with expert_choice an expert sees the tokens that are still to come; such a "

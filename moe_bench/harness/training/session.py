@@ -12,7 +12,7 @@ from moe_bench.harness.training.program import Start, train_rank
 from moe_bench.harness.workers import Message
 from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
-from moe_bench.spec.derive_training import require_vocabulary
+from moe_bench.spec.derive_training import require_checkpoints, require_vocabulary
 from moe_bench.spec.rendezvous import Rendezvous
 from moe_bench.spec.training import TrainingJob
 
@@ -36,8 +36,11 @@ def train(
     this process, which must have one thread and must have run no tensor operation.
 
     Raises MeasurementError where a loss is not finite or a checkpoint cannot be written, BadInputError where
-    data or checkpoint do not fit the model, MissingRequirementError where something is not here.
+    data or checkpoint do not fit the model, and where Megatron-FSDP's would be saved,
+    MissingRequirementError where something is not here.
     """
+    if start.saves_checkpoints:
+        require_checkpoints(job.plan.recipe)
     require_vocabulary(job.plan, read_manifest(Path(job.data)).tokenizer, job.data)
 
     def on_progress(line: LogLine | HealthLine) -> None:
