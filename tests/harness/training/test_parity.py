@@ -27,6 +27,11 @@ SPREAD = (
     "parallel.sequence_parallel=true",
     'env.CUDA_DEVICE_MAX_CONNECTIONS="1"',
 )
+FSDP = (
+    "parallel.data_sharding=megatron_fsdp",
+    "parallel.fsdp_strategy=optim",
+    'env.CUDA_DEVICE_MAX_CONNECTIONS="8"',
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,12 @@ def test_another_layout_learns_alike(prefix: Path, zygote: Zygote) -> None:
     assert any(repeat != found.base.learned for repeat in found.repeats)
     assert [curve.name for curve in found.curves] == ["loss", "gradient norm"]
     assert all(max(curve.tolerance_values) < 1e-3 for curve in found.curves)
+
+
+@pytest.mark.slow
+def test_megatron_fsdp_which_cannot_be_saved_is_compared(prefix: Path, zygote: Zygote) -> None:
+    found: Parity = zygote.call(compared, prefix, FSDP)
+    assert found.is_equal
 
 
 @pytest.mark.slow
