@@ -74,13 +74,16 @@ def isolated_parts(
     tally, _ = _tally(recipe, load=load)
     pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    operations = list(_operations(tally))
+    num_products = sum(map(_is_expert_product, operations))
     products = 0
-    for operation in _operations(tally):
+    for operation in operations:
         work = LayerWork(operations=(operation,), messages=(), num_launches=0)
         times = layer_times(stack([(pricer.price(work), _SETTING)]), constants)
         name, in_pass = operation.part.value, operation.in_pass.value
-        if operation.part is Part.EXPERTS and isinstance(operation, Gemm):
-            name = "fc1" if products < _PASSES_OF_A_PRODUCT else "fc2"
+        if _is_expert_product(operation):
+            # both projections have as many, biases' included, and the first stands before the second
+            name = "fc1" if products < num_products // 2 else "fc2"
             products += 1
         else:
             name = "activation" if operation.part is Part.EXPERTS else name
@@ -89,8 +92,10 @@ def isolated_parts(
     return dict(seconds)
 
 
-_PASSES_OF_A_PRODUCT = 3
-"""Forward, dgrad and wgrad, in which the first projection stands before the second."""
+def _is_expert_product(operation: Gemm | MemoryBound) -> bool:
+    return operation.part is Part.EXPERTS and isinstance(operation, Gemm)
+
+
 _SETTING = LayerSetting(is_grace=False, overlaps_experts=False, is_graphed=False)
 
 

@@ -57,8 +57,9 @@ def _add_grouped_query(tally: Tally, attention: GroupedQueryAttention, structure
     columns = ((1 + attention.output_gate) * heads + 2 * groups) * dim / tensor
     tally.gemm(Part.ATTENTION_PROJECTIONS, rows, hidden, columns)
     rotated = _BYTES * rows * (heads + groups) * dim / tensor
-    rope = 2 * rotated * (1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE)
-    tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=rope, backward_bytes=rope)
+    if not recipe.model.learned_positions:
+        rope = 2 * rotated * (1 if recipe.kernels.fusions.rope else _UNFUSED_ROPE)
+        tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=rope, backward_bytes=rope)
     if attention.qk_norm != "none":
         tally.move(Part.ATTENTION_PROJECTIONS, forward_bytes=2 * rotated, backward_bytes=3 * rotated)
     # queries, keys and values leave one product interleaved by group and are written apart

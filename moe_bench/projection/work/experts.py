@@ -8,6 +8,12 @@ from types import MappingProxyType
 from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.dispatch import dispatched_rows
 from moe_bench.projection.work.attention import add_norm_and_residual
+from moe_bench.projection.work.biases import (
+    add_bias_rows,
+    add_expert_biases,
+    add_mixing,
+    add_mlp_biases,
+)
 from moe_bench.projection.work.operations import Number, Part
 from moe_bench.projection.work.tally import Modules, Tally
 from moe_bench.spec.model import MixtureOfExperts
@@ -50,16 +56,10 @@ _QUANTIZATION_LAUNCHES_PER_EXPERT: Mapping[Precision, int] = MappingProxyType(
 and finds the largest value, makes the scale of it, and casts; blocks are cast by one kernel. Delayed scaling
 and NVFP4 cast all experts at once: nothing per expert (Transformer Engine 2.9 and 2.13, pytorch/csrc:
 quantizer.cpp, Float8CurrentScalingQuantizer::quantize_impl; extensions/cast.cpp, split_quantize)."""
-_BIAS_LAUNCHES_PER_EXPERT = 8
-"""Product and sum of the bias forward, and their gradients, expert by expert (experts.py, _apply_bias)."""
 
 _CLAMP_FORWARD, _CLAMP_BACKWARD = 8, 10
 """Times that a half of the first projection's output is read or written where it is clamped: both halves
 apart, put together, and their gradients (fusions/fused_bias_geglu.py, weighted_bias_quick_geglu_impl)."""
-_BIAS_FORWARD_BYTES, _BIAS_BACKWARD_BYTES = 28, 36
-"""Per element of the experts' output: b p in FP32 (written), its sum with y (read, written), all experts put
-together and cast to BF16; backward the cast, and the products with p and b, each with its sum (experts.py,
-_apply_bias)."""
 
 
 def add_dense_mlp(tally: Tally) -> None:
@@ -90,9 +90,7 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
     per_expert = _LAUNCHES_PER_EXPERT
     if tally.number is not Number.BF16:
         per_expert += _QUANTIZATION_LAUNCHES_PER_EXPERT.get(recipe.precision, 0)
-    if model.linear_bias and not recipe.kernels.op_fuser and not tally.fuses_expert_biases:
-        _add_expert_biases(tally, rows, width)
-        per_expert += _BIAS_LAUNCHES_PER_EXPERT
+    add_expert_biases(tally, rows, width, num_local=num_local)
     if recipe.kernels.family == "quack":
         per_expert = 0  # one kernel for all of them
     tally.launch(_EXPERT_BASE_LAUNCHES + per_expert * num_local, captured_by="moe")
@@ -106,6 +104,8 @@ def add_experts(tally: Tally, moe: MixtureOfExperts, *, load: float) -> None:
             tally, Part.SHARED_EXPERTS, counts.gathered, model.hidden_size, shared, repeated_by=repeated_by
         )
         tally.launch(_SHARED_LAUNCHES, captured_by="moe_router")
+        if moe.shared_expert_mixing == "softmax":
+            add_mixing(tally, moe.num_experts)
 
 
 def _add_mlp(
@@ -126,6 +126,10 @@ def _add_mlp(
     halves = 1 + recipe.model.activation.is_gated
     each = rows / num_groups
     tally.gemm(part, each, hidden, halves * width, num_groups=num_groups, repeated_by=projections)
+    if part is Part.EXPERTS:
+        add_bias_rows(tally, rows, halves * width, num_local=num_groups)
+    else:
+        add_mlp_biases(tally, part, halves * width, repeated_by=between)
     unfused = 1.0 if recipe.kernels.fusions.activation else _UNFUSED_ACTIVATION
     if part is Part.EXPERTS and (tally.fuses_epilogues or recipe.kernels.family == "quack"):
         unfused = _EPILOGUE_ACTIVATION
@@ -146,19 +150,8 @@ def _add_mlp(
             repeated_by=between,
         )
     tally.gemm(part, each, width, hidden, num_groups=num_groups, repeated_by=projections, is_last=True)
-
-
-def _add_expert_biases(tally: Tally, rows: float, width: float) -> None:
-    """The second projection's bias, b p + y expert by expert, and the gradient of the first one's."""
-    outputs = rows * tally.recipe.model.expert_hidden_size
-    first = _BYTES * rows * 2 * width
-    tally.move(
-        Part.EXPERTS,
-        forward_bytes=_BIAS_FORWARD_BYTES * outputs,
-        backward_bytes=_BIAS_BACKWARD_BYTES * outputs + first,
-        repeated_by=_MOE,
-        is_last=True,
-    )
+    if part is Part.EXPERTS:
+        add_bias_rows(tally, rows, hidden, num_local=num_groups)
 
 
 def _add_router(tally: Tally, moe: MixtureOfExperts) -> None:

@@ -128,6 +128,32 @@ class Tally:
         elif form is not Number.BF16:
             self._quantize(part, num_groups * rows, inner, columns, repeated_by)
 
+    def select(
+        self, part: Part, rows: float, num_entries: float, columns: float, *, repeated_by: Modules
+    ) -> None:
+        """Rows of a table of `num_entries` by a product in BF16, X one-hot: Y = X W and dW += X^T dY."""
+        for in_pass in self.forward_passes(repeated_by):
+            self.operations.append(
+                Gemm(
+                    part=part,
+                    in_pass=in_pass,
+                    num_rows=rows,
+                    num_inner=num_entries,
+                    num_columns=columns,
+                )
+            )
+        self.operations.append(
+            Gemm(
+                part=part,
+                in_pass=Pass.WGRAD,
+                num_rows=columns,
+                num_inner=rows,
+                num_columns=num_entries,
+                accumulates=True,
+                gradient_bytes=gradient_bytes(self.recipe),
+            )
+        )
+
     def move(
         self,
         part: Part,
@@ -137,9 +163,10 @@ class Tally:
         repeated_by: Modules = NO_MODULES,
         is_last: bool = False,
     ) -> None:
-        """An operation bound by memory, and its gradient's."""
+        """An operation bound by memory, and its gradient's; none where no byte moves."""
         for in_pass in self.forward_passes(repeated_by, is_last=is_last):
-            self.operations.append(MemoryBound(part=part, in_pass=in_pass, num_bytes=forward_bytes))
+            if forward_bytes:
+                self.operations.append(MemoryBound(part=part, in_pass=in_pass, num_bytes=forward_bytes))
         if backward_bytes:
             self.operations.append(MemoryBound(part=part, in_pass=Pass.DGRAD, num_bytes=backward_bytes))
 
