@@ -85,7 +85,7 @@ def project(
     constants = constants or Constants()
     work = step_work(recipe, efficiency, load=load, traits=traits, schedule=schedule)
     table, (timeline,) = _simulated_all([work], constants, compute_factor=compute_factor)
-    return _projection(work, table, step_times(table, constants), timeline)
+    return _projection(work, step_times(table, constants), timeline)
 
 
 def with_schedules(works: Sequence[StepWork], constants: Constants) -> StepTable:
@@ -171,7 +171,7 @@ def _schedule_factor(times: StepTimes, row: int, timeline: Timeline) -> float:
     return timeline.total_s / closed_form_s
 
 
-def _projection(work: StepWork, table: StepTable, times: StepTimes, timeline: Timeline | None) -> Projection:
+def _projection(work: StepWork, times: StepTimes, timeline: Timeline | None) -> Projection:
     recipe, layers = work.recipe, times.layers
     critical = int(times.critical_rank[0])
     counts = np.zeros(len(work.layers))

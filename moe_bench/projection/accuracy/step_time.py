@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_bench.analysis.flops import gflops_per_token
 from moe_bench.errors import BadInputError
-from moe_bench.projection.accuracy.fit import Observations, fitted, left_out, projected_tokens_per_s
+from moe_bench.projection.accuracy.fit import Observations, left_out, projected_tokens_per_s
 from moe_bench.projection.constants import FITTED, PRIOR, Constants
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.interval import num_deciding
@@ -220,11 +220,6 @@ def cross_validated(
     folds = np.array([fold(run) for run in runs])
     projected, by_fold = left_out(observed, folds=folds, start=start, names=names)
     return _results(runs, projected, _baseline(runs, folds)), by_fold
-
-
-def refitted(observed: Observations, *, start: Constants, names: tuple[str, ...] = FITTED) -> Constants:
-    """Constants fitted to all rows that have a weight."""
-    return fitted(observed, keep=observed.weight > 0, start=start, names=names)
 
 
 def _results(runs: Sequence[InferredRun], projected: Floats, baseline: Floats) -> tuple[RowResult, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,16 +103,6 @@ def read_calibrations(gpu: GpuSpec, results: Path) -> tuple[measured.Calibration
     return tuple(
         one for one in calibrations if one.is_evidence and one.provenance.gpu.name == gpu.device_name
     )
-
-
-def sustained_clock_fraction(calibrations: Sequence[measured.Calibration]) -> float | None:
-    """SM clock after the last sample over the highest the GPU has: what heat and power leave of it."""
-    fractions = [
-        calibration.provenance.end_sm_clock_hz / calibration.provenance.gpu.max_sm_clock_hz
-        for calibration in calibrations
-        if calibration.provenance.end_sm_clock_hz and calibration.provenance.gpu.max_sm_clock_hz
-    ]
-    return statistics.median(fractions) if fractions else None
 
 
 def _fastest(measurements: Iterable[measured.Measurement]) -> dict[Kind, dict[Kernel, float]]:

@@ -159,5 +159,3 @@ class LayerWork:
     messages: tuple[Message, ...]
     num_launches: float
     """Kernels that the host starts, forward and backward together."""
-    num_host_waits: int = 0
-    """How often the host waits for the GPU (token counts of the dispatcher)."""

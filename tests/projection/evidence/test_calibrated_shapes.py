@@ -10,7 +10,7 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.projection.efficiency import Efficiency, Unanswered
-from moe_bench.projection.evidence.calibrated_shapes import read_calibrations, sustained_clock_fraction
+from moe_bench.projection.evidence.calibrated_shapes import read_calibrations
 from moe_bench.projection.evidence.grade import Grade
 from moe_bench.projection.work.operations import AttentionCore, Gemm, MemoryBound, Number, Part, Pass
 from moe_bench.results.calibration import Calibration
@@ -211,9 +211,3 @@ def test_only_the_files_of_the_gpu_are_read(tmp_path: Path) -> None:
     files = read_calibrations(SYSTEM.gpu, tmp_path)
     assert [file.provenance.gpu.name for file in files] == [H100]
     assert read_calibrations(SYSTEM.gpu, tmp_path / "none") == ()
-
-
-def test_the_clock_that_is_left_after_a_run_is_a_fraction_of_the_highest() -> None:
-    file = calibration(measured(DENSE, 1e-3), max_sm_clock_hz=1.98e9, end_sm_clock_hz=1.485e9)
-    assert sustained_clock_fraction([file]) == pytest.approx(0.75)
-    assert sustained_clock_fraction([calibration(measured(DENSE, 1e-3))]) is None
