@@ -31,6 +31,21 @@ _WINDOWS = {"steady": "least even layer", "outlier": "the same, with an alarm"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeanLoss:
+    """Mean of the losses from one step to another, in nats per token."""
+
+    first_step: int
+    last_step: int
+    num_losses: int
+    loss: float
+
+    @property
+    def steps(self) -> str:
+        """From the first to the last."""
+        return _steps_text(self.first_step, self.last_step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evenness:
     """Least and most even layer of some steps, by the entropy of the load over that of an even one."""
 
@@ -48,62 +63,71 @@ class Evenness:
 
 
 def loss_chart(key: str, lines: Sequence[LogLine]) -> Chart:
-    """Training loss, the mean of equally many steps at each mark, and validation loss. `lines` has one."""
-    stride = _stride(len(lines))
-    means = [
-        (group[0].step, group[-1].step, fmean(line.loss for line in group))
-        for group in batched(lines, stride)
-    ]
-    held_out = [(line.step, line.validation_loss) for line in lines if line.validation_loss is not None]
-    losses = [loss for *_, loss in means] + [loss for _, loss in held_out]
+    """Training and validation loss; marks are means where losses are more than MAX_POINTS. Needs a line."""
+    training = _means([(line.step, line.loss) for line in lines])
+    validation = _means(
+        [(line.step, line.validation_loss) for line in lines if line.validation_loss is not None]
+    )
+    losses = [one.loss for one in (*training, *validation)]
     values = round_range(min(losses), max(losses))
     x, y = _step_place(lines[-1].step), _place(values)
-    points = tuple((x(last), y(loss)) for _, last, loss in means)
-    marks = (
-        *(
-            Mark(
-                shape="dot", role="training", x_px=px, y_px=py, tip=f"{_steps_text(first, last)}: {loss:.4f}"
-            )
-            for (px, py), (first, last, loss) in zip(points, means, strict=True)
-        ),
-        *(
-            Mark(
-                shape="square",
-                role="validation",
-                x_px=x(step),
-                y_px=y(loss),
-                tip=f"step {step}: {loss:.4f}, validation",
-            )
-            for step, loss in held_out
-        ),
-    )
-    mean = "" if stride == 1 else f" A mark of training is the mean of {stride} steps, at the last of them."
+    marks = (*_loss_marks("training", training, x, y), *_loss_marks("validation", validation, x, y))
+    points = tuple((x(one.last_step), y(one.loss)) for one in training)
     return Chart(
         key=key,
         title="Loss",
-        caption=f"Cross entropy in nats per token of the global batch, and of held-out text.{mean}"
-        f"{_from(values)}",
+        caption="Cross entropy in nats per token of the global batch, and of held-out text."
+        f"{_mean_text('training steps', training)}{_mean_text('validations', validation)}{_from(values)}",
         height_px=HEIGHT_PX,
         x=Axis(title="step", ticks=whole_axis(1, lines[-1].step, x)),
         y=Axis(title="loss (nats per token)", ticks=ticks(values, y)),
         marks=marks,
         strokes=(Stroke(role="join measured", points_px=points),),
         legend=legend_of(marks, _LOSSES),
-        data=Data(headings=("steps", "training loss", "validation loss"), rows=_loss_rows(means, held_out)),
+        data=Data(
+            headings=("steps", "training loss", "validation loss"), rows=_loss_rows(training, validation)
+        ),
     )
 
 
-def _loss_rows(
-    means: Sequence[tuple[int, int, float]], held_out: Sequence[tuple[int, float]]
-) -> tuple[tuple[str, ...], ...]:
-    """In the order of the steps; a validation stands beside the steps that end where it was taken."""
-    by_step = dict(held_out)
-    ends = {last for _, last, _ in means}
+def _means(losses: Sequence[tuple[int, float]]) -> tuple[MeanLoss, ...]:
+    """Of (step, loss), MAX_POINTS at most, each of equally many, but for the last."""
+    return tuple(
+        MeanLoss(
+            first_step=group[0][0],
+            last_step=group[-1][0],
+            num_losses=len(group),
+            loss=fmean(loss for _, loss in group),
+        )
+        for group in batched(losses, _stride(len(losses)))
+    )
+
+
+def _loss_marks(role: str, means: Sequence[MeanLoss], x: Place, y: Place) -> Iterable[Mark]:
+    for one in means:
+        yield Mark(
+            shape="dot" if role == "training" else "square",
+            role=role,
+            x_px=x(one.last_step),
+            y_px=y(one.loss),
+            tip=f"{one.steps}: {one.loss:.4f}, {role}",
+        )
+
+
+def _mean_text(what: str, means: Sequence[MeanLoss]) -> str:
+    most = max((one.num_losses for one in means), default=1)
+    return "" if most == 1 else f" A mark is the mean of {most} {what}, at the last of them."
+
+
+def _loss_rows(training: Sequence[MeanLoss], validation: Sequence[MeanLoss]) -> tuple[tuple[str, ...], ...]:
+    """In the order of the steps; a validation stands beside the training step that it followed, if drawn."""
+    held_out = {one.steps: one for one in validation}
     rows = [
-        (last, _steps_text(first, last), f"{loss:.4f}", f"{by_step[last]:.4f}" if last in by_step else "-")
-        for first, last, loss in means
+        (one.last_step, one.steps, f"{one.loss:.4f}", f"{beside.loss:.4f}" if beside else "-")
+        for one in training
+        for beside in [held_out.pop(one.steps, None)]
     ]
-    rows += [(step, f"step {step}", "-", f"{loss:.4f}") for step, loss in held_out if step not in ends]
+    rows += [(one.last_step, one.steps, "-", f"{one.loss:.4f}") for one in held_out.values()]
     return tuple(tuple(cells) for _, *cells in sorted(rows))
 
 

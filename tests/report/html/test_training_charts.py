@@ -21,7 +21,7 @@ def test_losses_stand_at_their_steps_and_lower_ones_lower() -> None:
     run = training_run()
     chart = loss_chart("loss", run.log)
     training = [mark for mark in chart.marks if mark.role == "training"]
-    assert [mark.tip for mark in training][:2] == ["step 1: 6.0000", "step 2: 4.0000"]
+    assert [mark.tip for mark in training][:2] == ["step 1: 6.0000, training", "step 2: 4.0000, training"]
     assert [mark.y_px for mark in training] == sorted(mark.y_px for mark in training)
     gaps = {round(right.x_px - left.x_px, 6) for left, right in itertools.pairwise(training)}
     assert len(gaps) == 1
@@ -38,11 +38,12 @@ def test_a_long_run_is_drawn_as_means_that_cover_every_step() -> None:
     assert len(rows) <= MAX_POINTS
     assert (rows[0][0], rows[-1][0]) == ("steps 1 to 6", "step 1003")
     assert rows[0][1] == f"{fmean(line.loss for line in run.log[:6]):.4f}"
-    # none of the validations is lost where it lies within the steps of a mark
-    assert sum(row[2] != "-" for row in chart.data.rows) == sum(
-        line.validation_loss is not None for line in run.log
-    )
-    assert "the mean of 6 steps" in chart.caption
+    # 250 validations, two in each mark: none is left out, and no row is of both curves
+    held_out = [row for row in chart.data.rows if row[2] != "-"]
+    assert len(held_out) == 125
+    assert held_out[0] == ("steps 4 to 8", "-", f"{fmean((3.5, 3.0)):.4f}")
+    assert "the mean of 6 training steps" in chart.caption
+    assert "the mean of 2 validations" in chart.caption
 
 
 def test_the_least_even_layer_is_drawn_with_its_name_and_alarm() -> None:
