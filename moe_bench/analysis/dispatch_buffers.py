@@ -8,9 +8,8 @@ heap and of shared allocations, and some kilobytes of flags and of scans over th
 from __future__ import annotations
 
 from moe_bench.analysis.activations import token_counts
-from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
 from moe_bench.spec.model import MixtureOfExperts
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import HYBRIDEP_DOMAIN, Recipe
 
 NVLINK_PEERS = 8
 """Ranks that DeepEP takes to share NVLink (csrc/kernels/configs.cuh)."""

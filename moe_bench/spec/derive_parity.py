@@ -159,7 +159,9 @@ _SETTINGS = tuple(name for name in Recipe.model_fields if name not in _NO_SETTIN
 def unseen_settings(plan: Plan, toy: Recipe) -> tuple[str, ...]:
     """What `plan` runs and `toy` does not, sizes aside, as `field=value`: no comparison of `toy` is of it."""
     whole = plan.recipe if plan.whole is None else plan.whole
-    rows = differences(whole, toy, dict.fromkeys(Recipe.model_fields, "not in the toy"))
+    # no field of the model counts, and turning it into text takes longer than all others
+    same_model = toy.model_copy(update={"model": whole.model})
+    rows = differences(whole, same_model, dict.fromkeys(Recipe.model_fields, "not in the toy"))
     return tuple(
         f"{row.field}={row.asked}"
         for row in rows

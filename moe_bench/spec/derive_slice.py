@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.kernel_family import with_kernels
-from moe_bench.spec.legality.dispatch import FLEX, HYBRIDEP_DOMAIN
+from moe_bench.spec.legality.dispatch import FLEX
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import (
+    HYBRIDEP_DOMAIN,
     CudaGraphs,
     DispatchSpec,
     KernelFamily,

@@ -137,6 +137,10 @@ class KernelSpec(Spec):
         return self.family != "transformer_engine"
 
 
+HYBRIDEP_DOMAIN = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"
+"""Key of `env` that says how many expert ranks HybridEP reaches without a network."""
+
+
 class DispatchSpec(Spec):
     """How tokens travel to their experts and back."""
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.base import NonNegativeInt, Spec, Text
-from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN
 from moe_bench.spec.model import (
     ExpertStep,
     GroupedQueryAttention,
@@ -20,6 +19,7 @@ from moe_bench.spec.model import (
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.pipeline import expand_layout
 from moe_bench.spec.recipe import (
+    HYBRIDEP_DOMAIN,
     CudaGraphs,
     DispatchSpec,
     KernelSpec,
@@ -163,10 +163,9 @@ _NOT_COMPARED: Mapping[str, bool | set[str]] = {
 
 def differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Iterator[Substitution]:
     """One row per leaf that differs; the system is one row, for it is one choice."""
-    left, right = (
-        _leaves({**one.model_dump(mode="json", exclude=_NOT_COMPARED), "system": one.system.key})
-        for one in (asked, used)
-    )
+    # most fields are equal, and turning them into text would be most of the time of `list`
+    fields = {name for name in Recipe.model_fields if getattr(asked, name) != getattr(used, name)}
+    left, right = (_leaves(_compared(one, fields)) for one in (asked, used))
     for field in dict.fromkeys((*left, *right)):
         if left.get(field) != right.get(field):
             yield Substitution(
@@ -175,6 +174,11 @@ def differences(asked: Recipe, used: Recipe, reasons: Mapping[str, str]) -> Iter
                 used=right.get(field, "-"),
                 why=reasons[field.partition(".")[0]],
             )
+
+
+def _compared(recipe: Recipe, fields: set[str]) -> dict[str, object]:
+    tree = recipe.model_dump(mode="json", include=fields, exclude=_NOT_COMPARED)
+    return {**tree, "system": recipe.system.key}
 
 
 def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:

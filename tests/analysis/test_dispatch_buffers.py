@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moe_bench.analysis.dispatch_buffers import deepep_buffer_bytes, dispatch_buffer_bytes
-from moe_bench.spec.legality.dispatch import DEEPEP_GROUPS, HYBRIDEP_DOMAIN
+from moe_bench.spec.legality.dispatch import DEEPEP_GROUPS
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
-from moe_bench.spec.recipe import DispatchSpec, Recipe
+from moe_bench.spec.recipe import HYBRIDEP_DOMAIN, DispatchSpec, Recipe
 from tests.analysis.conftest import RecipeMaker
 
 MIB = 2**20

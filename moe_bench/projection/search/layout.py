@@ -7,9 +7,18 @@ from enum import IntEnum
 from typing import Literal, NamedTuple
 
 from moe_bench.projection.search.splits import Split
-from moe_bench.spec.legality.dispatch import HYBRIDEP_DOMAIN, HYBRIDEP_MAX_DOMAIN
+from moe_bench.spec.legality.dispatch import HYBRIDEP_MAX_DOMAIN
 from moe_bench.spec.legality.sharding import CONNECTIONS
-from moe_bench.spec.recipe import CudaGraphs, Dispatcher, KernelSpec, LowPrecision, Overlap, Recipe, Recompute
+from moe_bench.spec.recipe import (
+    HYBRIDEP_DOMAIN,
+    CudaGraphs,
+    Dispatcher,
+    KernelSpec,
+    LowPrecision,
+    Overlap,
+    Recipe,
+    Recompute,
+)
 
 ContextComm = Literal["p2p", "a2a", "allgather"]
 DataSharding = Literal["none", "distributed_optimizer", "megatron_fsdp"]

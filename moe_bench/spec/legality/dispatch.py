@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_bench.spec.legality.rule import Found, nearest_divisor, nearest_multiples, rule
-from moe_bench.spec.recipe import Recipe
+from moe_bench.spec.recipe import HYBRIDEP_DOMAIN, Recipe
 
 _DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py"
 _CONFIG = "megatron/core/transformer/transformer_config.py"
@@ -19,7 +19,6 @@ DEEPEP_MAX_TOP_K = 32
 DEEPEP_NVLINK_PEERS = 8
 DEEPEP_WARP_BYTES = 16384
 """Shared memory of a warp between nodes; within one, a warp has half of it and moves half a token."""
-HYBRIDEP_DOMAIN = "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"
 HYBRIDEP_MAX_DOMAIN = 72
 HYBRIDEP_MAX_TOKENS = 21844
 """Between domains: 3 x tokens + 1 entries stay below 65,536 of a queue pair (csrc/hybrid_ep/config.cuh)."""
