@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from moe_bench.spec.model import ModelSpec
 
 GB = 1_000_000_000
+DEFAULT_SHARD_BYTES = 5 * GB
+"""Of a file of Hugging Face's, as transformers' `save_pretrained` by default."""
 
 
 @app.command(rich_help_panel=MODEL)
@@ -112,7 +114,7 @@ def convert(
     ] = True,
     max_shard_gb: Annotated[
         float, typer.Option("--max-shard-gb", min=1e-6, help="Of a file of Hugging Face's, at most.")
-    ] = 5.0,
+    ] = DEFAULT_SHARD_BYTES / GB,
     scale: Annotated[
         ScaleOption, typer.Option("--scale", help="smoke: the model of the recipe's toy on CPU.")
     ] = ScaleOption.FULL,

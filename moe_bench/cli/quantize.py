@@ -121,12 +121,20 @@ def _exported(job: QuantizeJob, weights: Path | None, target: Path) -> tuple[Rul
 
 
 def _export(job: QuantizeJob, found: Quantized, weights: Path, target: Path, rules: tuple[Rule, ...]) -> None:
-    from moe_bench.cli.model import GB
+    from moe_bench.cli.model import DEFAULT_SHARD_BYTES
     from moe_bench.harness.quantize.export import export
     from moe_bench.report.convert_view import convert_progress
 
     with convert_progress(rules, make_console(stderr=True)) as on_tensor:
-        export(job, found, weights, target, rules=rules, max_shard_bytes=5 * GB, on_tensor=on_tensor)
+        export(
+            job,
+            found,
+            weights,
+            target,
+            rules=rules,
+            max_shard_bytes=DEFAULT_SHARD_BYTES,
+            on_tensor=on_tensor,
+        )
 
 
 def _checkpoint(path: Path) -> Path:

@@ -32,8 +32,6 @@ from moe_bench.harness.adapters import FIRST, SECOND, is_adapter
 from moe_bench.harness.convert.rearrange import to_huggingface
 from moe_bench.harness.convert.unfinished import finished_folder
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
-"""As transformers' `save_pretrained` by default."""
 _NUM_HELD_STACKS = 2
 """Rules go expert by expert through both projections of a layer."""
 _LAYER = re.compile(r"^(decoder\.layers\.|mtp\.layers\.)(\d+)\.(.*)$")
