@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
-from moe_bench.analysis.layer_comms import expert_exchanges, runs_quantized, tensor_parallel
+from moe_bench.analysis.layer_comms import runs_quantized
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
 from moe_bench.projection.efficiency import Efficiency
@@ -20,10 +19,8 @@ from moe_bench.projection.fabric import Fabric
 from moe_bench.projection.layer_time import layer_times
 from moe_bench.projection.pricing import LayerSetting, Pricer, stack
 from moe_bench.projection.work.experts import add_experts
-from moe_bench.projection.work.lowering import messages_of
 from moe_bench.projection.work.operations import Gemm, LayerWork, MemoryBound, Number, Part, Pass
 from moe_bench.projection.work.tally import NUMBERS, Tally
-from moe_bench.spec.model import MixtureOfExperts
 from moe_bench.spec.recipe import Recipe
 
 BURST = Constants(
@@ -35,43 +32,18 @@ BURST = Constants(
 """Constants of a layer alone: rates as microbenchmarks measure them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSeconds:
-    """One MoE layer and micro batch on one rank: router, dispatch, experts, shared experts and combine."""
-
-    forward_s: float
-    backward_s: float
-
-
-def isolated_layer(recipe: Recipe, constants: Constants = BURST) -> LayerSeconds:
-    """The MoE half of a layer of `recipe` without its norm and residual, as a benchmark of the module times
-    it.
-
-    Raises BadInputError for a dense model.
-    """
-    tally, moe = _tally(recipe, load=1.0)
-    is_quantized = runs_quantized(recipe, None)
-    exchanges = expert_exchanges(recipe, moe, tensor_parallel(recipe, is_quantized=is_quantized))
-    work = LayerWork(
-        operations=tuple(_operations(tally)),
-        messages=tuple(messages_of(tally, exchanges, 1.0)),
-        num_launches=tally.num_launches,
-    )
-    pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
-    forward_s, backward_s = layer_times(stack([(pricer.price(work), _SETTING)]), constants).total_s[0]
-    return LayerSeconds(forward_s=float(forward_s), backward_s=float(backward_s))
-
-
 def isolated_parts(
     recipe: Recipe, *, load: float, constants: Constants = BURST
 ) -> Mapping[tuple[str, str], float]:
-    """Seconds of the parts of such a layer without its messages, by part and pass as records name them.
+    """Seconds of the parts of the MoE half of a layer of `recipe` without its norm, residual and messages, by
+    part and pass as records name them.
 
     `load` is how many rows the rank's experts get over the balanced number. Parts are `router`, `permute and
     unpermute`, `fc1`, `activation`, `fc2` and `shared experts`; passes `forward`, `dgrad` and `wgrad` for the
-    products of routed experts, `forward` and `backward` for all else. Raises BadInputError as above.
+    products of routed experts, `forward` and `backward` for all else. Raises BadInputError
+    for a dense model.
     """
-    tally, _ = _tally(recipe, load=load)
+    tally = _tally(recipe, load=load)
     pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     operations = list(_operations(tally))
@@ -99,14 +71,14 @@ def _is_expert_product(operation: Gemm | MemoryBound) -> bool:
 _SETTING = LayerSetting(is_grace=False, overlaps_experts=False, is_graphed=False)
 
 
-def _tally(recipe: Recipe, *, load: float) -> tuple[Tally, MixtureOfExperts]:
+def _tally(recipe: Recipe, *, load: float) -> Tally:
     moe = recipe.model.moe
     if moe is None:
         raise BadInputError(f"{recipe.model.key}: a dense model has no MoE layer; name one with experts")
     is_quantized = runs_quantized(recipe, None)
     tally = Tally(recipe=recipe, number=NUMBERS[recipe.precision] if is_quantized else Number.BF16)
     add_experts(tally, moe, load=load)
-    return tally, moe
+    return tally
 
 
 def _operations(tally: Tally) -> Iterator[Gemm | MemoryBound]:

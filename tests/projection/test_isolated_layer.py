@@ -6,9 +6,18 @@ import statistics
 
 import pytest
 
+from moe_bench.analysis.layer_comms import expert_exchanges, runs_quantized, tensor_parallel
 from moe_bench.errors import BadInputError
 from moe_bench.projection.constants import Constants
-from moe_bench.projection.isolated_layer import isolated_layer, isolated_parts
+from moe_bench.projection.efficiency import Efficiency
+from moe_bench.projection.fabric import Fabric
+from moe_bench.projection.isolated_layer import BURST, isolated_parts
+from moe_bench.projection.layer_time import layer_times
+from moe_bench.projection.pricing import LayerSetting, Pricer, stack
+from moe_bench.projection.work.experts import add_experts
+from moe_bench.projection.work.lowering import messages_of
+from moe_bench.projection.work.operations import LayerWork, MemoryBound, Number, Part
+from moe_bench.projection.work.tally import NUMBERS, Tally
 from moe_bench.results.published import PublishedRow, load_rows
 from moe_bench.results.sonicmoe import SHAPES, SonicShape
 from moe_bench.spec.catalogue import data_root, find_recipe, recipes_root
@@ -46,13 +55,32 @@ def timed(row: PublishedRow) -> Recipe:
     )
 
 
-def ratio(row: PublishedRow, constants: Constants | None = None) -> float:
+def layer_seconds(recipe: Recipe, constants: Constants) -> float:
+    """The MoE half of a layer without its norm and residual, messages and launches included, forward and
+    backward together, as a benchmark of the module times it.
+    """
+    assert recipe.model.moe is not None
+    is_quantized = runs_quantized(recipe, None)
+    tally = Tally(recipe=recipe, number=NUMBERS[recipe.precision] if is_quantized else Number.BF16)
+    add_experts(tally, recipe.model.moe, load=1.0)
+    parallel = tensor_parallel(recipe, is_quantized=is_quantized)
+    norms = [one for one in tally.operations if isinstance(one, MemoryBound) and one.part is Part.NORMS]
+    work = LayerWork(
+        operations=tuple(one for one in tally.operations if one not in norms),
+        messages=tuple(messages_of(tally, expert_exchanges(recipe, recipe.model.moe, parallel), 1.0)),
+        num_launches=tally.num_launches,
+    )
+    pricer = Pricer(Efficiency(recipe.system), Fabric(recipe.system, recipe.parallel))
+    setting = LayerSetting(is_grace=False, overlaps_experts=False, is_graphed=False)
+    return float(layer_times(stack([(pricer.price(work), setting)]), constants).total_s.sum())
+
+
+def ratio(row: PublishedRow, constants: Constants = BURST) -> float:
     """Projected over measured time, forward and backward together."""
     metrics = row.metrics
     assert metrics.moe_layer_fwd_ms is not None
     assert metrics.moe_layer_bwd_ms is not None
-    layer = isolated_layer(timed(row), *(() if constants is None else (constants,)))
-    return 1e3 * (layer.forward_s + layer.backward_s) / (metrics.moe_layer_fwd_ms + metrics.moe_layer_bwd_ms)
+    return 1e3 * layer_seconds(timed(row), constants) / (metrics.moe_layer_fwd_ms + metrics.moe_layer_bwd_ms)
 
 
 def test_the_registry_has_twelve_layers_of_two_models() -> None:
@@ -74,14 +102,16 @@ def test_burst_rates_explain_most_of_the_distance_between_a_layer_alone_and_in_a
 def test_a_dense_model_has_no_such_layer() -> None:
     recipe = timed(ROWS[0])
     with pytest.raises(BadInputError, match="dense model"):
-        isolated_layer(recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": None})}))
+        isolated_parts(
+            recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": None})}), load=1.0
+        )
 
 
 def test_the_parts_of_a_layer_on_one_rank_add_up_to_the_layer() -> None:
     case = SHAPES[0].case()
     recipe = layer_recipe(case, LOADER.system("h100_sxm"))
-    parts, whole = isolated_parts(recipe, load=1.0), isolated_layer(recipe)
-    assert sum(parts.values()) == pytest.approx(whole.forward_s + whole.backward_s)
+    parts = isolated_parts(recipe, load=1.0)
+    assert sum(parts.values()) == pytest.approx(layer_seconds(recipe, BURST))
     assert {part for part, _ in parts} == {"router", "permute and unpermute", "fc1", "activation", "fc2"}
     assert {in_pass for part, in_pass in parts if part == "fc2"} == {"forward", "dgrad", "wgrad"}
 
