@@ -1,0 +1,29 @@
+"""Commands in docs print what stands below them."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from moe_bench.cli import gpu
+from tests.printed_output import ROOT, Example, elided, examples
+
+EXAMPLES = [example for page in sorted((ROOT / "docs").glob("*.md")) for example in examples(page)]
+
+
+def test_the_pages_with_examples_have_them() -> None:
+    assert {"accounting.md", "check.md", "layer.md"} <= {example.page for example in EXAMPLES}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.page}:{example.first_line}")
+def test_an_example_prints_what_the_page_shows(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    if example.command.startswith("calibrate") and find_spec("transformer_engine") is not None:
+        pytest.skip("the page shows the plan of a machine without Transformer Engine")
+    monkeypatch.setattr(gpu, "gpu_here", lambda: None)
+    assert example.again() == example.shown, "run `python -m tests.printed_output`"
+
+
+def test_what_a_page_leaves_out_is_left_out() -> None:
+    printed = ["a 1", "b 2", "c 3", "d 4", "e 5"]
+    assert elided(printed, ["a 0", "...", "d 0", "..."]) == ("a 1", "...", "d 4", "...")
+    assert elided(printed, ["...", "d 0", "e 0"]) == ("...", "d 4", "e 5")
+    assert elided(printed, ["a 0"]) == tuple(printed)
