@@ -95,6 +95,10 @@ def test_real_sizes_without_a_gpu_stop_with_the_reason(capsys: pytest.CaptureFix
         (["deepseek_v3", "--suite", "sonicmoe"], "one of the two"),
         (["deepseek_v3", "--plot", "x.svg"], "add --sweep"),
         (["deepseek_v3", "--tiny", "--routing", "power_law:steep"], "unknown; write balanced"),
+        (["deepseek_v3", "--tiny", "--routing", "power_law:²"], "unknown; write balanced"),
+        (["--suite", "sonicmoe", "--set", "seq_len=1"], "a suite has none"),
+        (["deepseek_v3", "--plan", "--graph", "--routing", "random"], "drop --graph, --routing"),
+        (["deepseek_v3", "--system", "h200"], "add --plan"),
         (["deepseek_v3", "--tiny", "--routing", "missing.json"], "No such file"),
         (["deepseek_v3", "--tiny", "--peers", "textbook,tutel"], "peer tutel: no such engine; known are"),
     ],
@@ -132,3 +136,13 @@ def test_a_plan_leaves_out_what_kernels_cannot_run_and_says_why(capsys: pytest.C
     assert "not on quack: kernels.family: quack with clamped_swiglu" in printed.err
     assert main(asked) == 3
     assert "nothing that was asked for can be built on h100_sxm" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_the_system_of_the_recipe_or_the_one_that_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = "deepseek_v3/gb300_nvl72_256g_mxfp8"
+    assert main(["layer", recipe, "--plan"]) == 0
+    assert "projected for gb300_nvl72" in capsys.readouterr().out
+    assert main(["layer", recipe, "--plan", "--system", "h100_sxm"]) == 3
+    assert "mxfp8 on h100_sxm" in capsys.readouterr().err

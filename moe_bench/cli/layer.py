@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +13,7 @@ import typer
 
 from moe_bench.cli.app import RUN, app
 from moe_bench.cli.files import picture_to_write
-from moe_bench.cli.gpu import gpu_here, system_for_plan, system_of_gpu
+from moe_bench.cli.gpu import DEFAULT_SYSTEM, PlannedSystemOption, gpu_here, system_of_gpu
 from moe_bench.cli.options import (
     JsonOption,
     ResultsRootOption,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from moe_bench.results.layer_record import LayerRecord
     from moe_bench.spec.load import Loader
+    from moe_bench.spec.recipe import Recipe
     from moe_bench.spec.system import SystemSpec
 
 TINY_SCALE = 16
@@ -79,6 +81,9 @@ class SuiteOption(StrEnum):
     SONICMOE = "sonicmoe"
 
 
+LayerOfArgument = Annotated[
+    str | None, typer.Argument(help="<model>, <model>/<run> or a YAML file, one of whose layers runs.")
+]
 SuiteArgument = Annotated[
     SuiteOption | None, typer.Option("--suite", help="Instead of a recipe: the layers of a publication.")
 ]
@@ -114,13 +119,14 @@ PeersArgument = Annotated[
     str | None,
     typer.Option("--peers", metavar="all|NAME,...", help="Also other engines, same weights and inputs."),
 ]
+PlanArgument = Annotated[
+    bool, typer.Option("--plan", help="Print what is projected of each layer; no GPU, no torch.")
+]
 
 
 @app.command(rich_help_panel=RUN)
 def layer(
-    recipe: Annotated[
-        str | None, typer.Argument(help="<model>, <model>/<run> or a YAML file, one of whose layers runs.")
-    ] = None,
+    recipe: LayerOfArgument = None,
     suite: SuiteArgument = None,
     tokens: TokensArgument = None,
     routing: RoutingArgument = None,
@@ -134,9 +140,8 @@ def layer(
     graph: GraphArgument = False,
     peers: PeersArgument = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes, without a GPU on the CPU.")] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Print what is projected of each layer; no GPU, no torch.")
-    ] = False,
+    plan: PlanArgument = False,
+    system: PlannedSystemOption = None,
     changes: SetOption = None,
     out: ResultsRootOption = None,
     as_json: JsonOption = False,
@@ -144,14 +149,21 @@ def layer(
     """Time one MoE layer alone and its parts: router, permute, dispatch, expert GEMMs, combine, unpermute."""
     if (recipe is None) == (suite is None):
         raise BadInputError("layer: name a recipe, or a suite with --suite; one of the two")
+    if changes and recipe is None:
+        raise BadInputError("--set changes a recipe and a suite has none; drop it")
     if plot is not None and not sweep:
         raise BadInputError("--plot draws a sweep; add --sweep, or drop it")
+    if system is not None and not plan:
+        raise BadInputError("--system estimates without a GPU; add --plan, or drop it")
+    if plan:
+        uneven = None if routing == "balanced" else routing
+        _require_none_given(sweep=sweep, held_seconds=held_seconds, graph=graph, peers=peers, routing=uneven)
     loader = make_loader()
-    found = _layers(recipe, loader, tokens=tokens, tiny=tiny, changes=changes)
+    asked = None if recipe is None else loader.recipe(find_recipe(recipe, loader), changes=changes or ())
     chosen = _Chosen(
         layers=tuple(
             _Layer(_changed(one.case, routing, precision, dispatcher, folded=folded), one.differences)
-            for one in found
+            for one in _layers(asked, loader, tokens=tokens, tiny=tiny)
         ),
         experts=tuple(one.value for one in experts or ()),
         suite=None if suite is None else suite.value,
@@ -162,22 +174,38 @@ def layer(
         peers=None if peers is None else tuple(name for name in peers.split(",") if name != "all"),
     )
     if plan:
-        _print_plan(chosen, loader, as_json=as_json)
+        _print_plan(chosen, _planned_system(system, asked, loader), as_json=as_json)
         return
-    system = _system(loader, is_tiny=tiny)
-    written = list(_measured(chosen, system, out or results_root()))
-    _show(written, chosen, system, as_json=as_json)
+    here = _system(loader, is_tiny=tiny)
+    written = list(_measured(chosen, here, out or results_root()))
+    _show(written, chosen, here, as_json=as_json)
     if plot is not None:
         from moe_bench.report.layer_plot import write_sweep_plot
 
         write_sweep_plot([record for _, record in written], plot)
 
 
-def _print_plan(chosen: _Chosen, loader: Loader, *, as_json: bool) -> None:
+def _require_none_given(**measured: object) -> None:
+    """Refuse options by which a plan, which is of balanced loads, would not be another."""
+    given = [f"--{name.replace('_', '-')}" for name, value in measured.items() if value]
+    if given:
+        raise BadInputError(f"--plan measures nothing and takes loads as balanced; drop {', '.join(given)}")
+
+
+def _planned_system(key: str | None, recipe: Recipe | None, loader: Loader) -> SystemSpec:
+    """The one that was named, else the GPU of this machine, else the recipe's own."""
+    if key is not None:
+        return loader.system(key)
+    gpu = gpu_here()
+    if gpu is not None:
+        return system_of_gpu(gpu, loader)
+    return loader.system(DEFAULT_SYSTEM) if recipe is None else recipe.system
+
+
+def _print_plan(chosen: _Chosen, system: SystemSpec, *, as_json: bool) -> None:
     from moe_bench.report.layer_plan_view import layer_plan_json, layer_plan_view, planned_layers
     from moe_bench.spec.derive_layer import case_on, layer_obstacle
 
-    system = system_for_plan(None, loader)
     experts = chosen.experts or (_PLANNED if chosen.suite is not None else ())
     asked = [
         case_on(one.case, _FAMILIES[name], system, is_grouped=name != ExpertsOption.SEQUENTIAL)
@@ -231,19 +259,16 @@ class _Chosen:
     peers: tuple[str, ...] | None
 
 
-def _layers(
-    recipe: str | None, loader: Loader, *, tokens: int | None, tiny: bool, changes: list[str] | None
-) -> Iterator[_Layer]:
+def _layers(asked: Recipe | None, loader: Loader, *, tokens: int | None, tiny: bool) -> Iterator[_Layer]:
     """The layer of a recipe, or those of the suite where there is none."""
     from moe_bench.results.sonicmoe import SHAPES
     from moe_bench.spec.scale import smoke_plan
 
-    if recipe is None:
+    if asked is None:
         for shape in SHAPES:
             case = shape.case(scale_down=TINY_SCALE if tiny else 1)
             yield _Layer(case if tokens is None else case.model_copy(update={"num_tokens": tokens}))
         return
-    asked = loader.recipe(find_recipe(recipe, loader), changes=tuple(changes or ()))
     require_unquantised(asked)
     toy = smoke_plan(asked, host=loader.system("cpu_host"), modified=()).recipe if tiny else asked
     case = layer_case_of(toy, num_tokens=tokens).model_copy(update={"name": asked.name})
@@ -278,10 +303,10 @@ def _routing(text: str) -> LayerRouting:
         return LayerRouting(kind="random")
     if text.endswith(".json"):
         return traced_routing(Path(text), option="--routing", choices=_ROUTING)
-    exponent = text.removeprefix(_POWER_LAW)
-    if exponent == text or not exponent.replace(".", "", 1).isdigit():
+    exponent = re.fullmatch(rf"{_POWER_LAW}([0-9]+(?:\.[0-9]+)?)", text)
+    if exponent is None:
         raise BadInputError(f"--routing {text}: unknown; write {_ROUTING}")
-    return LayerRouting(kind="power_law", exponent=float(exponent))
+    return LayerRouting(kind="power_law", exponent=float(exponent[1]))
 
 
 def _measured(chosen: _Chosen, system: SystemSpec, root: Path) -> Iterator[tuple[Path, LayerRecord]]:

@@ -141,33 +141,33 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
     sequence being cut over tensor ranks as well. A shared expert is whole and sees the rank's tokens, where
     tensor ranks would each have a slice of it and see all of theirs: the same work.
 
-    Raises BadInputError for a dense model, experts cut over ranks, dropped tokens and recomputed experts'
-    latent projections, which a layer alone does not have.
+    Raises BadInputError for a dense model, and for what a layer alone does not have.
     """
     model, parallel = recipe.model, recipe.parallel
     if model.moe is None:
         raise BadInputError(f"{recipe.name}: {model.key} has no expert layers; name a model with experts")
-    if parallel.expert_tensor > 1:
-        raise BadInputError(
-            f"{recipe.name}: parallel.expert_tensor {parallel.expert_tensor}: a layer alone has whole "
-            "experts; set it to 1"
-        )
-    if recipe.token_drop is not None:
-        raise BadInputError(f"{recipe.name}: token_drop: a layer alone drops no tokens; set it to null")
-    if model.moe.steps:
-        raise BadInputError(f"{recipe.name}: model.moe.steps: a layer alone has no others; remove them")
-    if model.moe.router.choice != "top_k":
-        raise BadInputError(
-            f"{recipe.name}: model.moe.router.choice {model.moe.router.choice}: a layer alone is told "
-            "where each token goes; name a model whose tokens take their top-k"
-        )
-    if model.moe.shared_expert_mixing != "sum":
-        raise BadInputError(
-            f"{recipe.name}: model.moe.shared_expert_mixing {model.moe.shared_expert_mixing}: a layer alone "
-            "adds its shared experts; name another model"
-        )
-    if model.moe.latent_size is not None:
-        raise BadInputError(f"{recipe.name}: model.moe.latent_size: no code builds such experts alone")
+    router, mixing = model.moe.router, model.moe.shared_expert_mixing
+    for is_there, problem in (
+        (model.moe.steps, "model.moe.steps: a layer alone has no others; remove them"),
+        (
+            router.choice != "top_k",
+            f"model.moe.router.choice {router.choice}: a layer alone is told where each token goes; name a "
+            "model whose tokens take their top-k",
+        ),
+        (
+            mixing != "sum",
+            f"model.moe.shared_expert_mixing {mixing}: a layer alone adds its shared experts; name another "
+            "model",
+        ),
+        (model.moe.latent_size, "model.moe.latent_size: no code builds such experts alone"),
+        (
+            parallel.expert_tensor > 1,
+            f"parallel.expert_tensor {parallel.expert_tensor}: a layer alone has whole experts; set it to 1",
+        ),
+        (recipe.token_drop, "token_drop: a layer alone drops no tokens; set it to null"),
+    ):
+        if is_there:
+            raise BadInputError(f"{recipe.name}: {problem}")
     tokens = recipe.micro_batch_size * recipe.seq_len // (parallel.context * parallel.tensor)
     return LayerCase(
         name=recipe.name,
@@ -180,7 +180,7 @@ def layer_case_of(recipe: Recipe, *, num_tokens: int | None = None) -> LayerCase
         ep_size=parallel.expert,
         precision=recipe.precision,
         low_precision=_everywhere(recipe.low_precision),
-        kernels=recipe.kernels,
+        kernels=recipe.kernels.model_copy(update={"op_fuser": False}),
         dispatch=recipe.dispatch.model_copy(
             update={"dispatcher": "alltoall", "num_sms": None, "high_priority_stream": False}
         ),
@@ -220,6 +220,7 @@ def layer_differences(recipe: Recipe) -> tuple[str, ...]:
             recipe.dispatch.dispatcher not in ("alltoall", "allgather"),
             f"dispatch.dispatcher: {recipe.dispatch.dispatcher} needs other ranks and is not run",
         ),
+        (recipe.kernels.op_fuser, "kernels.op_fuser: fc1, activation and fc2 run one after another"),
         (recipe.recompute.granularity != "none", "recompute: nothing is computed twice"),
         (
             recipe.overlap.expert_parallel or recipe.overlap.shared_experts,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import find_recipe, recipes_root
-from moe_bench.spec.derive_layer import layer_recipe
+from moe_bench.spec.derive_layer import layer_obstacle, layer_recipe
 from moe_bench.spec.layer_case import (
     LayerCase,
     LayerRouting,
@@ -84,6 +84,13 @@ def test_a_recipe_says_what_its_layer_alone_lacks() -> None:
     said = " ".join(layer_differences(recipe("deepseek_v3/h100_sxm_256g_bf16")))
     assert "deepep needs other ranks" in said
     assert "nothing is computed twice" in said
+
+
+def test_a_fused_expert_is_taken_apart_and_the_recipe_says_so() -> None:
+    asked = recipe("deepseek_v3/gb300_nvl72_256g_mxfp8")
+    assert asked.kernels.op_fuser
+    assert layer_obstacle(layer_case_of(asked), asked.system) is None
+    assert "kernels.op_fuser: fc1, activation and fc2 run one after another" in layer_differences(asked)
 
 
 def test_experts_are_whole_on_every_rank() -> None:
