@@ -126,6 +126,34 @@ def test_a_change_is_shown_and_marked(capsys: pytest.CaptureFixture[str]) -> Non
     assert plan["modified"] == ["steps.num_timed=7"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "deepseek_v3", "--params", "--memory"], "--params, --memory: each prints something else"),
+        (["check", "--rules", "--all"], "--rules, --all"),
+        (["published", "--csv", "--json"], "--csv, --json"),
+        (["published", "--trust", "Z"], "'Z' is not one of 'A', 'B', 'C'"),
+        (["results", "--csv", "--json"], "--csv, --json"),
+        (["report", "--layers", "--format", "csv"], "--layers, --format"),
+        (["report", "--scaling", "--json", "--format", "csv"], "--json, --format"),
+        (["list", "deepseek_v3/h100_sxm_256g_bf16"], "no model with recipes"),
+        (["audit", "deepseek_v3", "--tokens-per-s-per-gpu", "inf"], "--tokens-per-s-per-gpu"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_what_would_be_ignored_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, words in captured.err) == ("", True)
+
+
+def test_an_option_that_breaks_every_recipe_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "recipes/deepseek_v3", "--set", "no_such_key=1"]) == 2
+    assert capsys.readouterr().out.count("--set no_such_key=1:1") == 1
+
+
 def test_an_unknown_recipe_offers_the_nearest_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "depseek_v3"]) == 2
     captured = capsys.readouterr()

@@ -102,7 +102,7 @@ def test_a_file_of_which_nothing_can_be_projected_says_so(
     [
         (("--registry", "missing.yaml"), "missing.yaml"),
         (("--cross-validate", "colour"), "colour"),
-        (("--csv", "--json"), "two ways to print"),
+        (("--csv", "--json"), "keep one of them"),
     ],
 )
 def test_a_mistake_ends_with_two(

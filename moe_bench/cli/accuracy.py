@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from moe_bench.cli.app import READ, app
-from moe_bench.cli.options import JsonOption, print_view
+from moe_bench.cli.options import JsonOption, print_view, require_one_output
 from moe_bench.errors import BadInputError
 from moe_bench.spec.catalogue import data_root
 
@@ -37,8 +37,7 @@ def accuracy(
     from moe_bench.results.flat_registry import read_registry
     from moe_bench.results.published import load_rows
 
-    if as_csv and as_json:
-        raise BadInputError("--csv and --json are two ways to print; drop one of them")
+    require_one_output(csv=as_csv, json=as_json)
     if memory and (as_csv or cross_validate is not None):
         raise BadInputError("--memory fits nothing and has no --csv; drop --cross-validate and --csv")
     root = data_root()

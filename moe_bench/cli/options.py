@@ -273,6 +273,13 @@ def whole_numbers(text: str, *, option: str, example: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def require_one_output(**asked: object) -> None:
+    """Refuse options that each print something else, of which all but one would be ignored."""
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+    if len(given) > 1:
+        raise BadInputError(f"{', '.join(given)}: each prints something else; keep one of them")
+
+
 def results_root() -> Path:
     """`results/` of the checkout, or of the working directory where moe_bench is installed as a wheel."""
     root = data_root()

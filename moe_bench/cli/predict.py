@@ -18,7 +18,9 @@ def audit(
     changes: SetOption = None,
     tokens_per_s_per_gpu: Annotated[
         float | None,
-        typer.Option("--tokens-per-s-per-gpu", min=0, help="A throughput; adds TFLOPs/GPU in each way."),
+        typer.Option(
+            "--tokens-per-s-per-gpu", min=0, max=1e9, help="A throughput; adds TFLOPs/GPU in each way."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from moe_bench.cli.app import READ, app
 from moe_bench.cli.files import any_file_to_write
-from moe_bench.cli.options import JsonOption, make_loader, print_view, results_root
+from moe_bench.cli.options import JsonOption, make_loader, print_view, require_one_output, results_root
 from moe_bench.errors import BadInputError, GateError
-from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
+from moe_bench.spec.catalogue import data_root, find_recipe, recipe_model_keys, recipe_paths
 
 if TYPE_CHECKING:
     from moe_bench.report.compare import Compared
@@ -35,7 +35,9 @@ def published(
         str | None, typer.Option("--precision", help="bf16, fp8_blockwise, MXFP8, ...")
     ] = None,
     num_gpus: Annotated[int | None, typer.Option("--num-gpus", min=1)] = None,
-    trust: Annotated[str | None, typer.Option("--trust", help="Worst grade wanted: A, B or C.")] = None,
+    trust: Annotated[
+        Literal["A", "B", "C"] | None, typer.Option("--trust", help="Worst grade wanted.")
+    ] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", help="Kind of row, or all; default: training.")
     ] = None,
@@ -49,9 +51,11 @@ def published(
     from moe_bench.results.published import load_rows
     from moe_bench.results.selection import Selection, selected
 
+    require_one_output(check=check, csv=as_csv)
+    require_one_output(csv=as_csv, json=as_json)
     loader = make_loader()
     folder = data_root() / "results" / "published"
-    keys = [path.parent.name for path in sorted(loader.root.glob("*/model.yaml"))]
+    keys = recipe_model_keys(loader.root)
     rows = load_rows(folder)
     if check:
         templates = {key: loader.recipe(find_recipe(key, loader)) for key in keys}

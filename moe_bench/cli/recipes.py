@@ -25,12 +25,19 @@ from moe_bench.cli.options import (
     make_loader,
     plan_of,
     print_view,
+    require_one_output,
     results_root,
     terminal_width,
 )
 from moe_bench.errors import BadInputError
-from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths, recipes_root
-from moe_bench.spec.load import Loader
+from moe_bench.spec.catalogue import (
+    data_root,
+    find_recipe,
+    recipe_model_keys,
+    recipe_paths,
+    recipes_root,
+)
+from moe_bench.spec.load import Loader, UnknownNameError
 
 if TYPE_CHECKING:
     from moe_bench.spec.scale import Plan
@@ -51,13 +58,14 @@ def list_recipes(
 
     # the shipped recipes are legal by test, and asking again would take as long as everything else
     loader = Loader(root=recipes_root(), rules=())
-    if model is not None:
-        find_recipe(model, loader)
+    models = recipe_model_keys(loader.root)
+    if model is not None and model not in models:
+        raise UnknownNameError("model with recipes", model, models)
     if defaults:
         from moe_bench.report.defaults import defaults_markdown
 
-        models = sorted(path.parent.name for path in loader.root.glob("*/model.yaml"))
-        runs = [loader.recipe(find_recipe(key, loader)) for key in models]
+        require_one_output(defaults=defaults, json=as_json)
+        runs = [loader.recipe(find_recipe(key, loader)) for key in models if model in (None, key)]
         typer.echo(defaults_markdown(runs, data_root() / "results" / "published"))
         return
     paths = [path for path in recipe_paths(loader.root) if model in (None, path.parent.name)]
@@ -102,6 +110,7 @@ def show(
     from moe_bench.harness.mcore_config import megatron_arguments
     from moe_bench.report.show import arguments_view, plan_view, size_json, size_view
 
+    require_one_output(params=params, megatron=megatron, comms=comms, flops=flops, memory=memory)
     one_rank = OneRank(kernels=kernels, routing=routing, stage=stage)
     plan = plan_of(
         recipe, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong, one_rank=one_rank, rounds=True
@@ -169,6 +178,7 @@ def check(
     if rules:
         from moe_bench.report.rules import rules_markdown
 
+        require_one_output(rules=rules, all=is_all or recipes, json=as_json)
         typer.echo(rules_markdown())
         return
     loader = make_loader()
@@ -179,7 +189,8 @@ def check(
     if as_json:
         typer.echo(json.dumps(checked.as_json(), indent=1))
     else:
-        typer.echo("\n".join([*map(str, checked.mistakes), checked.summary]))
+        # what a --set breaks in every recipe is said once
+        typer.echo("\n".join([*dict.fromkeys(map(str, checked.mistakes)), checked.summary]))
     raise typer.Exit(BadInputError.exit_code if checked.num_refused else 0)
 
 

@@ -12,9 +12,16 @@ import typer
 from moe_bench import __version__
 from moe_bench.cli.app import READ, app
 from moe_bench.cli.files import any_file_to_write, picture_to_write
-from moe_bench.cli.options import JsonOption, TableFormat, make_loader, print_view, results_root
+from moe_bench.cli.options import (
+    JsonOption,
+    TableFormat,
+    make_loader,
+    print_view,
+    require_one_output,
+    results_root,
+)
 from moe_bench.errors import BadInputError
-from moe_bench.spec.catalogue import data_root
+from moe_bench.spec.catalogue import data_root, recipe_model_keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,12 +81,12 @@ def report(
     """Results as a table, as scaling curves or as a page: step time, tokens/s/GPU, TFLOPs/GPU, memory."""
     if not scaling and (model is not None or plot is not None or projected):
         raise BadInputError("--model, --plot and --projected go with --scaling; add it, or drop them")
+    require_one_output(layers=layers, html=html, scaling=scaling)
+    form = None if table_format is TableFormat.TERMINAL else table_format
+    require_one_output(json=as_json, format=form, html=html)
+    require_one_output(layers=layers, format=form)
     if html is None and recipes is not None:
         raise BadInputError("--recipe goes with --html; add it, or drop --recipe")
-    if layers and (scaling or html is not None):
-        raise BadInputError("--layers is a table of its own; drop --scaling and --html")
-    if html is not None and scaling:
-        raise BadInputError("--html draws scaling, too; drop --scaling")
     places = tuple(results or (results_root(),))
     if html is None:
         _require_records(places)
@@ -212,7 +219,7 @@ def _print_scaling(
     from moe_bench.results.published import load_rows
 
     loader = make_loader()
-    models = {path.parent.name: loader.model(path.parent.name) for path in loader.root.glob("*/model.yaml")}
+    models = {key: loader.model(key) for key in recipe_model_keys(loader.root)}
     runs = _runs(places)
     found = scaling_of(
         runs,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from moe_bench.cli.app import READ, app
-from moe_bench.cli.options import JsonOption, print_view, results_root
+from moe_bench.cli.options import JsonOption, print_view, require_one_output, results_root
 from moe_bench.cli.trackers import MlflowOption, TensorboardOption, Trackers, WandbOption
 from moe_bench.errors import BadInputError
 
@@ -63,6 +63,7 @@ def results(
     from moe_bench.report.results_view import entries_csv, entries_view, entry_line
     from moe_bench.results.query import Query
 
+    require_one_output(csv=as_csv, json=as_json)
     query = Query(
         model=model,
         recipe=recipe,

@@ -13,6 +13,7 @@ from moe_bench.errors import Mistake, RecipeError
 from moe_bench.results.flat_text import LOOSE_TEXTS, Columns, columns_of_note, columns_of_other
 from moe_bench.results.flops_convention import FlopsConvention
 from moe_bench.results.published import Metrics, PublishedPrecision, PublishedRow, Source, published_rows
+from moe_bench.spec.load import shown
 from moe_bench.spec.yaml_tree import Node, read_yaml_list_or_mapping
 
 _SAME = (
@@ -52,7 +53,7 @@ def read_registry(path: Path) -> tuple[PublishedRow, ...]:
 
     Raises RecipeError with file, line and key of every mistake.
     """
-    root = read_yaml_list_or_mapping(path, shown_as=path.name)
+    root = read_yaml_list_or_mapping(path, shown_as=shown(path))
     if isinstance(root.value, list):
         mistakes = [mistake for item in root.value for mistake in _mistakes(item)]
         if mistakes:

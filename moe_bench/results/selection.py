@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_bench.results.published import TRAINING_KINDS, PublishedRow, model_key
+from moe_bench.results.published import TRAINING_KINDS, PublishedRow, Trust, model_key
 from moe_bench.results.row_recipe import PRECISIONS
 from moe_bench.spec.load import UnknownNameError
 
@@ -21,7 +21,7 @@ class Selection:
     precision: str | None = None
     """As printed or as recipes name it; `fp8` asks for every FP8 that is so called."""
     num_gpus: int | None = None
-    trust: str | None = None
+    trust: Trust | None = None
     """The worst grade that is wanted: `B` gives A and B."""
     kind: str | None = None
     """`all` gives every kind."""
@@ -50,7 +50,7 @@ def selected(rows: Iterable[PublishedRow], asked: Selection) -> tuple[PublishedR
     if asked.num_gpus is not None:
         every = tuple(row for row in every if row.num_gpus == asked.num_gpus)
     if asked.trust is not None:
-        every = tuple(row for row in every if row.trust <= asked.trust.upper())
+        every = tuple(row for row in every if row.trust <= asked.trust)
     return every
 
 

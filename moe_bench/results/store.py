@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moe_bench.results.record import SCHEMA_VERSION, Record
@@ -101,7 +102,8 @@ def record_files(place: str) -> Iterator[os.DirEntry[str]]:
                 continue
             if entry.is_dir():
                 if entry.name not in NOT_RUNS:
-                    yield from record_files(entry.path)
+                    with suppress(FileNotFoundError):  # removed since the folder above was read
+                        yield from record_files(entry.path)
             elif entry.name.endswith(".json"):
                 yield entry
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bench.spec.catalogue import find_recipe, recipe_paths
+from moe_bench.spec.catalogue import find_recipe, recipe_model_keys, recipe_paths
 from moe_bench.spec.load import Loader
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.scale import Plan
@@ -31,6 +31,6 @@ def page_recipes(loader: Loader, names: Sequence[str], plans: Sequence[Plan]) ->
         recipe = loader.recipe(find_recipe(name, loader))
         found[recipe.name] = recipe
     if not found:
-        models = sorted(path.parent.name for path in loader.root.glob("*/model.yaml"))
+        models = recipe_model_keys(loader.root)
         return tuple(loader.recipe(find_recipe(model, loader)) for model in models)
     return tuple(found.values())
