@@ -63,6 +63,7 @@ class CheckpointWriter:
             self._remove_unfinished()  # of a run that was killed here
             unfinished.mkdir(parents=True)
         distributed.barrier()
+        _gather_weights(training)
         request = dist_checkpointing.save(
             _state(training, progress, is_loading=False),
             str(unfinished),
@@ -124,6 +125,20 @@ class CheckpointWriter:
             for old in saved_steps(self._folder)[: -self._num_kept]:
                 shutil.rmtree(checkpoint_path(self._folder, old))
         distributed.barrier()
+
+
+def _gather_weights(training: Training) -> None:
+    """Let every rank have all weights of the step. A collective call of all ranks.
+
+    Where gathering overlaps with computing, an optimizer's step leaves a rank with those that it updated
+    itself, and the next forward pass gathers the others (Megatron-LM does the same before it saves:
+    megatron/training/training.py, force_param_sync).
+    """
+    overlapping = [chunk for chunk in training.chunks if chunk.ddp_config.overlap_param_gather]
+    if overlapping:
+        training.optimizer.prepare_model_params_for_param_sync()
+    for chunk in overlapping:
+        chunk.start_param_sync(force_sync=True)
 
 
 def load_checkpoint(training: Training, path: Path, *, with_optimizer: bool = True) -> Progress:
