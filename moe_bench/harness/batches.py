@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 
 Device = Literal["cuda", "cpu"]
 MicroBatch = dict[str, torch.Tensor]
-"""`tokens`, `labels`, `position_ids`: int64 [micro batch, sequence]; `loss_mask`: float32, same shape."""
+"""`tokens`, `labels`, `position_ids`: int64 [micro batch, sequence]; `loss_mask`: float32, same shape.
+
+`first_sample`: number of the first sequence, counted over all ranks and steps: int64 [], on the host."""
 Draw = Callable[[int], torch.Tensor]
 """Sample i of a global batch: tokens of one sequence and the one after its end, int64 [seq_len + 1].
 
@@ -45,10 +47,11 @@ def step_batches(plan: BatchPlan, step: int, *, draw: Draw | None = None) -> lis
     micro batches of one sequence a step sees the same micro batches in all layouts.
     """
     given = draw or partial(_sample, plan, step)
-    return [_micro_batch(plan, index, given) for index in range(plan.num_micro_batches)]
+    num_before = step * plan.data_size * plan.num_micro_batches * plan.micro_batch_size
+    return [_micro_batch(plan, index, num_before, given) for index in range(plan.num_micro_batches)]
 
 
-def _micro_batch(plan: BatchPlan, index: int, draw: Draw) -> MicroBatch:
+def _micro_batch(plan: BatchPlan, index: int, num_before: int, draw: Draw) -> MicroBatch:
     first = (index * plan.data_size + plan.data_rank) * plan.micro_batch_size
     drawn = [draw(first + offset) for offset in range(plan.micro_batch_size)]
     samples = torch.stack([pad(sample, (0, plan.seq_len + 1 - len(sample))) for sample in drawn])
@@ -63,7 +66,7 @@ def _micro_batch(plan: BatchPlan, index: int, draw: Draw) -> MicroBatch:
     batch = {key: value.to(plan.device) for key, value in batch.items()}
     if plan.context_group.size() > 1:
         batch = get_batch_on_this_cp_rank(batch, False, plan.context_group)
-    return batch
+    return batch | {"first_sample": torch.tensor(num_before + first)}
 
 
 def _sample(plan: BatchPlan, step: int, sample: int) -> torch.Tensor:

@@ -46,6 +46,8 @@ _DTYPE_FIELDS = frozenset(
     }
 )
 """Fields that Megatron-Core wants as torch types; `moe_router_dtype` and its like stay text."""
+_SEEDS_OF_A_STEP = 1_000_003
+"""More than lie between those of two ranks."""
 _ACTIVATIONS: Mapping[str, Callable[..., Any]] = {
     "silu": torch.nn.functional.silu,
     "quick_gelu": quick_gelu,
@@ -81,9 +83,9 @@ def transformer_config(arguments: MegatronArguments) -> TransformerConfig:
     return config
 
 
-def set_seeds(seed: int) -> None:
-    """Seed every generator as Megatron-LM's training script does (_set_random_seed)."""
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+def set_seeds(seed: int, *, step: int = 0) -> None:
+    """Seed every generator as Megatron-LM's training script does (_set_random_seed), anew for each `step`."""
+    seed += _SEEDS_OF_A_STEP * step + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import (
     get_tokens_per_expert_and_token_count,
@@ -19,14 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moe_bench.errors import MissingRequirementError
+from moe_bench.harness.draws import token_draws
 from moe_bench.harness.routing import RecordedRouter, RoundRobinRouter, RouterBuilder
 from moe_bench.harness.settings import Settings
 from moe_bench.spec.recipe import TokenDrop
-
-CHANCE_STATE = "second-expert"
-"""Name of the random state that second experts are drawn from, in Megatron-Core's tracker."""
-CHANCE_SEED_OFFSET = 1_000_003
-"""Beyond the seeds of the tracker's own states, which lie within some thousands of the recipe's."""
 
 
 class ExpertChoiceRouter(TopKRouter):  # type: ignore[misc]
@@ -82,32 +77,30 @@ class GShardRouter(TopKRouter):  # type: ignore[misc]
     leaves out takes no place, as in the authors' code (tensorflow/lingvo, core/gshard_layers.py,
     Top2GatingOnLogits); in the paper's listing it does.
 
-    Draws come from a state of Megatron-Core's tracker, which recomputation restores, so that a token makes
-    the same choice both times. Its seed differs between ranks that route different tokens and is the same on
-    those that route the same ones; expert parallelism changes no draw.
+    A token's draw depends on the seed, the token and the layer alone (`draws`): recomputed, in a run that was
+    resumed and in another layout its choice is the same.
     """
 
     def __init__(
         self, *args: Any, config: TransformerConfig, drop: TokenDrop, seed: int, **kwargs: Any
     ) -> None:
         super().__init__(*args, config=_unlimited(config), **kwargs)
-        self._drop = drop
-        tracker = get_cuda_rng_tracker()
-        if CHANCE_STATE not in tracker.get_states():
-            tracker.add(CHANCE_STATE, seed + CHANCE_SEED_OFFSET + self._rank_among_tokens())
+        self._drop, self._seed = drop, seed
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Probabilities and map [tokens, experts] of logits [sequence, batch, experts]."""
         if padding_mask is not None:
             raise MissingRequirementError("gshard does not know padded tokens; use batches without")
+        seq_len, num_sequences, _ = logits.shape
         probs, chosen = super().routing(logits)
         first = torch.zeros_like(chosen).scatter(1, probs.argmax(dim=1, keepdim=True), True)
         second = chosen & ~first
         if self.training:
             weights = (probs * second).sum(dim=1)
-            with get_cuda_rng_tracker().fork(CHANCE_STATE):
-                draws = torch.rand_like(weights)
-            second = second & (2 * weights > draws).unsqueeze(1)
+            draws = token_draws(
+                self, self._seed, seq_len=seq_len, num_sequences=num_sequences, device=weights.device
+            )
+            second = second & (2 * weights > draws.flatten()).unsqueeze(1)
         chosen = first | second
         capacity = _capacity(self, self._drop, num_tokens=len(probs))
         return within_capacity(
@@ -142,11 +135,6 @@ class GShardRouter(TopKRouter):  # type: ignore[misc]
             probs, coefficient, loss, "load_balancing_loss", group, valid_token_count=num_tokens
         )
         return attached
-
-    def _rank_among_tokens(self) -> int:
-        """The same number on ranks that route the same tokens: tensor ranks without sequence parallelism."""
-        rank: int = self.tp_dp_cp_group.rank()
-        return rank if self.config.sequence_parallel else rank // self.tp_group.size()
 
 
 class UnbiasedRouter(TopKRouter):  # type: ignore[misc]

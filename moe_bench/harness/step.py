@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.build import Training
+from moe_bench.harness.draws import begin_micro_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ def _forward_step(
     `return_schedule_plan` is set where dispatch and combine run under another micro batch's computation.
     """
     batch = next(micro_batches)
+    begin_micro_batch(batch["first_sample"])
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(
         batch["tokens"],

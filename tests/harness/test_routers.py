@@ -6,7 +6,6 @@ down from each paper, token by token; experts and balancing losses are written o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_bench.harness.draws import begin_micro_batch, whole_draws
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.patches import patch_names, patches
 from moe_bench.harness.routers import (
-    CHANCE_STATE,
     CapacityRouter,
     ExpertChoiceRouter,
     GShardRouter,
@@ -38,12 +37,14 @@ Weigh = Callable[[Tensor], Tensor]
 """Of logits [tokens, experts], in float64, what each expert's output counts."""
 EXPERTS = 8
 SEQ_LEN, SEQUENCES = 24, 2
+SAMPLE, SEED = 40, 7
 TOKENS = SEQ_LEN * SEQUENCES
 
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[Groups]:
     with groups_of_one() as groups, patches(patch_names("host")):
+        begin_micro_batch(torch.tensor(SAMPLE))
         yield groups
 
 
@@ -117,12 +118,10 @@ def grouped(
 def gshard(logits: Tensor, *, capacity: int) -> Tensor:
     """arXiv:2006.16668, algorithm 1: all first experts, then second ones where 2 g2 exceeds a draw of [0, 1).
 
-    The draws are those of the layer: the test has put the random state back.
+    The draws are those of the layer.
     """
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    with get_cuda_rng_tracker().fork(CHANCE_STATE):
-        draws = torch.rand(len(logits)).tolist()
+    key = f"{SEED}:{SAMPLE}:decoder.0"
+    draws = whole_draws(key, (SEQUENCES, SEQ_LEN), device=torch.device("cpu")).T.flatten().tolist()
     p, best, taken = logits.softmax(-1), top(logits, 2), [0] * EXPERTS
     kept = torch.zeros_like(p)
     for token, (first, _) in enumerate(best):
@@ -294,7 +293,7 @@ def layer_of(case: str) -> Any:
         kind = ExpertChoiceRouter if "expert choice" in case else CapacityRouter
         submodules["router"] = functools.partial(kind, drop=drop)
         if "GShard" in case:
-            submodules["router"] = functools.partial(GShardRouter, drop=drop, seed=7)
+            submodules["router"] = functools.partial(GShardRouter, drop=drop, seed=SEED)
         fields = fields | {
             "moe_expert_capacity_factor": drop.capacity_factor,
             "moe_pad_expert_input_to_capacity": drop.pad_to_capacity,
@@ -302,22 +301,13 @@ def layer_of(case: str) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     layer = moe_layer(MoELayer, small_config(moe_router_topk=top_k, **fields), **submodules)
+    layer.set_layer_number(1)
     tell_dispatchers(layer.modules())
     # logits so far apart that float32 and float64 choose alike, and loads so uneven that capacities bite
     layer.router.weight.data *= 20
     if layer.router.expert_bias is not None:
         layer.router.expert_bias.copy_(BIAS)
     return layer
-
-
-@contextlib.contextmanager
-def same_chance() -> Iterator[None]:
-    """Put the random states back as they were, so that the textbook draws what the layer drew."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    states = get_cuda_rng_tracker().get_states()
-    yield
-    get_cuda_rng_tracker().set_states(states)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -327,9 +317,8 @@ def test_a_layer_computes_what_the_textbook_does(case: str, groups: Groups) -> N
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(SEQ_LEN, SEQUENCES, 64, generator=generator).requires_grad_()
     grad = torch.randn(SEQ_LEN, SEQUENCES, 64, generator=generator)
-    with same_chance():
-        output, _ = layer(x)
-        output.backward(grad)
+    output, _ = layer(x)
+    output.backward(grad)
     plain = x.detach().double().view(-1, 64).requires_grad_()
     expected, loss = textbook(layer, plain, weigh, losses, top_k)
     ((expected * grad.double().view(-1, 64)).sum() + loss).backward()
@@ -450,12 +439,29 @@ def pyramid() -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"moe": moe})})
 
 
-def test_second_experts_are_the_same_recomputed_and_over_expert_ranks(zygote: Zygote) -> None:
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"num_gpus": 2, "expert": 2},
+        {"num_gpus": 2, "pipeline": 2},
+        pytest.param(
+            {
+                **{"num_gpus": 4, "tensor": 2, "sequence_parallel": True},
+                **{"context": 2, "context_comm": "allgather"},
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["experts", "stages", "parts of sequences"],
+)
+def test_second_experts_are_the_same_recomputed_and_in_every_layout(
+    parallel: dict[str, Any], zygote: Zygote
+) -> None:
     toy = routed("gshard", ROOMY, aux_loss="aux_loss", aux_loss_coefficient=0.1)
     full = Recompute(granularity="full", method="uniform", num_layers=1)
-    data = laid_out(toy, parallel={"num_gpus": 2})
-    expert = laid_out(toy, parallel={"num_gpus": 2, "expert": 2}, recompute=full)
-    plain, split = (zygote.train(megatron_arguments(recipe)).samples for recipe in (data, expert))
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if "tensor" in parallel else {}
+    recipes = toy, laid_out(toy, parallel=parallel, recompute=full, env=env)
+    plain, split = (zygote.train(megatron_arguments(recipe)).samples for recipe in recipes)
     assert split.losses == pytest.approx(plain.losses, rel=1e-5)
     assert split.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
     assert split.tokens_per_expert == plain.tokens_per_expert

@@ -291,6 +291,7 @@ def micro_batches_without_data(recipe: Recipe) -> list[MicroBatch]:
         {
             **{name: torch.zeros(shape, dtype=torch.int64, device=META) for name in _INTEGERS},
             "loss_mask": torch.zeros(shape, device=META),
+            "first_sample": torch.zeros((), dtype=torch.int64),
         }
         for _ in range(recipe.num_micro_batches)
     ]

@@ -13,7 +13,7 @@ import torch
 from moe_bench.harness import sanity
 from moe_bench.harness.adapters import adapters_of
 from moe_bench.harness.batches import BatchPlan
-from moe_bench.harness.build import Training
+from moe_bench.harness.build import Training, set_seeds
 from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.data.tokenizer import tokenizer_of
 from moe_bench.harness.mcore_config import megatron_arguments
@@ -133,6 +133,8 @@ class _Run:
         experts = HealthCounter(job, self.built, device=self.plan.device, num_steps=progress.num_steps)
         for step in range(progress.num_steps, job.num_steps):
             rates.step(1)
+            # what draws numbers, as moe_input_jitter_eps does, draws the same ones in a run that was resumed
+            set_seeds(job.plan.recipe.seed, step=step)
             outcome = train_step(self.built, self.text.train_batches(self.plan, step))
             loss = None if outcome.loss is None else float(outcome.loss)
             sanity.require_finite(

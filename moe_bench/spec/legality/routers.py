@@ -68,7 +68,7 @@ def gshard_capacity(recipe: Recipe) -> Iterator[Found]:
         yield "token_drop", "null with gshard", "write {capacity_factor: 1.0, policy: position}"
 
 
-@rule("second experts are drawn from a random state that a captured graph does not move on", _OURS)
+@rule("a captured graph would draw the second experts of one micro batch for all", _OURS)
 def gshard_and_graphs(recipe: Recipe) -> Iterator[Found]:
     if _choice(recipe) == "gshard":
         yield from _captured_router(recipe, "gshard")

@@ -119,6 +119,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_very_same_losses(
     assert saved_steps(tmp_path / CHECKPOINTS) == (6,)
 
 
+def with_noise(job: TrainingJob) -> TrainingJob:
+    """Switch's noise on what routers see, from Megatron-Core's own random state; no toy keeps it."""
+    recipe = job.plan.recipe.model_copy(update={"mcore": {"moe_input_jitter_eps": 0.1}})
+    return job.model_copy(update={"plan": job.plan.model_copy(update={"recipe": recipe})})
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        (),
+        pytest.param(
+            ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["kept", "recomputed"],
+)
+def test_a_run_with_chance_in_it_goes_on_to_the_very_same_losses(
+    recompute: tuple[str, ...], prefix: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    asked = with_noise(job(prefix, "olmoe_1b_7b_gshard", *recompute, num_steps=4, save_every=2))
+    lines = train(zygote, asked, tmp_path / "whole")
+    start = Start(checkpoint=checkpoint_path(tmp_path / "whole" / CHECKPOINTS, 2))
+    assert train(zygote, asked, tmp_path / "again", start) == lines[2:]
+
+
 def test_it_goes_on_under_another_layout(
     first_run: tuple[Path, list[LogLine]], prefix: Path, tmp_path: Path, zygote: Zygote
 ) -> None:
