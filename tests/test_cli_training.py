@@ -91,6 +91,8 @@ def test_a_router_that_sees_later_tokens_is_refused_before_anything_is_loaded(
         (["--plain", "--scale", "smoke", "--all", "olmoe_1b_7b"], "name some, or --all"),
         (["--plain", "olmoe_1b_7b", "--vary", "seed=7"], "drop --vary, or drop --plain"),
         (["olmoe_1b_7b", "mixtral_8x7b", "--scale", "smoke"], "another model than olmoe_1b_7b"),
+        (["olmoe_1b_7b", "--vary", "dispatcher=none"], "dispatch.dispatcher: "),
+        (["olmoe_1b_7b", "--vary", "dispatchr=alltoall"], "did you mean 'dispatcher'"),
         (["--plain", "olmoe_1b_7b_sinkhorn", "--scale", "smoke"], "a sinkhorn router sees later tokens"),
         (["--plain", CAPACITY, "--scale", "smoke"], "(probs) sees later tokens"),
     ],

@@ -185,7 +185,9 @@ def _two(
     """One comparison: of a recipe with what `vary` makes of it, or of two recipes of one model."""
     if len(recipes) not in (1, 2) or (len(recipes) == 1 and not vary):
         raise BadInputError("parity: what is compared? name two recipes, or one with --vary or --plain")
-    base, variant = session.plan(recipes[0]), session.plan(recipes[-1], vary)
+    from moe_bench.spec.fields import full_change
+
+    base, variant = session.plan(recipes[0]), session.plan(recipes[-1], [*map(full_change, vary)])
     from moe_bench.report.parity_plot import write_parity_plot
     from moe_bench.report.parity_view import parity_json, parity_view, verdict_text
     from moe_bench.spec.derive_parity import require_same_model

@@ -34,6 +34,12 @@ def field_path(name: str) -> str:
     return ending[0]
 
 
+def full_change(change: str) -> str:
+    """`FIELD=VALUE` with the dotted name of its field; raises as `field_path`."""
+    name, equals, value = change.partition("=")
+    return f"{field_path(name)}{equals}{value}"
+
+
 def _fields(owner: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in owner.model_fields.items():
         yield prefix + name
