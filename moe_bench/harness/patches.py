@@ -34,8 +34,8 @@ class Patch:
     """File and line, or issue, of megatron-core 0.19.2."""
     serves: Serves
     """`host`: needed where there is no GPU, never applied where there is one. `no_transformer_engine`: mends
-    a path that works only with Transformer Engine; changes no number. `numbers`: corrects arithmetic.
-    The last two are applied on GPUs only if the recipe names them."""
+    a path that works only with Transformer Engine; changes no number, and is applied to the kernels of other
+    families. `numbers`: corrects arithmetic, where a recipe names it."""
     module: str
     attribute: str
     """Name inside the module; `Class.method` for a method."""

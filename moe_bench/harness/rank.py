@@ -121,16 +121,17 @@ def machine(settings: Settings, rendezvous: Rendezvous) -> Iterator[tuple[Device
 
 
 def wanted_patches(settings: Settings) -> tuple[str, ...]:
-    """Patches to apply: on a GPU those that the recipe asks for, elsewhere those that the host needs as well.
+    """Patches to apply: those that the recipe asks for, that its kernels need, and on a host that one needs.
 
     Raises BadInputError if a recipe for a GPU asks for a patch that serves machines without one.
     """
+    mends = () if settings.kernel_family == "transformer_engine" else patch_names("no_transformer_engine")
     if settings.device is None:
-        return (*patch_names("host"), *patch_names("no_transformer_engine"), *settings.patches)
+        return (*patch_names("host"), *mends, *settings.patches)
     for_hosts = set(settings.patches) & set(patch_names("host"))
     if for_hosts:
         raise BadInputError(f"patches: {', '.join(sorted(for_hosts))}: for machines without a GPU only")
-    return settings.patches
+    return (*mends, *settings.patches)
 
 
 def _take_gpu(rendezvous: Rendezvous, name: str) -> None:

@@ -14,6 +14,7 @@ from moe_bench.harness.patches import PATCHES, AppliedPatch, Patch, patch_names,
 from moe_bench.harness.rank import wanted_patches
 from moe_bench.harness.settings import Settings
 from moe_bench.spec.catalogue import data_root
+from moe_bench.spec.recipe import KernelFamily
 
 
 def original_of(patch: Patch) -> object:
@@ -65,9 +66,11 @@ def test_an_unknown_patch_is_refused_with_the_known_ones() -> None:
         pass
 
 
-def settings(*, device: str | None, wanted: tuple[str, ...]) -> Settings:
+def settings(
+    *, device: str | None, wanted: tuple[str, ...], family: KernelFamily = "torch_native"
+) -> Settings:
     return Settings(
-        kernel_family="torch_native",
+        kernel_family=family,
         experts_are_fp8=False,
         triton_fusions=(),
         quantization_format=None,
@@ -94,15 +97,20 @@ def settings(*, device: str | None, wanted: tuple[str, ...]) -> Settings:
     )
 
 
-def test_on_a_gpu_only_what_the_recipe_asks_for_is_applied() -> None:
-    assert wanted_patches(settings(device="NVIDIA H100 80GB HBM3", wanted=())) == ()
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+def test_on_a_gpu_kernels_without_transformer_engine_get_the_patches_that_mend_its_absence() -> None:
+    mends = patch_names("no_transformer_engine")
     asked = ("mtp_token_count_under_cp",)
-    assert wanted_patches(settings(device="NVIDIA H100 80GB HBM3", wanted=asked)) == asked
+    assert wanted_patches(settings(device=GPU, wanted=())) == mends
+    assert wanted_patches(settings(device=GPU, wanted=asked)) == (*mends, *asked)
+    assert wanted_patches(settings(device=GPU, wanted=asked, family="transformer_engine")) == asked
 
 
 def test_a_patch_for_hosts_is_refused_on_a_gpu() -> None:
     with pytest.raises(BadInputError, match="host_rng_read: for machines without a GPU only"):
-        wanted_patches(settings(device="NVIDIA H100 80GB HBM3", wanted=("host_rng_read",)))
+        wanted_patches(settings(device=GPU, wanted=("host_rng_read",)))
 
 
 def test_without_a_gpu_no_patch_that_changes_numbers_comes_by_itself() -> None:
