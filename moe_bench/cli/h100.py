@@ -31,6 +31,7 @@ from moe_bench.cli.options import (
     make_loader,
     plan_of,
     print_view,
+    require_one_output,
     results_root,
 )
 from moe_bench.errors import BadInputError, MeasurementError
@@ -79,6 +80,9 @@ def h100(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what one GPU tells of the whole cluster: kernels, layers, slices, peers, in order of value."""
+    require_one_output(reach=reach, plan=plan)
+    if (resume or retry) and (reach or plan):
+        raise BadInputError("--resume and --retry go on measuring; drop them, or --plan and --reach")
     loader = make_loader()
     if reach:
         _print_reach(out or results_root(), loader, as_json=as_json)

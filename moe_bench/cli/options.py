@@ -162,6 +162,9 @@ def derived_plan(
     from moe_bench.spec.check import require_legal
     from moe_bench.spec.scale import full_plan, node_plan, smoke_plan
 
+    is_slice = scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE)
+    if one_rank not in (None, OneRank()) and not is_slice:
+        raise BadInputError("--kernels, --routing and --stage are of a slice; add --scale slice or drop them")
     has_family = scale in (ScaleOption.FULL, ScaleOption.SMOKE)
     if strong and (num_gpus is None or not has_family):
         raise BadInputError("--strong says how --num-gpus scales a recipe or its toy; drop it")
@@ -177,13 +180,11 @@ def derived_plan(
     if scale is ScaleOption.SMOKE:
         toy = smoke_plan(recipe, host=loader.system("cpu_host"), modified=modified)
         return require_legal(toy, path, loader)
-    if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
+    if is_slice:
         if num_gpus is not None:
             raise BadInputError(f"--num-gpus: a {scale.value} is one rank of the recipe; drop it")
         plan = _slice(recipe, loader, scale=scale, modified=modified, one_rank=one_rank or OneRank())
         return require_legal(plan, path, loader)
-    if one_rank is not None and one_rank != OneRank():
-        raise BadInputError("--kernels, --routing and --stage are of a slice; add --scale slice or drop them")
     if scale is ScaleOption.NODE:
         from moe_bench.analysis.memory import fits
 
