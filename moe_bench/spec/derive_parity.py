@@ -53,7 +53,7 @@ def require_causal(recipe: Recipe) -> None:
     if moe is None or recipe.routing_is_causal:
         return
     if not moe.router.is_causal:
-        who, remedy = f"a {moe.router.choice} router", "compare a top_k router"
+        who, remedy = f"the {moe.router.choice} router", "compare a top_k router"
     else:
         who = "token_drop.policy: a capacity that keeps the largest probabilities (probs)"
         remedy = "compare with position, or with token_drop null"
