@@ -16,7 +16,7 @@ HEADINGS = (
     "GPUs",
     "layout",
     "GiB per GPU (closed form)",
-    "row that it copies",
+    "reproduces",
     "published tokens/s/GPU",
 )
 
@@ -38,6 +38,6 @@ def _cells(recipe: Recipe, published: Path) -> tuple[str, ...]:
         str(recipe.parallel.num_gpus),
         layout_label(recipe),
         f"{needed_bytes(fit.worst) / GIB:.0f} of {fit.usable_bytes / GIB:.0f}",
-        recipe.reproduces or "none published",
+        recipe.reproduces or "-",
         "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}",
     )
