@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 
 from moe_bench.results.campaign import CampaignJournal, Step, StepOutcome
@@ -19,6 +20,8 @@ from moe_bench.results.workers import end_with_parent
 TIMED_OUT = 124
 """Exit code of a command that its time limit ended, as timeout(1) has it."""
 _KILL_WAIT_S = 10.0
+_TORCHRUN_FAILED = "torch/distributed/elastic/multiprocessing/api.py"
+"""In the first line of torchrun's report of a rank that failed, which stands behind what the rank said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +138,9 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def _reason(exit_code: int, log: Path, limit_s: float) -> str:
     if exit_code == TIMED_OUT:
         return f"ended after its limit of {limit_s:.0f} s; see {log.name}"
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), f"exit code {exit_code} without a word")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.strip() for line in takewhile(lambda line: _TORCHRUN_FAILED not in line, lines)]
+    return next((line for line in reversed(said) if line), f"exit code {exit_code} without a word")
 
 
 def _files(root: Path) -> frozenset[str]:

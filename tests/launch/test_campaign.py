@@ -14,6 +14,7 @@ import pytest
 
 from moe_bench.errors import BadInputError
 from moe_bench.launch.campaign import TIMED_OUT, Due, command_of, run_campaign, run_logged
+from moe_bench.launch.local import torchrun
 from moe_bench.results.campaign import (
     CampaignHeader,
     CampaignJournal,
@@ -87,6 +88,24 @@ def test_every_step_is_noted_with_its_files_or_the_reason_why_it_has_none(tmp_pa
         (None, "not installed: quack (pip install quack)", ()),
     ]
     assert unfinished_journals(campaign_folder(tmp_path, "cpu")) == ()
+
+
+def test_the_reason_of_a_rank_is_its_own_word_and_not_torchruns_report(tmp_path: Path) -> None:
+    start = torchrun(num_nodes=1, ranks_per_node=1, meet_at=("--standalone",))
+    rank = (sys.executable, *start, "-m", "moe_bench", "run", "no_such_model")
+    journal = CampaignJournal.start(tmp_path, HEADER)
+    run_campaign(
+        [due("a")],
+        journal,
+        tmp_path,
+        run=lambda _, log, limit_s: run_logged(rank, log, limit_s),
+        budget_s=None,
+        on_start=lambda _: None,
+        on_end=lambda _: None,
+    )
+    (outcome,) = journal.outcomes
+    assert outcome.exit_code == 1
+    assert "no_such_model" in str(outcome.reason)
 
 
 def test_a_campaign_goes_on_behind_the_last_step_that_was_noted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ Kind = Literal["tests", "ceilings", "slice", "layer", "calibrate", "profile"]
 class TestsWish:
     """The tests that need a GPU: the numerics of every kernel before any of them is timed."""
 
-    folder: str = "tests"
+    folder: str = "tests/harness"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
