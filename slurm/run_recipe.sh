@@ -133,6 +133,8 @@ main() {
     [[ $1 != --environment-only ]] || exit 0
     # the code beside this script runs, whatever else is installed
     [[ -z $repository ]] || export PYTHONPATH=$repository
+    # what Megatron-Core compiles at run time looks for `ninja`, which pip puts beside the interpreter
+    export PATH=$PATH:${MOE_BENCH_PYTHON%/*}
     export PYTHONUNBUFFERED=1
     if in_batch_job; then
         local wait=()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from importlib import metadata
 
 from moe_bench.errors import MissingRequirementError
@@ -11,6 +12,9 @@ from moe_bench.harness.mcore_fields import SUPPORTED_MEGATRON_CORE
 
 _FLEX_PACKAGES = {"deepep": "deep_ep", "hybridep": "deep_ep", "ncclep": "transformer_engine"}
 """Package that each backend of the flex dispatcher imports (transformer/moe/fused_a2a.py:11, :271, :610)."""
+_SHARE_STORAGE = ("layernorm", "mla_up_proj")
+"""Recomputed modules whose released output takes over the memory of the recomputed one, which needs a C++
+extension (tensor_parallel/random.py:69); `moe_act` too, with Transformer Engine's experts alone."""
 
 
 def require_runnable(arguments: MegatronArguments) -> None:
@@ -53,6 +57,7 @@ def require_runnable(arguments: MegatronArguments) -> None:
             "overlap.tensor_parallel: no code sets up Transformer Engine's user buffers yet"
         )
     _require_dispatcher(arguments)
+    _require_compiler(arguments)
 
 
 def _require_versions() -> None:
@@ -72,4 +77,17 @@ def _require_dispatcher(arguments: MegatronArguments) -> None:
     if importlib.util.find_spec(package) is None:
         raise MissingRequirementError(
             f"dispatch.dispatcher: {backend} needs the package {package}, not installed"
+        )
+
+
+def _require_compiler(arguments: MegatronArguments) -> None:
+    """What Megatron-Core compiles in the first backward pass on a GPU would end the run there."""
+    recomputed = arguments.transformer["recompute_modules"]
+    is_engine = arguments.training["kernel_family"] == "transformer_engine"
+    sharing = (*_SHARE_STORAGE, "moe_act") if is_engine else _SHARE_STORAGE
+    shared = [name for name in sharing if isinstance(recomputed, tuple) and name in recomputed]
+    if shared and arguments.training["device"] is not None and shutil.which("ninja") is None:
+        raise MissingRequirementError(
+            f"recompute.modules: {', '.join(shared)}: Megatron-Core compiles C++ for it and finds no `ninja` "
+            "on PATH; `pip install ninja`, and add the folder of this Python's scripts to PATH"
         )

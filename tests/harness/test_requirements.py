@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 from importlib import metadata
 from typing import Any
 
@@ -54,6 +55,29 @@ def test_what_is_missing_is_named_by_its_recipe_field(
     installed(monkeypatch)
     with pytest.raises(MissingRequirementError, match=words):
         require_runnable(arguments(**sections))
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "named"),
+    [
+        ("torch_native", ("layernorm", "moe_act"), "layernorm: Megatron"),
+        ("transformer_engine", ("moe_act", "mlp"), "moe_act: Megatron"),
+        ("torch_native", ("moe_act", "core_attn"), None),
+    ],
+)
+def test_what_megatron_core_compiles_on_a_gpu_needs_ninja(
+    monkeypatch: pytest.MonkeyPatch, family: str, modules: tuple[str, ...], named: str | None
+) -> None:
+    installed(monkeypatch, "transformer_engine")
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    recomputed = {"transformer": {"recompute_modules": modules}, "training": {"kernel_family": family}}
+    require_runnable(arguments(**recomputed))  # a host hands storage over in Python
+    recomputed["training"]["device"] = "NVIDIA H100 80GB HBM3"
+    if named is None:
+        require_runnable(arguments(**recomputed))
+        return
+    with pytest.raises(MissingRequirementError, match=rf"recompute\.modules: {named}-Core compiles C\+\+"):
+        require_runnable(arguments(**recomputed))
 
 
 def test_what_is_installed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
