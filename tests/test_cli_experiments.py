@@ -1,5 +1,6 @@
 """Repeats and experiments on the command line: what is queued, in which order, and what is refused."""
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -75,8 +76,9 @@ def test_the_members_that_were_submitted_pass_check_and_name_their_origin(
     submitted = []
     monkeypatch.setattr(
         "moe_bench.launch.verbs.submit_verb",
-        lambda job, **_: submitted.append(job.plan) or Outcome(),
+        lambda planned, job, **_: submitted.append(planned.plan) or Outcome(),
     )
+    monkeypatch.setattr("moe_bench.harness.requirements.require_runnable", lambda arguments: None)
     asked = [word for word in FAMILY if word != "--dry-run"]
     folder = str(tmp_path / "fam")
     assert main([*asked, "512,64,2048", "--strong", "--vary", "seed=1,2", "--families", folder]) == 0
@@ -92,6 +94,49 @@ def test_the_members_that_were_submitted_pass_check_and_name_their_origin(
     text = (tmp_path / "fam/deepseek_v3/h100_sxm_512g_bf16_strong_of_1024g_seed_1.yaml").read_text()
     assert text.startswith("# deepseek_v3/h100_sxm_1024g_bf16 after seed=1, on 512 GPUs by strong scaling: ")
     assert "  changes: [seed=1]\n" in text
+
+
+def without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_BENCH_PYTHON", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_job_that_would_end_in_its_first_second_is_refused_before_any_is_queued(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_transformer_engine(monkeypatch)
+    monkeypatch.setattr("moe_bench.launch.verbs.submit_verb", lambda *_, **__: pytest.fail("queued"))
+    asked = [word for word in SUBMIT if word != "--dry-run"]
+    assert main([*asked, "--vary", "kernels.family=torch_native,transformer_engine"]) == 3
+    said = capsys.readouterr().err
+    assert "transformer_engine is not installed" in said
+    assert said.endswith("nothing was queued\n")
+
+
+def test_a_dry_run_prints_the_command_of_a_job_that_would_be_refused_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_transformer_engine(monkeypatch)
+    assert main([*SUBMIT, "--repeats", "2"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert captured.err.splitlines() == [
+        "would be refused: qwen3_30b_a3b/h100_sxm_16g_bf16_alltoall: kernels.family: transformer_engine is "
+        "not installed; use the container, `pip install moe_bench[transformer-engine]`, or "
+        "--set kernels.family=torch_native"
+    ]
+
+
+@pytest.mark.parametrize("changes", [(), ("--set", "cuda_graphs={}")])
+def test_what_an_image_holds_is_not_asked_of_this_machine_but_graphs_run_nowhere(
+    changes: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_transformer_engine(monkeypatch)
+    asked = ["submit", "qwen3_30b_a3b/h100_sxm_16g_bf16", "--site", "example_pyxis", "--dry-run"]
+    assert main([*asked, *changes]) == 0
+    said = capsys.readouterr().err
+    assert ("run it without them, --set cuda_graphs={}" in said) == (not changes)
+    assert "not installed" not in said
 
 
 def test_a_family_without_a_legal_member_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

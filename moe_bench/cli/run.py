@@ -39,10 +39,13 @@ from moe_bench.cli.profile import (
     profile_of,
 )
 from moe_bench.cli.trackers import MlflowOption, TensorboardOption, Trackers, WandbOption
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.spec.catalogue import data_root
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_bench.launch.job import Job
     from moe_bench.results.record import Record
     from moe_bench.spec.profile import Profile
     from moe_bench.spec.rendezvous import Rendezvous
@@ -249,7 +252,7 @@ def submit(
     """Queue a recipe with Slurm at the size that it needs, its scaling family, or an experiment."""
     from moe_bench.cli.experiment import planned_jobs, write_recipe_files
     from moe_bench.launch.variants import interleaved
-    from moe_bench.launch.verbs import submit_verb
+    from moe_bench.launch.verbs import job_verb, submit_verb
 
     if scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE):
         raise BadInputError(f"submit --scale {scale.value}: a slice is one process; use run on one machine")
@@ -262,17 +265,19 @@ def submit(
     )
     for refusal in planned.refused:
         typer.echo(str(refusal), err=True)
+    passed_on = (*profile_arguments(profile, profile_steps), *trackers.arguments())
+    asked = [replace(one, run_args=(*one.run_args, *passed_on)) for one in planned.jobs]
+    jobs = [job_verb(one, data_root=data_root(), site=site, num_nodes=nodes) for one in asked]
+    _require_startable(jobs, dry_run=dry_run)
     if not dry_run:
         write_recipe_files(planned, families)
-    passed_on = (*profile_arguments(profile, profile_steps), *trackers.arguments())
     outcomes = []
-    for job in planned.jobs:
+    for one, job in zip(asked, jobs, strict=True):
         outcome = submit_verb(
-            replace(job, run_args=(*job.run_args, *passed_on)),
+            one,
+            job,
             data_root=data_root(),
             results_root=results_root(),
-            site=site,
-            num_nodes=nodes,
             dry_run=dry_run,
             # the job that a script of the user's runs in has the size of one recipe, not of an experiment
             inside_job=inside_job and len(variants) == 1,
@@ -284,6 +289,26 @@ def submit(
         found = [outcome.as_json() for outcome in outcomes]
         typer.echo(json.dumps(found if len(found) > 1 else found[0]))
     raise typer.Exit(max(outcome.wait() if wait else outcome.exit_code for outcome in outcomes))
+
+
+def _require_startable(jobs: Sequence[Job], *, dry_run: bool) -> None:
+    """Raise now what would end a job in its first second, after hours in the queue; a dry run says it."""
+    from moe_bench.harness.mcore_config import megatron_arguments
+    from moe_bench.harness.requirements import require_runnable, require_supported
+    from moe_bench.launch.verbs import runs_with_this_python
+
+    said: set[str] = set()
+    for job in jobs:
+        require = require_runnable if runs_with_this_python(job, data_root=data_root()) else require_supported
+        try:
+            require(megatron_arguments(job.recipe))
+        except MissingRequirementError as error:
+            refusal = f"{job.recipe.name}: {error}"
+            if not dry_run:
+                raise MissingRequirementError(f"{refusal}; nothing was queued") from error
+            if refusal not in said:
+                typer.echo(f"would be refused: {refusal}", err=True)
+            said.add(refusal)
 
 
 def _sizes(listed: str | None) -> tuple[int, ...]:

@@ -20,18 +20,18 @@ extension (tensor_parallel/random.py:69); `moe_act` too, with Transformer Engine
 def require_runnable(arguments: MegatronArguments) -> None:
     """Raise MissingRequirementError, naming the recipe field, if this installation cannot run `arguments`."""
     _require_versions()
+    _require_kernels(arguments)
+    require_supported(arguments)
+    _require_dispatcher(arguments)
+    _require_compiler(arguments)
+
+
+def require_supported(arguments: MegatronArguments) -> None:
+    """Raise MissingRequirementError where `arguments` run nowhere, whatever is installed.
+
+    A run in a container is asked this before it queues; what its image holds is not known here.
+    """
     transformer, training = arguments.transformer, arguments.training
-    has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
-    if training["kernel_family"] == "transformer_engine" and not has_transformer_engine:
-        raise MissingRequirementError(
-            "kernels.family: transformer_engine is not installed; use the container, or "
-            "`pip install moe_bench[transformer-engine]`"
-        )
-    if training["kernel_family"] == "quack" and importlib.util.find_spec("quack") is None:
-        raise MissingRequirementError(
-            "kernels.family: quack needs the package quack-kernels, not installed; "
-            "`pip install moe_bench[quack]`"
-        )
     if (transformer["fp8"] or transformer["fp4"]) and training["kernel_family"] != "transformer_engine":
         raise MissingRequirementError(
             f"precision: {transformer['fp8'] or transformer['fp4']} needs kernels.family: "
@@ -50,14 +50,27 @@ def require_runnable(arguments: MegatronArguments) -> None:
     if transformer["cuda_graph_impl"] != "none":
         raise MissingRequirementError(
             f"cuda_graphs.implementation: {transformer['cuda_graph_impl']}: no code captures graphs "
-            "inside a step yet; layer --graph captures one layer"
+            "inside a step yet; run it without them, --set cuda_graphs={} (layer --graph captures one layer)"
         )
     if transformer["tp_comm_overlap"]:
         raise MissingRequirementError(
-            "overlap.tensor_parallel: no code sets up Transformer Engine's user buffers yet"
+            "overlap.tensor_parallel: no code sets up Transformer Engine's user buffers yet; "
+            "--set overlap.tensor_parallel=false runs without"
         )
-    _require_dispatcher(arguments)
-    _require_compiler(arguments)
+
+
+def _require_kernels(arguments: MegatronArguments) -> None:
+    family = arguments.training["kernel_family"]
+    if family == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise MissingRequirementError(
+            "kernels.family: transformer_engine is not installed; use the container, "
+            "`pip install moe_bench[transformer-engine]`, or --set kernels.family=torch_native"
+        )
+    if family == "quack" and importlib.util.find_spec("quack") is None:
+        raise MissingRequirementError(
+            "kernels.family: quack needs the package quack-kernels, not installed; "
+            "`pip install moe_bench[quack]`"
+        )
 
 
 def _require_versions() -> None:
@@ -76,7 +89,8 @@ def _require_dispatcher(arguments: MegatronArguments) -> None:
     package = _FLEX_PACKAGES[backend]
     if importlib.util.find_spec(package) is None:
         raise MissingRequirementError(
-            f"dispatch.dispatcher: {backend} needs the package {package}, not installed"
+            f"dispatch.dispatcher: {backend} needs the package {package}, not installed; use the container, "
+            "or --set dispatch.dispatcher=alltoall"
         )
 
 

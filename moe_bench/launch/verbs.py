@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -48,13 +49,32 @@ class Outcome:
         return wait_for(self.submission.job_id, run=run_captured, sleep=time.sleep)
 
 
+def job_verb(planned: PlannedJob, *, data_root: Path, site: str | None, num_nodes: int | None) -> Job:
+    """The job of `planned` on the site that is asked for or that this cluster is; nothing is queued yet.
+
+    Raises BadInputError or MissingRequirementError where its ranks could not start.
+    """
+    return plan_job(
+        planned.plan.recipe,
+        run_args=planned.run_args,
+        data_root=data_root,
+        site=site,
+        num_nodes=num_nodes,
+        run=run_captured,
+    )
+
+
+def runs_with_this_python(job: Job, *, data_root: Path) -> bool:
+    """Whether the ranks of `job` import what this interpreter does: no image, and no other interpreter."""
+    return job.image is None and this_installation(data_root, current_environment()).python == sys.executable
+
+
 def submit_verb(
     planned: PlannedJob,
+    job: Job,
     *,
     data_root: Path,
     results_root: Path,
-    site: str | None,
-    num_nodes: int | None,
     dry_run: bool,
     inside_job: bool,
 ) -> Outcome:
@@ -64,17 +84,8 @@ def submit_verb(
     slurm/run_recipe.sh: a job of exactly the right size runs the recipe, any other is only the submitter.
     Raises SchedulerError, MissingRequirementError, BadInputError, MeasurementError.
     """
-    plan = planned.plan
     environment = current_environment()
     installation = this_installation(data_root, environment)
-    job = plan_job(
-        plan.recipe,
-        run_args=planned.run_args,
-        data_root=data_root,
-        site=site,
-        num_nodes=num_nodes,
-        run=run_captured,
-    )
     if dry_run:
         command = command_to_submit(job, installation, environment)
         return Outcome(lines=(shlex.join(command),), command=command)
@@ -92,7 +103,7 @@ def submit_verb(
         _ledger_line(planned, job, job_id=submission.job_id, log=submission.log, command=submission.command),
     )
     lines = (
-        f"submitted job {submission.job_id}: {plan.recipe.name} on {submission.job_size}, "
+        f"submitted job {submission.job_id}: {job.recipe.name} on {submission.job_size}, "
         f"site {job.site_name}",
         *(f"  {line}" for line in submission.follow),
     )

@@ -7,7 +7,7 @@ import pytest
 from moe_bench.launch.ledger import read_ledger
 from moe_bench.launch.submit import Submission
 from moe_bench.launch.variants import PlannedJob
-from moe_bench.launch.verbs import Outcome, submit_verb
+from moe_bench.launch.verbs import Outcome, job_verb, runs_with_this_python, submit_verb
 from moe_bench.spec.scale import full_plan
 from tests.launch.conftest import recipe_of
 
@@ -23,12 +23,12 @@ def test_a_dry_run_prints_the_command_and_queues_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", "/no programs/here")
+    asked = planned("tiny", "--set", "seed=1")
     outcome = submit_verb(
-        planned("tiny", "--set", "seed=1"),
+        asked,
+        job_verb(asked, data_root=REPOSITORY, site="default", num_nodes=None),
         data_root=REPOSITORY,
         results_root=tmp_path,
-        site="default",
-        num_nodes=None,
         dry_run=True,
         inside_job=False,
     )
@@ -51,10 +51,9 @@ def test_a_queued_job_stands_in_the_ledger(monkeypatch: pytest.MonkeyPatch, tmp_
     asked = planned("tiny", "--set", "seed=1", "--repeat", "2", repeat=2)
     submit_verb(
         asked,
+        job_verb(asked, data_root=REPOSITORY, site="default", num_nodes=None),
         data_root=REPOSITORY,
         results_root=tmp_path,
-        site="default",
-        num_nodes=None,
         dry_run=False,
         inside_job=False,
     )
@@ -79,3 +78,15 @@ def test_the_json_of_a_submission_says_how_to_follow_it() -> None:
 
 def test_without_a_job_there_is_nothing_to_wait_for() -> None:
     assert Outcome(exit_code=3).wait() == 3
+
+
+def test_a_job_runs_with_this_python_unless_an_image_or_another_one_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MOE_BENCH_PYTHON", raising=False)
+    bare = job_verb(planned("tiny"), data_root=REPOSITORY, site="default", num_nodes=None)
+    contained = job_verb(planned("tiny"), data_root=REPOSITORY, site="example_pyxis", num_nodes=None)
+    assert runs_with_this_python(bare, data_root=REPOSITORY)
+    assert not runs_with_this_python(contained, data_root=REPOSITORY)
+    monkeypatch.setenv("MOE_BENCH_PYTHON", "/shared/env/bin/python")
+    assert not runs_with_this_python(bare, data_root=REPOSITORY)
