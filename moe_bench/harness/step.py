@@ -43,6 +43,7 @@ def train_step(
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
+    _stage_weights(training)
     on_schedule()
     losses = _scheduled(training, micro_batches, forward_only=False)
     on_schedule()
@@ -62,11 +63,23 @@ def loss_of(training: Training, micro_batches: list[MicroBatch]) -> torch.Tensor
     """
     for chunk in training.chunks:
         chunk.eval()
+    _stage_weights(training)
     try:
         return _mean_loss(_scheduled(training, micro_batches, forward_only=True))
     finally:
         for chunk in training.chunks:
             chunk.train()
+
+
+def _stage_weights(training: Training) -> None:
+    """Put updated weights where the forward pass gathers them from, if that is the gradients' own memory.
+
+    MXFP8 weights whose gathering overlaps with computing are left to the training loop: the optimizer does
+    not write them, and zeroed gradients would be gathered in their place (optimizer/optimizer.py:800;
+    Megatron-LM's train_step). Elsewhere nothing is done.
+    """
+    if training.optimizer is not None:
+        training.optimizer.prepare_model_params_for_param_sync()
 
 
 def _scheduled(
