@@ -160,7 +160,7 @@ def derived_plan(
     """
     # rules and toys are loaded by those who ask for a plan: `list` and the readers of results do not
     from moe_bench.spec.check import require_legal
-    from moe_bench.spec.scale import full_plan, node_plan, smoke_plan
+    from moe_bench.spec.scale import full_plan, smoke_plan
 
     is_slice = scale in (ScaleOption.SLICE, ScaleOption.TINY_SLICE)
     if one_rank not in (None, OneRank()) and not is_slice:
@@ -187,6 +187,7 @@ def derived_plan(
         return require_legal(plan, path, loader)
     if scale is ScaleOption.NODE:
         from moe_bench.analysis.memory import fits
+        from moe_bench.spec.derive_node import node_plan
 
         if num_gpus is None:
             raise BadInputError("--scale node: how many GPUs? add --num-gpus N")
