@@ -21,7 +21,7 @@ from moe_bench.cli.options import (
     rank_here,
 )
 from moe_bench.errors import BadInputError
-from moe_bench.spec.recipe import QuantFormat
+from moe_bench.spec.recipe import Arithmetic, QuantFormat
 
 if TYPE_CHECKING:
     from moe_bench.checkpoints.rule import Rule
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 FormatOption = Annotated[
     QuantFormat | None,
     typer.Option("--format", help="Of weights and inputs of linear layers; that of the recipe."),
+]
+ArithmeticOption = Annotated[
+    Arithmetic,
+    typer.Option(
+        "--arithmetic",
+        help="simulated: BF16 products of rounded values; packed: of weights held in the format's bits; "
+        "real: 8-bit products, fp8 on Hopper.",
+    ),
 ]
 ExportOption = Annotated[
     Path | None, typer.Option("--export", metavar="DIR", help="To make: Hugging Face's, quantised.")
@@ -61,6 +69,7 @@ def quantize(
     evaluation_batches: Annotated[
         int, typer.Option("--evaluation-batches", min=1, help="Global batches that judge.")
     ] = 4,
+    arithmetic: ArithmeticOption = "simulated",
     export: ExportOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,6 +84,7 @@ def quantize(
         plan,
         format=format,
         experts_only=experts_only,
+        arithmetic=arithmetic,
         data=None if data is None else str(data),
         num_calibration_batches=calibration_batches,
         num_evaluation_batches=evaluation_batches,

@@ -21,7 +21,7 @@ def quantize_view(found: Quantization, *, weights: str, text: str, written_to: s
         f"KL divergence  {found.kl_divergence:.3e} nats per token",
         f"same choice    {found.same_choice_fraction:.2%} of tokens",
         f"weights        {found.original_bytes / _MIB:.3f} MiB -> {found.num_bytes / _MIB:.3f} MiB",
-        f"rounded by     {found.simulated_by}, {ranks}; no 8-bit or 4-bit product ran",
+        *_arithmetic(found, ranks),
         *(() if written_to is None else (f"written to     {written_to}",)),
         "",
     )
@@ -31,6 +31,23 @@ def quantize_view(found: Quantization, *, weights: str, text: str, written_to: s
         right=frozenset({"modules", "parameters", "bytes"}),
     )
     return Group(Text("\n".join(lines)), table)
+
+
+def _arithmetic(found: Quantization, ranks: str) -> tuple[str, ...]:
+    """What rounded and what multiplied, and how far that is from the simulation."""
+    rounded = f"rounded by     {found.simulated_by}, {ranks}"
+    if found.kl_from_simulated is None:
+        return (f"{rounded}; no 8-bit or 4-bit product ran",)
+    products = (
+        "packed weights, unpacked for each product; no 8-bit or 4-bit product ran"
+        if found.kernels is None
+        else f"packed weights and inputs, {found.kernels}"
+    )
+    return (
+        rounded,
+        f"multiplied     {products}",
+        f"off simulated  {found.kl_from_simulated:.3e} nats per token of KL divergence",
+    )
 
 
 def _row(part: PartSize) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from moe_bench.spec.base import NonNegativeInt, PositiveInt, Spec, Text
-from moe_bench.spec.recipe import QuantFormat
+from moe_bench.spec.recipe import Arithmetic, QuantFormat
 
 
 class PartSize(Spec):
@@ -17,7 +17,9 @@ class PartSize(Spec):
     """Every expert of a stack is one."""
     num_params: NonNegativeInt
     num_bytes: NonNegativeInt
-    """Of the format's values and scales, or of the original type where it was left out."""
+    """Of the format's values and scales, or of the original type where it was left out. Where weights are
+    packed, of the tensors that hold them.
+    """
     original_bytes: NonNegativeInt
     left_out_because: str | None
     """None where it was quantised."""
@@ -30,6 +32,12 @@ class Quantization(Spec):
     original_dtype: Text
     simulated_by: Text
     """What rounded the values."""
+    arithmetic: Arithmetic
+    """How the quantised model multiplied."""
+    kernels: Text | None
+    """What its 8-bit products ran on; None where there were none."""
+    kl_from_simulated: float | None
+    """Mean KL(p || q) over tokens: p of the simulation, q of the quantised model; None where it is one."""
     num_ranks: PositiveInt
     num_tokens: PositiveInt
     """Tokens of the evaluation."""

@@ -44,6 +44,9 @@ OffloadModule = Literal[
 ]  # fmt: skip
 StateDtype = Literal["fp32", "bf16", "fp16", "fp8"]
 QuantFormat = Literal["fp8", "nvfp4", "mxfp4"]
+Arithmetic = Literal["simulated", "packed", "real"]
+"""How a quantised model multiplies: what is rounded and turned back to BF16; weights held in the format's
+bits and unpacked for each product; or 8-bit products of what is held."""
 
 
 class Difference(Spec):

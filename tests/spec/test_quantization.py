@@ -21,7 +21,7 @@ LEARNED = (
 
 
 def job_of(recipe: str, *changes: str, scale: ScaleOption = ScaleOption.SMOKE, **asked: Any) -> QuantizeJob:
-    asked = {"format": "fp8", "experts_only": False} | asked
+    asked = {"format": "fp8", "experts_only": False, "arithmetic": "simulated"} | asked
     plan = plan_of(recipe, scale=scale, num_gpus=None, changes=list(changes), rounds=True)
     return quantize_job(plan, data=None, num_calibration_batches=1, num_evaluation_batches=1, **asked)
 

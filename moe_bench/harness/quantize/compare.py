@@ -15,7 +15,10 @@ from torch import Tensor, distributed
 from moe_bench.errors import MeasurementError
 from moe_bench.harness.batches import MicroBatch
 from moe_bench.harness.build import Training
-from moe_bench.harness.quantize.model import off_then_on, quantizers
+from moe_bench.harness.quantize.model import passes
+from moe_bench.harness.quantize.packed import held_weight
+
+_NUM_SUMS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,8 @@ class Comparison:
     quantized_loss: float
     kl_divergence: float
     same_choice_fraction: float
+    kl_from_simulated: float | None
+    """Of the quantised model from its simulation; None where it is that."""
 
     def require_finite(self) -> None:
         """Raise MeasurementError where a model says no number."""
@@ -38,42 +43,58 @@ class Comparison:
 def compare(model: Training, steps: Iterable[Sequence[MicroBatch]]) -> Comparison | None:
     """The model with its quantisers off and on, over global batches; they are on afterwards.
 
-    None but on the last pipeline stage. A collective call of all ranks.
+    Where weights are held packed, those are the quantised model, and its simulation runs beside it. None but
+    on the last pipeline stage. A collective call of all ranks.
     """
     for chunk in model.chunks:
         chunk.eval()
-    switched = quantizers(model.chunks)
     device = torch.device(torch.cuda.current_device())
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
     for batches in steps:
-        before, after = (_logits(model, batches) for _ in off_then_on(switched))
-        for batch, *pair in zip(batches, before, after, strict=bool(before)):
-            sums += _sums_over_tokens(batch, *(logits.float().log_softmax(dim=-1) for logits in pair))
+        found = [_logits(model, batches) for _ in passes(model.chunks)]
+        for batch, *logits in zip(batches, *found, strict=bool(found[0])):
+            sums += _sums_over_tokens(batch, *(one.float().log_softmax(dim=-1) for one in logits))
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     num_tokens, *totals = sums.tolist()
-    loss, quantized_loss, kl_divergence, same_choice = (total / num_tokens for total in totals)
+    loss, quantized_loss, kl_divergence, same_choice, kl_from_simulated = (
+        total / num_tokens for total in totals
+    )
+    is_held = any(held_weight(module) is not None for chunk in model.chunks for module in chunk.modules())
     return Comparison(
         num_tokens=int(num_tokens),
         loss=loss,
         quantized_loss=quantized_loss,
         kl_divergence=kl_divergence,
         same_choice_fraction=same_choice,
+        kl_from_simulated=kl_from_simulated if is_held else None,
     )
 
 
-def _sums_over_tokens(batch: MicroBatch, before: Tensor, after: Tensor) -> Tensor:
-    """Tokens, both losses, KL(before || after), and choices that are the same, of log probabilities."""
+def _sums_over_tokens(
+    batch: MicroBatch, before: Tensor, simulated: Tensor, held: Tensor | None = None
+) -> Tensor:
+    """Tokens, both losses, KL(before || after), choices that are the same, and KL(simulated || after).
+
+    Of log probabilities; after is of the weights that are held packed, or else the simulation.
+    """
+    after = simulated if held is None else held
     labels, mask = batch["labels"].unsqueeze(-1), batch["loss_mask"]
     per_token = (
         torch.ones_like(mask),
         -before.gather(-1, labels).squeeze(-1),
         -after.gather(-1, labels).squeeze(-1),
-        (before.exp() * (before - after)).sum(dim=-1),
+        _divergence(before, after),
         (before.argmax(dim=-1) == after.argmax(dim=-1)).float(),
+        torch.zeros_like(mask) if held is None else _divergence(simulated, held),
     )
     return torch.stack([(values * mask).double().sum() for values in per_token])
+
+
+def _divergence(of: Tensor, other: Tensor) -> Tensor:
+    """KL(of || other), of log probabilities."""
+    return (of.exp() * (of - other)).sum(dim=-1)
 
 
 def _logits(model: Training, batches: Sequence[MicroBatch]) -> list[Tensor]:

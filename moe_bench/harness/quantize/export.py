@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from modelopt import __version__
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.export.quant_utils import process_layer_quant_config
@@ -27,7 +28,7 @@ from moe_bench.harness.convert.to_huggingface import (
     convert_to_huggingface,
     plain,
 )
-from moe_bench.harness.quantize.formats import STORAGE, stored_input_scale, stored_weight
+from moe_bench.harness.quantize.formats import STORAGE, stored, stored_input_scale
 from moe_bench.harness.quantize.program import Quantized
 from moe_bench.spec.quantization import QuantizeJob
 
@@ -57,7 +58,7 @@ def export(
     described = _stacked_config() if is_stacked else _config(job, rules, found)
     in_config = described if is_stacked else convert_hf_quant_config_format(described)
 
-    def stored(rule: Rule, whole: Tensor) -> Named:
+    def written(rule: Rule, whole: Tensor) -> Named:
         if rule.megatron not in found.keys:
             yield from plain(rule, whole)
         elif _is_stack(rule):
@@ -72,7 +73,7 @@ def export(
         config={**family_of(model).config(model), "quantization_config": in_config},
         max_shard_bytes=max_shard_bytes,
         on_tensor=on_tensor,
-        stored=stored,
+        stored=written,
         files={} if is_stacked else {HF_QUANT_CONFIG: described},
     )
 
@@ -95,7 +96,8 @@ def _stored(job: QuantizeJob, found: Quantized, rule: Rule, whole: Tensor) -> Na
     """What is fused here and apart there shares the scales of whole tensors; blocks lie within a row."""
     format, module = job.asked.format, rule.megatron.removesuffix(_WEIGHT)
     expert = "" if rule.expert is None else f"[{rule.expert}]"
-    tensors = stored_weight(whole, format, found.largest.get(f"{module}.weight_quantizer{expert}"))
+    largest = found.largest.get(f"{module}.weight_quantizer{expert}")
+    tensors = stored(whole, format, None if largest is None else torch.tensor(largest))
     largest_input = found.largest.get(f"{module}.input_quantizer")
     if largest_input is not None:
         tensors["input_scale"] = stored_input_scale(format, largest_input)
@@ -107,7 +109,7 @@ def _stored(job: QuantizeJob, found: Quantized, rule: Rule, whole: Tensor) -> Na
 
 def _stored_stack(rule: Rule, whole: Tensor) -> Named:
     """[experts, out, in] as GPT-OSS's files have it: blocks [experts, out, groups, bytes] and exponents."""
-    tensors = stored_weight(whole, "mxfp4", None)
+    tensors = stored(whole, "mxfp4", None)
     (named,) = rule.huggingface
     for kind, tensor in (("blocks", tensors["weight"]), ("scales", tensors["weight_scale"])):
         rows = tensor

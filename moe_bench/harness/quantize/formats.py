@@ -24,6 +24,8 @@ KEPT: Mapping[str, str] = MappingProxyType(
 )
 """Beginnings of the names of a chunk's modules that are never quantised, and why."""
 _E4M3_MAX = 448.0
+_NO_RANGE = 2.0**-24
+"""Largest maximum that modelopt takes for zero (tensor_quant.py, _fp8_eager)."""
 _NVFP4_TENSOR_RANGE = 6.0 * _E4M3_MAX
 """Largest E2M1 value times largest E4M3 scale: what the scale of a whole tensor maps its maximum to."""
 
@@ -82,52 +84,78 @@ def modelopt_config(
 
 def round_nvfp4(values: Tensor, amax: Tensor | None) -> Tensor:
     """`values` [..., in] as NVFP4 holds them; `amax` is the calibrated maximum of all, if any."""
-    block = STORAGE["nvfp4"].block_size
-    scale = None if amax is None else amax.float() / _NVFP4_TENSOR_RANGE
-    packed, block_scales, tensor_scale = NVFP4QTensor.quantize(
-        values.contiguous(), block, weights_scaling_factor_2=scale
-    )
-    rounded: Tensor = packed.dequantize(
-        dtype=values.dtype, scale=block_scales, double_scale=tensor_scale, block_sizes={-1: block}
-    )
-    return rounded
+    return unpacked(stored(values, "nvfp4", amax), "nvfp4", values.dtype)
 
 
 def round_mxfp4(values: Tensor) -> Tensor:
     """`values` [..., in] as MXFP4 holds them."""
-    block = STORAGE["mxfp4"].block_size
-    packed, scales = MXFP4QTensor.quantize(values.contiguous(), block)
-    rounded: Tensor = packed.dequantize(dtype=values.dtype, scale=scales, block_sizes={-1: block})
-    return rounded.view_as(values)
+    return unpacked(stored(values, "mxfp4", None), "mxfp4", values.dtype)
 
 
-def stored_weight(weight: Tensor, format: QuantFormat, amax: float | None) -> dict[str, Tensor]:
-    """A weight [..., out, in] as its file holds it, by modelopt's names (export/quant_utils.py).
+def fp8_factor(amax: Tensor) -> Tensor:
+    """What values are multiplied by before they become E4M3, FP32; its inverse is their scale.
 
-    4-bit values lie two in a byte, the first in the low half. `amax` is that of the weight's quantiser, None
-    with MXFP4. What is read back is the weight that the quantiser makes of it, bit by bit.
+    As modelopt rounds both, and 448 where there is nothing to scale (tensor_quant.py, _fp8_eager).
+    """
+    largest = amax.float()
+    return _E4M3_MAX / torch.where(largest <= _NO_RANGE, torch.ones_like(largest), largest)
+
+
+def fp8_values(values: Tensor, factor: Tensor) -> Tensor:
+    """E4M3 of `values` times `factor`, with no rounding but the one; what is too large is cut off."""
+    return (values.float() * factor).clamp(min=-_E4M3_MAX, max=_E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def stored(values: Tensor, format: QuantFormat, amax: Tensor | None) -> dict[str, Tensor]:
+    """A tensor [..., in] as a file holds it, by the names of modelopt's weights (export/quant_utils.py).
+
+    4-bit values lie two in a byte, the first in the low half. `amax` is that of the tensor's quantiser; MXFP4
+    has none, and NVFP4 without one takes the largest value. modelopt's FP8QTensor is not used: it divides in
+    BF16 before it rounds to E4M3, and so rounds twice.
     """
     block = STORAGE[format].block_size
-    if format == "mxfp4" or amax is None:
-        packed, exponents = MXFP4QTensor.quantize(weight.contiguous(), block)
-        return {
-            "weight": packed._quantized_data,
-            "weight_scale": exponents.view(*weight.shape[:-1], -1),
-        }
-    largest = torch.tensor(amax, dtype=torch.float32)
-    if format == "fp8":
-        # 448 / amax and its inverse as modelopt rounds them (tensor_quant.py, fp8_eager)
-        factor = _E4M3_MAX / largest
-        values = (weight.float() * factor).clamp(min=-_E4M3_MAX, max=_E4M3_MAX)
-        return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": 1 / factor}
-    packed, block_scales, tensor_scale = NVFP4QTensor.quantize(
-        weight.contiguous(), block, weights_scaling_factor_2=largest / _NVFP4_TENSOR_RANGE
-    )
-    return {
-        "weight": packed._quantized_data,
-        "weight_scale": block_scales,
-        "weight_scale_2": tensor_scale,
-    }
+    match format:
+        case "fp8":
+            factor = fp8_factor(values.abs().max() if amax is None else amax)
+            return {"weight": fp8_values(values, factor), "weight_scale": 1 / factor}
+        case "nvfp4":
+            scale = None if amax is None else amax.float() / _NVFP4_TENSOR_RANGE
+            packed, block_scales, tensor_scale = NVFP4QTensor.quantize(
+                values.contiguous(), block, weights_scaling_factor_2=scale
+            )
+            return {
+                "weight": packed._quantized_data,
+                "weight_scale": block_scales,
+                "weight_scale_2": tensor_scale,
+            }
+        case "mxfp4":
+            packed, exponents = MXFP4QTensor.quantize(values.contiguous(), block)
+            return {
+                "weight": packed._quantized_data,
+                "weight_scale": exponents.view(*values.shape[:-1], -1),
+            }
+
+
+def unpacked(tensors: Mapping[str, Tensor], format: QuantFormat, dtype: torch.dtype) -> Tensor:
+    """[..., in] in `dtype`, bit by bit what the quantiser makes of the tensor that `stored` was given."""
+    values, scale = tensors["weight"], tensors["weight_scale"]
+    block_sizes = {-1: STORAGE[format].block_size}
+    match format:
+        case "fp8":
+            whole: Tensor = (values.float() * scale).to(dtype)
+        case "nvfp4":
+            shape = torch.Size((*values.shape[:-1], 2 * values.shape[-1]))
+            whole = NVFP4QTensor(shape, dtype, values).dequantize(
+                dtype=dtype,
+                scale=scale,
+                double_scale=tensors["weight_scale_2"],
+                block_sizes=block_sizes,
+            )
+        case "mxfp4":
+            shape = torch.Size((*values.shape[:-1], 2 * values.shape[-1]))
+            packed = MXFP4QTensor(shape, dtype, values)
+            whole = packed.dequantize(dtype=dtype, scale=scale, block_sizes=block_sizes).view(shape)
+    return whole
 
 
 def stored_input_scale(format: QuantFormat, amax: float) -> Tensor:

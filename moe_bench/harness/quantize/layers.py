@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP
 from modelopt.torch.opt.dynamic import DynamicModule
 from modelopt.torch.quantization.nn import (
@@ -19,17 +21,66 @@ from modelopt.torch.quantization.nn import (
     TensorQuantizer,
 )
 from modelopt.torch.quantization.plugins.custom import _ParallelLinear
+from modelopt.torch.quantization.plugins.megatron import (
+    _MegatronColumnParallelLinear,
+    _MegatronRowParallelLinear,
+)
 from modelopt.torch.utils.distributed import ParallelState
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moe_bench.harness.kernels.activation import GatedActivation
 from moe_bench.harness.kernels.expert_checkpoint import ExpertShards
 from moe_bench.harness.kernels.experts import DownProjection, GroupedExperts, UpProjection
 from moe_bench.harness.kernels.grouped_linear import grouped_linear
 from moe_bench.harness.kernels.mla import DuplicatedLinear
+from moe_bench.harness.quantize.packed import HeldProducts
 
 
-class QuantDuplicatedLinear(_ParallelLinear):
+class _Holds(QuantModule):
+    """A layer that may hold its weight packed, which then takes the place of the simulation."""
+
+    held: HeldProducts | None = None
+
+    @property
+    def products_held(self) -> HeldProducts | None:
+        """None where nothing is packed, and where the quantisers are off."""
+        return self.held if self.held is not None and self.weight_quantizer.is_enabled else None
+
+
+class _DenseHolds(_Holds):
+    """Megatron-Core's linear layers, whose `_forward_impl` is a product and no more."""
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        sequence_parallel: bool,
+        tp_group: ProcessGroup | None,
+        **of_gradients: Any,
+    ) -> Tensor:
+        held = self.products_held
+        if held is None:
+            return super()._forward_impl(
+                input, weight, bias, sequence_parallel=sequence_parallel, tp_group=tp_group, **of_gradients
+            )
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=tp_group)
+        y = held.linear(input)
+        return y if bias is None else y + bias
+
+
+class QuantColumnParallelLinear(_DenseHolds, _MegatronColumnParallelLinear):
+    """modelopt's, which may hold its weight packed."""
+
+
+class QuantRowParallelLinear(_DenseHolds, _MegatronRowParallelLinear):
+    """modelopt's, which may hold its weight packed."""
+
+
+class QuantDuplicatedLinear(_Holds, _ParallelLinear):
     """Quantised where the layer multiplies, as in modelopt's plugin for Megatron-Core.
 
     Each tensor-parallel rank has other tokens and the same weight, so that the ranks agree on the largest
@@ -46,8 +97,13 @@ class QuantDuplicatedLinear(_ParallelLinear):
         )
         super()._setup()
 
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """As `DuplicatedLinear`."""
+        held = self.products_held
+        return super().forward(x) if held is None else (held.linear(x), None)
 
-class _QuantStack(QuantModule):
+
+class _QuantStack(_Holds):
     """One projection of all local experts: one quantiser for their tokens, one for each weight.
 
     So has modelopt's TEGroupedLinear, and its SequentialMLP gives all experts the largest input's scale
@@ -81,6 +137,13 @@ class _QuantStack(QuantModule):
         rounded = [quantizer(matrix) for matrix, quantizer in self.iter_weights_for_calibration()]
         return (torch.stack(rounded),)
 
+    def multiplied(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """x [tokens, in], as it comes, times each expert's matrix: [tokens, out]."""
+        held = self.products_held
+        if held is not None:
+            return held.grouped(x, offsets)
+        return grouped_linear(self.input_quantizer(x), self.weights, offsets, self.products)
+
     def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
         """Matrix [out, in] and quantiser of each local expert."""
         yield from zip(self.get_parameter("weight").unbind(0), self.weight_quantizer, strict=True)
@@ -93,7 +156,9 @@ class QuantUpProjection(_QuantStack):
 
     def forward(self, x: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """As `UpProjection`."""
-        return super().forward(self.input_quantizer(x), offsets, members)
+        y = self.multiplied(x, offsets)
+        biases = self.biases
+        return y if biases is None else torch.addmm(y, members, biases)
 
 
 class QuantDownProjection(_QuantStack):
@@ -103,9 +168,8 @@ class QuantDownProjection(_QuantStack):
 
     def forward(self, x: Tensor, probabilities: Tensor, offsets: Tensor, members: Tensor | None) -> Tensor:
         """As `DownProjection`."""
-        hidden = self.input_quantizer(_Activated.apply(x, probabilities, self.activation))
-        y = grouped_linear(hidden, self.weights, offsets, self.products)
-        return self.with_biases(y, probabilities, members)
+        hidden = _Activated.apply(x, probabilities, self.activation)
+        return self.with_biases(self.multiplied(hidden, offsets), probabilities, members)
 
 
 class _Activated(torch.autograd.Function):
@@ -172,7 +236,11 @@ def register_layers() -> None:
     """
     if DuplicatedLinear in QuantModuleRegistry:
         return
+    for theirs in (ColumnParallelLinear, RowParallelLinear, MLP):
+        QuantModuleRegistry.unregister(theirs)
     ours = {
+        ColumnParallelLinear: QuantColumnParallelLinear,
+        RowParallelLinear: QuantRowParallelLinear,
         DuplicatedLinear: QuantDuplicatedLinear,
         UpProjection: QuantUpProjection,
         DownProjection: QuantDownProjection,
@@ -180,4 +248,3 @@ def register_layers() -> None:
     }
     for module, quantised in ours.items():
         QuantModuleRegistry.register({module: f"moe_bench.{module.__name__}"})(quantised)
-    QuantModuleRegistry.unregister(MLP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -12,10 +13,11 @@ from megatron.core.utils import unwrap_model
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from torch import Tensor
 
-from moe_bench.errors import MeasurementError
+from moe_bench.errors import MeasurementError, MissingRequirementError
 from moe_bench.harness.batches import Device
 from moe_bench.harness.quantize.formats import block_misfit, modelopt_config
 from moe_bench.harness.quantize.layers import register_layers
+from moe_bench.harness.quantize.packed import Fp8Products, PackedWeight, UnpackedProducts, held_weight
 from moe_bench.harness.weights import sharded_tensors
 from moe_bench.spec.recipe import QuantFormat
 
@@ -76,14 +78,51 @@ def quantizers(chunks: Sequence[torch.nn.Module]) -> list[TensorQuantizer]:
     return [module for module in found if isinstance(module, TensorQuantizer) and module.is_enabled]
 
 
-def off_then_on(switched: Sequence[TensorQuantizer]) -> Iterator[None]:
-    """Twice: first without any rounding, then with all of it."""
+def hold_packed(
+    chunks: Sequence[torch.nn.Module], format: QuantFormat, *, arithmetic: Literal["packed", "real"]
+) -> None:
+    """Pack every quantised weight with its calibrated scales, beside the original that it is compared with.
+
+    Raises MissingRequirementError for a layer that cannot hold one or that no FP8 product takes.
+    """
+    for chunk in unwrap_model(list(chunks)):
+        for name, module in chunk.named_modules():
+            if not is_quantized(module):
+                continue
+            if not hasattr(module, "held"):
+                raise MissingRequirementError(
+                    f"{name}: modelopt's {type(module).__name__} multiplies no packed weight here; "
+                    "leave --arithmetic at simulated"
+                )
+            weight = PackedWeight.of(module.get_parameter("weight"), format, module.weight_quantizer)
+            module.held = (
+                UnpackedProducts(weight, module.input_quantizer)
+                if arithmetic == "packed"
+                else Fp8Products(weight, module.input_quantizer, name=name)
+            )
+
+
+def passes(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Without any rounding, with all of it simulated, and then, where weights are packed, with those."""
+    switched = quantizers(chunks)
+    held = [
+        (module, module.held)
+        for chunk in chunks
+        for module in chunk.modules()
+        if held_weight(module) is not None
+    ]
     for quantizer in switched:
         quantizer.disable()
     yield
     for quantizer in switched:
         quantizer.enable()
+    for module, _ in held:
+        module.held = None
     yield
+    if held:
+        for module, products in held:
+            module.held = products
+        yield
 
 
 def is_quantized(module: torch.nn.Module) -> bool:

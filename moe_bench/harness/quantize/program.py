@@ -12,10 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from megatron.core.utils import unwrap_model
 from torch import distributed
 
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.all_ranks import Place, on_all_ranks
 from moe_bench.harness.batches import BatchPlan, Device, MicroBatch, step_batches
 from moe_bench.harness.build import Training, model_chunks, set_seeds, transformer_config, without_optimizer
@@ -23,7 +24,8 @@ from moe_bench.harness.data.build import read_manifest
 from moe_bench.harness.data.tokenizer import tokenizer_of
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.quantize.compare import Comparison, compare
-from moe_bench.harness.quantize.model import largest_values, quantized_keys
+from moe_bench.harness.quantize.model import hold_packed, largest_values, quantized_keys
+from moe_bench.harness.quantize.packed import FP8_KERNELS
 from moe_bench.harness.quantize.sizes import PartOfRank, merged, rank_parts
 from moe_bench.harness.rank import batch_plan, joined
 from moe_bench.harness.settings import Settings, settings_of
@@ -57,10 +59,12 @@ def quantize(job: QuantizeJob, checkpoint: Path | None, *, rendezvous: Rendezvou
 
     With a `rendezvous` this process is one rank; without one, and without a GPU, they are forked from it.
     Raises BadInputError where data or checkpoint do not fit the model, MeasurementError where a loss is not
-    finite or no layer can be quantised.
+    finite or no layer can be quantised, MissingRequirementError where real products do not run here.
     """
     if job.text is not None:
         require_vocabulary(job.plan, read_manifest(Path(job.text.data)).tokenizer, job.text.data)
+    if job.arithmetic == "real":
+        _require_fp8_products()
     work = partial(quantize_rank, job, checkpoint)
     return on_all_ranks(job.plan.recipe, work, rendezvous=rendezvous, remedy=OTHER_LAYOUT)
 
@@ -82,6 +86,15 @@ def quantize_rank(job: QuantizeJob, checkpoint: Path | None, place: Place) -> Qu
             found.of_all_ranks(),
             dtype=dtype,
             rounded_by=f"nvidia-modelopt {version('nvidia-modelopt')} on {where}",
+        )
+
+
+def _require_fp8_products() -> None:
+    """Of this process's GPU, whatever the recipe calls it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise MissingRequirementError(
+            "--arithmetic real: torch compiles its grouped FP8 product for compute capability 9.0, which no "
+            "GPU here has; leave it at simulated, or pack the weights with --arithmetic packed"
         )
 
 
@@ -143,6 +156,8 @@ def _fill_and_quantize(
     put_quantizers(model, settings, device=device, calibration=None if has_scales else lambda: calibration)
     if checkpoint is not None and has_scales:
         load_checkpoint(model, checkpoint, with_optimizer=False)
+    if job.arithmetic != "simulated":
+        hold_packed(model.chunks, job.asked.format, arithmetic=job.arithmetic)
 
 
 def _together(job: QuantizeJob, found: list[_RankFound], *, dtype: str, rounded_by: str) -> Quantized:
@@ -158,6 +173,9 @@ def _together(job: QuantizeJob, found: list[_RankFound], *, dtype: str, rounded_
         format=job.asked.format,
         original_dtype=dtype,
         simulated_by=rounded_by,
+        arithmetic=job.arithmetic,
+        kernels=FP8_KERNELS if job.arithmetic == "real" else None,
+        kl_from_simulated=comparison.kl_from_simulated,
         num_ranks=len(found),
         num_tokens=comparison.num_tokens,
         loss=comparison.loss,

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_bench.harness.kernels.experts import ExpertStack
 from moe_bench.harness.quantize.formats import EXPERTS, KEPT, STORAGE, block_misfit
 from moe_bench.harness.quantize.model import is_quantized, linear_weight
+from moe_bench.harness.quantize.packed import held_weight
 from moe_bench.results.quantization import PartSize
 from moe_bench.spec.recipe import QuantFormat
 
@@ -92,7 +93,11 @@ def _parts(
     if reason is None:
         num_weights = sum(weight.numel() for weight in weights)
         num_bytes -= sum(weight.nbytes for weight in weights)
-        num_bytes += STORAGE[format].num_bytes(num_weights, num_tensors=num_modules)
+        held = held_weight(module)
+        if held is None:
+            num_bytes += STORAGE[format].num_bytes(num_weights, num_tensors=num_modules)
+        else:
+            num_bytes += held.num_bytes - (0 if num_modules else held.tensor_scale_bytes)
     yield PartOfRank(
         name=_NUMBER.sub("*", name),
         left_out_because=reason,

@@ -19,7 +19,8 @@ from tests.harness.zygote import Zygote
 
 def job_of(recipe: str, *changes: str, **asked: Any) -> QuantizeJob:
     plan = plan_of(recipe, scale=ScaleOption.SMOKE, num_gpus=None, changes=list(changes), rounds=True)
-    asked = {"experts_only": False, "data": None, "num_evaluation_batches": 1} | asked
+    defaults = {"experts_only": False, "arithmetic": "simulated", "data": None, "num_evaluation_batches": 1}
+    asked = defaults | asked
     return quantize_job(plan, num_calibration_batches=1, **asked)
 
 
