@@ -93,7 +93,7 @@ def test_a_router_that_sees_later_tokens_is_refused_before_anything_is_loaded(
         (["olmoe_1b_7b", "mixtral_8x7b", "--scale", "smoke"], "another model than olmoe_1b_7b"),
         (["olmoe_1b_7b", "--vary", "dispatcher=none"], "dispatch.dispatcher: "),
         (["olmoe_1b_7b", "--vary", "dispatchr=alltoall"], "did you mean 'dispatcher'"),
-        (["--plain", "olmoe_1b_7b_sinkhorn", "--scale", "smoke"], "a sinkhorn router sees later tokens"),
+        (["--plain", "olmoe_1b_7b_sinkhorn", "--scale", "smoke"], "the sinkhorn router sees later tokens"),
         (["--plain", CAPACITY, "--scale", "smoke"], "(probs) sees later tokens"),
     ],
 )
@@ -112,6 +112,6 @@ def test_of_all_recipes_one_that_cannot_be_compared_does_not_stop_the_others(
     asked = ["parity", "--plain", "--all", "--scale", "smoke", "--data", str(tmp_path / "none")]
     assert main([*asked, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr()
-    assert f"{names[1]}: not compared: a sinkhorn router sees later tokens" in said.out
+    assert f"{names[1]}: not compared: the sinkhorn router sees later tokens" in said.out
     assert f"{names[0]}: {tmp_path / 'none'}" in said.err.splitlines()[-1]
     assert not (tmp_path / "parity").exists()

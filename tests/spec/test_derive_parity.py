@@ -40,7 +40,7 @@ def with_choice(choice: RouterChoice) -> Recipe:
 
 @pytest.mark.parametrize("choice", ["expert_choice", "gshard", "sinkhorn"])
 def test_a_router_that_sees_later_tokens_is_refused(choice: RouterChoice) -> None:
-    with pytest.raises(BadInputError, match=f"a {choice} router sees later tokens"):
+    with pytest.raises(BadInputError, match=f"the {choice} router sees later tokens"):
         require_causal(with_choice(choice))
 
 
