@@ -158,7 +158,8 @@ def training(
     """
     chunks = _in_precision(config, chunks, device=device)
     ddp_config = DistributedDataParallelConfig(**_objects(arguments.ddp))
-    wrapped = _wrap(chunks, config, ddp_config, device=device)
+    gathers_in_step = bool(arguments.optimizer["overlap_param_gather_with_optimizer_step"])
+    wrapped = _wrap(chunks, config, ddp_config, device=device, gathers_in_step=gathers_in_step)
     optimizer = _optimizer(
         arguments,
         list(wrapped),
@@ -199,27 +200,24 @@ def _wrap(
     ddp_config: DistributedDataParallelConfig,
     *,
     device: Device,
+    gathers_in_step: bool,
 ) -> tuple[torch.nn.Module, ...]:
+    """As Megatron-LM's training script does: of a rank's chunks the first alone is reduced in buckets, and
+    none where weights are gathered under the optimizer's step.
+    """
+    is_whole = [gathers_in_step or index > 0 for index in range(len(chunks))]
     if not ddp_config.use_megatron_fsdp:
-        # As in Megatron-LM's training script, only the first chunk of a rank is reduced in buckets.
         return tuple(
-            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-            for index, chunk in enumerate(chunks)
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=whole)
+            for chunk, whole in zip(chunks, is_whole, strict=True)
         )
     if device == "cpu":
         # A premultiplied sum is NCCL's (torch.distributed._make_nccl_premul_sum); gloo scales, then sums.
         ddp_config.gradient_reduce_div_fusion = False
+    place = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     return tuple(
-        FullyShardedDataParallel(
-            config,
-            ddp_config,
-            chunk,
-            disable_bucketing=index > 0,
-            device=torch.device(device, torch.cuda.current_device())
-            if device == "cuda"
-            else torch.device("cpu"),
-        )
-        for index, chunk in enumerate(chunks)
+        FullyShardedDataParallel(config, ddp_config, chunk, disable_bucketing=whole, device=place)
+        for chunk, whole in zip(chunks, is_whole, strict=True)
     )
 
 

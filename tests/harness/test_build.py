@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
+from moe_bench.harness import build as build_module
 from moe_bench.harness.build import transformer_config
 from moe_bench.harness.host_device import host_device
 from moe_bench.harness.mcore_config import megatron_arguments
@@ -76,3 +79,21 @@ def test_each_chunk_has_its_layers_its_ends_and_its_hooks(zygote: Zygote) -> Non
         assert rank["hooks"] == [[True, True]] * 3
         assert rank["scale"]
         assert rank["finalize"] == "finalize_model_grads"
+
+
+@pytest.mark.parametrize(("gathers_in_step", "is_whole"), [(False, [False, True]), (True, [True, True])])
+def test_buckets_are_those_of_megatron_lm(
+    monkeypatch: pytest.MonkeyPatch, gathers_in_step: bool, is_whole: list[bool]
+) -> None:
+    """megatron/training/training.py, per_chunk_disable_bucketing."""
+    found: list[bool] = []
+
+    def wrapped(*args: object, disable_bucketing: bool) -> torch.nn.Module:
+        found.append(disable_bucketing)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(build_module, "DistributedDataParallel", wrapped)
+    chunks = (torch.nn.Identity(), torch.nn.Identity())
+    ddp_config = DistributedDataParallelConfig()
+    build_module._wrap(chunks, None, ddp_config, device="cpu", gathers_in_step=gathers_in_step)
+    assert found == is_whole
