@@ -35,6 +35,7 @@ from moe_bench.spec.quantization import QuantizeJob
 from moe_bench.spec.recipe import QuantFormat
 from tests.harness.quantize.jobs import alone, job_of, quantized
 from tests.harness.quantize.test_formats import E2M1
+from tests.harness.quantize.vllm_layout import ALGORITHMS, require_readable
 from tests.harness.zygote import Zygote
 
 SIMULATED = "simulated.pt"
@@ -161,13 +162,20 @@ def test_every_weight_that_is_read_back_is_the_one_that_was_simulated(
     config = made.config("config.json")
     assert config["quantization_config"]["quant_method"] == "modelopt"
     assert config["model_type"] == {"qwen3_30b_a3b": "qwen3_moe"}.get(recipe, recipe)
+    if format == "mxfp4":
+        assert algorithm.upper() not in ALGORITHMS  # as docs/quantize.md says
+    else:
+        require_readable(tensors, config["quantization_config"], algorithm=algorithm)
 
 
-def test_experts_of_gpt_oss_are_written_as_published_and_read_by_convert(
-    zygote: Zygote, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def gpt_oss(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Written:
     job = alone(job_of("gpt_oss_20b", format="mxfp4", experts_only=True))
-    made = written(zygote, job, tmp_path)
+    return written(zygote, job, tmp_path_factory.mktemp("gpt_oss"))
+
+
+def test_experts_of_gpt_oss_are_written_as_published_and_read_by_convert(gpt_oss: Written) -> None:
+    made = gpt_oss
     assert made.config("config.json")["quantization_config"]["quant_method"] == "mxfp4"
     logical = logical_tensors(made.folder)
     require_match(logical, made.rules, folder=made.folder)
@@ -176,6 +184,24 @@ def test_experts_of_gpt_oss_are_written_as_published_and_read_by_convert(
             if rule.megatron in made.simulated:
                 read = to_megatron(rule, [reader.read(named.name) for named in rule.huggingface])
                 assert torch.equal(read, made.simulated[rule.megatron])
+
+
+def test_transformers_loads_experts_of_gpt_oss_and_finds_the_simulated_weights(gpt_oss: Written) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        gpt_oss.folder,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),  # its 4-bit products need a GPU
+        output_loading_info=True,
+    )
+    assert not any(loading.values())
+    loaded = model.state_dict()
+    for rule in gpt_oss.rules:
+        if rule.megatron in gpt_oss.simulated:
+            for named, part in zip(
+                rule.huggingface, to_huggingface(rule, gpt_oss.simulated[rule.megatron]), strict=True
+            ):
+                assert torch.equal(loaded[named.name], part)
 
 
 @pytest.mark.parametrize("asked", [{"format": "nvfp4", "experts_only": True}, {"format": "mxfp4"}])
