@@ -59,13 +59,15 @@ class Mistake:
     """One thing wrong in a user's file: where it stands, what is wrong, and what to write instead."""
 
     file: str
+    """Or the option that says it, as typed, which has no lines."""
     line: int
     key: str
     problem: str
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.key}: {self.problem}; {self.fix}"
+        place = self.file if self.file.startswith("--") else f"{self.file}:{self.line}"
+        return f"{place}: {self.key}: {self.problem}; {self.fix}"
 
 
 class RecipeError(BadInputError):

@@ -12,6 +12,7 @@ from moe_bench.cli import main
 from moe_bench.cli.options import whole_numbers
 from moe_bench.errors import EXIT_CODES, BadInputError, MeasurementError
 from moe_bench.results.store import write_record
+from moe_bench.spec.catalogue import recipes_root
 from tests.results.records import record
 from tests.spec.conftest import RECIPE
 
@@ -50,7 +51,7 @@ def test_check_tells_legal_recipes_in_one_line(capsys: pytest.CaptureFixture[str
 def test_check_ends_with_two_and_one_line_per_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "deepseek_v3", "--set", "parallel.expert=48"]) == 2
     *lines, summary = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("--set parallel.expert=48:1: parallel.expert: ") for line in lines)
+    assert all(line.startswith("--set parallel.expert=48: parallel.expert: ") for line in lines)
     assert summary == f"{len(lines)} problems in 1 of 1 recipe"
     assert main(["check", "tests/recipes_impossible", "--json"]) == 2
     checked = json.loads(capsys.readouterr().out)
@@ -154,7 +155,7 @@ def test_what_would_be_ignored_is_refused(
 
 def test_an_option_that_breaks_every_recipe_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "recipes/deepseek_v3", "--set", "no_such_key=1"]) == 2
-    assert capsys.readouterr().out.count("--set no_such_key=1:1") == 1
+    assert capsys.readouterr().out.count("--set no_such_key=1: no_such_key") == 1
 
 
 def test_an_unknown_recipe_offers_the_nearest_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +174,18 @@ def test_a_broken_file_is_one_line_without_a_traceback(
     assert main(["show", "broken.yaml"]) == 2
     assert capsys.readouterr().err == (
         "broken.yaml:6: micro_bacth_size: unknown key; did you mean 'micro_batch_size'?\n"
+    )
+
+
+def test_check_refuses_a_row_that_nobody_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = recipes_root() / "mixtral_8x7b" / "h100_sxm_64g_bf16.yaml"
+    monkeypatch.chdir(tmp_path)
+    Path(source.name).write_text(f"reproduces: zoo-mixtral-8x22b-h100\n{source.read_text()}")
+    assert main(["check", source.name]) == 2
+    assert capsys.readouterr().out.startswith(
+        f"{source.name}:1: reproduces: there is no published row 'zoo-mixtral-8x22b-h100'; did you mean 'zoo-"
     )
 
 

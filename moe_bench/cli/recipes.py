@@ -29,7 +29,7 @@ from moe_bench.cli.options import (
     results_root,
     terminal_width,
 )
-from moe_bench.errors import BadInputError
+from moe_bench.errors import BadInputError, Mistake, RecipeError
 from moe_bench.spec.catalogue import (
     data_root,
     find_recipe,
@@ -37,9 +37,11 @@ from moe_bench.spec.catalogue import (
     recipe_paths,
     recipes_root,
 )
-from moe_bench.spec.load import Loader, UnknownNameError
+from moe_bench.spec.load import Loader, UnknownNameError, shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moe_bench.spec.scale import Plan
 
 
@@ -185,13 +187,31 @@ def check(
     derive = partial(
         derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong
     )
-    checked = check_recipes(named_files(recipes or (), loader, is_all=is_all), derive=derive)
+    checked = check_recipes(
+        named_files(recipes or (), loader, is_all=is_all),
+        derive=lambda path: _with_its_row(derive(path), path),
+    )
     if as_json:
         typer.echo(json.dumps(checked.as_json(), indent=1))
     else:
         # what a --set breaks in every recipe is said once
         typer.echo("\n".join([*dict.fromkeys(map(str, checked.mistakes)), checked.summary]))
     raise typer.Exit(BadInputError.exit_code if checked.num_refused else 0)
+
+
+def _with_its_row(plan: Plan, path: Path) -> Plan:
+    """`plan`; RecipeError where the row that it says it reproduces is in no file of the registry."""
+    from moe_bench.results.published import require_rows
+    from moe_bench.spec.yaml_tree import read_yaml
+
+    reproduces = plan.recipe.reproduces
+    try:
+        require_rows(data_root() / "results" / "published", () if reproduces is None else (reproduces,))
+    except UnknownNameError as error:
+        line = read_yaml(path, shown_as=str(path)).nearest(("reproduces",)).line
+        mistake = Mistake(file=shown(path), line=line, key="reproduces", problem=error.problem, fix=error.fix)
+        raise RecipeError((mistake,)) from error
+    return plan
 
 
 @app.command(rich_help_panel=RECIPES)

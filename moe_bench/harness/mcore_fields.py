@@ -34,10 +34,11 @@ def complaint_about(name: str, *, covered: Container[str]) -> tuple[str, str] | 
     """What is wrong with `name` under `mcore:` and what to write instead; None where it may stand."""
     fields = megatron_fields()
     if name not in fields:
-        near = difflib.get_close_matches(name, sorted(fields), n=3) or ["a field of its config classes"]
+        owners = sorted({owner for classes in fields.values() for owner in classes})
+        near = difflib.get_close_matches(name, sorted(fields), n=3)
         return (
             f"Megatron-Core {SUPPORTED_MEGATRON_CORE} has no such field",
-            f"did you mean {' or '.join(near)}?",
+            f"did you mean {' or '.join(near)}?" if near else f"write a field of {' or '.join(owners)}",
         )
     if name in covered:
         return "the recipe schema already covers this", "set the recipe's own key"

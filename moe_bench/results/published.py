@@ -280,18 +280,27 @@ def rows_by_id(folder: Path, row_ids: Collection[str]) -> dict[str, PublishedRow
 
     Raises UnknownNameError with the nearest ids.
     """
-    known: list[str] = []
+    require_rows(folder, row_ids)
     found: dict[str, PublishedRow] = {}
-    for path in sorted(folder.glob("*.yaml")):
-        ids = _ID_LINE.findall(path.read_text(encoding="utf-8"))
-        wanted = set(ids).intersection(row_ids)
-        if wanted:
-            found |= {row.id: row for row in _read(path) if row.id in wanted}
-        known += ids
-    for row_id in row_ids:
-        if row_id not in found:
-            raise UnknownNameError("published row", row_id, sorted(known))
+    for path, ids in _ids_by_file(folder).items():
+        if not ids.isdisjoint(row_ids):
+            found |= {row.id: row for row in _read(path) if row.id in row_ids}
     return found
+
+
+def require_rows(folder: Path, row_ids: Collection[str]) -> None:
+    """Raise UnknownNameError with the nearest ids where one of `row_ids` is no row's; no file is parsed."""
+    known = frozenset[str]().union(*_ids_by_file(folder).values())
+    for row_id in row_ids:
+        if row_id not in known:
+            raise UnknownNameError("published row", row_id, sorted(known))
+
+
+def _ids_by_file(folder: Path) -> dict[Path, frozenset[str]]:
+    return {
+        path: frozenset(_ID_LINE.findall(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("*.yaml"))
+    }
 
 
 _ID_LINE = re.compile(r"^- id: (\S+)$", flags=re.MULTILINE)

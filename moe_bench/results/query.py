@@ -82,13 +82,16 @@ def _start(text: str | None, option: str) -> str | None:
 
 
 def entry_by_id(entries: Sequence[Entry], asked: str) -> Entry:
-    """The one record that `asked` names: its id, a part of it that no other has, its job, or its path.
+    """The one record that `asked` names: its id, its path, its job, or a part of its id that no other has.
+
+    Digits are a job, or how the id begins: within a time stamp any two of them stand somewhere.
 
     Raises UnknownNameError with the nearest ids, BadInputError where several are meant.
     """
     exact = [entry for entry in entries if asked == entry.id or Path(asked) == entry.path]
-    found = exact or [
-        entry for entry in entries if asked in entry.id or asked in (entry.job_id, entry.job_number)
+    found = exact or [entry for entry in entries if asked in (entry.job_id, entry.job_number)]
+    found = found or [
+        entry for entry in entries if (entry.id.startswith(asked) if asked.isdecimal() else asked in entry.id)
     ]
     if not found:
         raise UnknownNameError("result", asked, [entry.id for entry in entries])

@@ -48,10 +48,16 @@ def reference_model_keys(root: Path) -> tuple[str, ...]:
 def find_recipe(name: str, loader: Loader) -> Path:
     """The file that `name` means: a path, `<model>/<run>`, or `<model>` for the model's default run.
 
-    Raises UnknownNameError with the nearest names, BadInputError for a model without recipes.
+    Raises UnknownNameError with the nearest names, BadInputError for a model without recipes and for a file
+    of a model or a system.
     """
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        path = Path(name)
+        if path.is_file() and not is_recipe_file(path.resolve()):
+            raise BadInputError(
+                f"{name}: facts of a model or a system, no recipe; name a recipe that uses them"
+            )
+        return path
     direct = loader.root / f"{name}.yaml"
     if name in reference_model_keys(loader.root):
         raise BadInputError(
@@ -64,7 +70,7 @@ def find_recipe(name: str, loader: Loader) -> Path:
         return loader.root / name / f"{loader.default_run(name)}.yaml"
     known = list(recipe_model_keys(loader.root))
     known += [f"{path.parent.name}/{path.stem}" for path in recipe_paths(loader.root)]
-    raise UnknownNameError("recipe", name, sorted(known))
+    raise UnknownNameError("recipe", name, known)
 
 
 def recipe_name(path: Path, loader: Loader) -> str:

@@ -93,6 +93,8 @@ def _mistakes(path: Path, derive: Derive) -> tuple[Mistake, ...]:
     except RecipeError as error:
         return error.mistakes
     except BadInputError as error:
+        if str(error).startswith("--"):  # the command line's, in no file
+            raise
         return (_mistake(path, key="-", text=str(error)),)
     return ()
 

@@ -54,6 +54,8 @@ def _wrong_type(path: Path_, node: Node, error: ErrorDetails) -> Problem:
         fix = f"write {number:.1e}" if error["type"] == "float_type" else f"write {number:.0f}"
         return Problem(path, f"YAML reads {node.text} as {kind_read}", fix)
     said = error["msg"].replace("Input should be", "it must be").replace("String should", "it should")
+    # JSON's word for what YAML calls a mapping
+    said = said.replace("it must be an object", "it must be a mapping, `key: value` lines below it")
     return Problem(path, f"is {_typed(node)}", said)
 
 

@@ -22,6 +22,9 @@ from moe_bench.spec.yaml_tree import Node, dotted, parse_value, read_yaml
 REFERENCE_MODELS_FOLDER = "reference_models"
 """Folder of models that have no recipes: one file each, for accounting and projection."""
 
+MAX_NAMES_SHOWN = 8
+"""Of those that are known, where none is like the one that was written."""
+
 Rule = Callable[[Recipe], Sequence[Problem]]
 
 
@@ -169,13 +172,20 @@ class UnknownNameError(BadInputError):
 
     def __init__(self, what: str, name: str, known: Sequence[str]) -> None:
         self.problem = f"there is no {what} {name!r}"
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)[:8]
-        self.fix = (
-            f"did you mean {' or '.join(repr(near) for near in nearest)}?"
-            if nearest
-            else "none is known here"
-        )
+        self.fix = _nearest_or_all(name, known)
         super().__init__(f"{self.problem}; {self.fix}")
+
+
+def _nearest_or_all(name: str, known: Sequence[str]) -> str:
+    """Up to three names that are like `name`, those first that it begins; else what there is."""
+    begun = sorted((each for each in known if each.startswith(name)), key=len)
+    near = [*begun[:3], *difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
+    if near:
+        return f"did you mean {' or '.join(repr(each) for each in list(dict.fromkeys(near))[:3])}?"
+    if not known:
+        return "none is known here"
+    more = f" and {len(known) - MAX_NAMES_SHOWN} more" if len(known) > MAX_NAMES_SHOWN else ""
+    return f"known here: {', '.join(known[:MAX_NAMES_SHOWN])}{more}"
 
 
 def validated[AnySpec: Spec](tree: Node, kind: type[AnySpec]) -> AnySpec:

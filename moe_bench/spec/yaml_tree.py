@@ -12,6 +12,15 @@ from moe_bench.errors import Mistake, RecipeError
 Scalar = str | int | float | bool | None
 Path_ = tuple[str | int, ...]
 
+_SYNTAX_FIXES = {
+    "tab character": "indent with spaces",
+    "mapping values are not allowed": "quote text with a colon in it, or mend the indentation",
+    "did not find expected key": "close the quote or bracket before it, or mend the indentation",
+    "found another document": "one file is one recipe: drop the line `---` and what follows",
+    "found unexpected end of stream": "close the quote",
+}
+"""What to do about libyaml's complaints, by words of them."""
+
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -90,10 +99,10 @@ def _parsed(text: str, roots: tuple[type[yaml.Node], ...], *, shown_as: str) -> 
         root = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = f"not YAML ({error.problem or error.context})"
-        raise RecipeError(
-            (Mistake(file=shown_as, line=line, key="-", problem=problem, fix="mend the syntax"),)
-        ) from error
+        said = str(error.problem or error.context)
+        fix = next((fix for words, fix in _SYNTAX_FIXES.items() if words in said), "mend the syntax")
+        problem = f"not YAML ({said})"
+        raise RecipeError((Mistake(file=shown_as, line=line, key="-", problem=problem, fix=fix),)) from error
     except yaml.reader.ReaderError as error:
         problem = f"holds the character #x{error.character:04x}, which YAML has not"
         raise RecipeError((_whole_file(shown_as, problem, "write text"),)) from error

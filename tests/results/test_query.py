@@ -79,6 +79,11 @@ def test_a_record_is_named_by_its_id_a_part_of_it_or_its_job(asked: str) -> None
     assert entry_by_id(ENTRIES, asked) is ENTRIES[1]
 
 
+def test_digits_are_a_job_or_the_beginning_of_an_id_and_no_part_of_a_time() -> None:
+    with pytest.raises(UnknownNameError, match="there is no result '07'"):
+        entry_by_id(ENTRIES, "07")
+
+
 def test_a_record_is_named_by_its_path() -> None:
     assert entry_by_id(ENTRIES, str(ENTRIES[0].path)) is ENTRIES[0]
 

@@ -50,7 +50,7 @@ def test_a_family_is_submitted_and_its_failed_member_stays_in_the_table(
 
     code, told, refused = moe_bench("submit", str(recipe), "--num-gpus", "2,3,4,8")
     assert code == 0, refused
-    assert refused.startswith("--num-gpus 3:1: parallel.expert: ETP1 x EP2 x PP1 = 2 GPUs, num_gpus = 3: ")
+    assert refused.startswith("--num-gpus 3: parallel.expert: ETP1 x EP2 x PP1 = 2 GPUs, num_gpus = 3: ")
     assert refused.endswith("; use 2 or 4 GPUs, or EP1; nearest legal sizes: 2 and 4\n")
     job_ids = [int(line.split()[2].rstrip(":")) for line in told.splitlines() if line.startswith("submitted")]
     families = home / "families" / "qwen3_30b_a3b"

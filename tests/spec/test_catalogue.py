@@ -53,6 +53,12 @@ def test_the_bare_name_of_a_reference_model_says_that_it_has_no_recipe() -> None
         find_recipe("llama3_8b", LOADER)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3/model.yaml", "systems/h200.yaml"])
+def test_a_file_of_facts_is_no_recipe(name: str) -> None:
+    with pytest.raises(BadInputError, match="facts of a model or a system, no recipe"):
+        find_recipe(str(LOADER.root / name), LOADER)
+
+
 def test_a_model_with_recipes_must_say_which_is_its_default(root: Path) -> None:
     path = root / "tiny" / "model.yaml"
     path.write_text(path.read_text().replace("default_run: cpu_host_8g_bf16\n", ""))

@@ -53,7 +53,7 @@ def test_expert_ranks_do_not_shrink_with_the_job() -> None:
     with pytest.raises(RecipeError) as caught:
         scaled_recipe(DEEPSEEK, 64, strong=False)
     assert str(caught.value) == (
-        "--num-gpus 64:1: parallel.expert: ETP1 x EP64 x PP8 = 512 GPUs, num_gpus = 64: expert tensor, "
+        "--num-gpus 64: parallel.expert: ETP1 x EP64 x PP8 = 512 GPUs, num_gpus = 64: expert tensor, "
         "expert and pipeline ranks must tile the job (megatron/core/parallel_state.py:882); "
         "use 512 GPUs, or EP8; nearest legal sizes: 512"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench.errors import BadInputError, RecipeError
+from moe_bench.spec.check import check_recipes
 from moe_bench.spec.load import Loader, UnknownNameError
 from tests.spec.conftest import MODEL, RECIPE
 
@@ -92,6 +93,27 @@ def test_a_legal_recipe_is_read_whole(loader: Loader, recipe_path: Path) -> None
             "use 6 or 12 GPUs, or EP2",
         ),
         ("model: tiny", "model: [", f"{FILE}:3: -: not YAML"),
+        (
+            "  expert: 4",
+            "\texpert: 4",
+            f"{FILE}:10: -: not YAML (found a tab character that violates indentation); indent with spaces",
+        ),
+        (
+            "model: tiny",
+            "model: tiny: 2",
+            f"{FILE}:1: -: not YAML (mapping values are not allowed in this context); "
+            "quote text with a colon in it",
+        ),
+        (
+            "precision: bf16",
+            "precision: bf16\nmcore: {zzz: 4}",
+            f"{FILE}:4: mcore.zzz: Megatron-Core 0.19 has no such field; write a field of Distributed",
+        ),
+        (
+            "precision: bf16",
+            "precision: bf16\nsteps: 4",
+            f"{FILE}:4: steps: is 4; it must be a mapping, `key: value` lines below it",
+        ),
     ],
 )
 def test_a_mistake_names_file_line_key_problem_and_fix(
@@ -133,11 +155,28 @@ def test_of_two_changes_the_later_one_counts(loader: Loader, recipe_path: Path) 
 
 def test_a_wrong_change_is_named_as_typed(loader: Loader, recipe_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"^--set parallel.expart=2:1: parallel.expart: unknown key; did you mean"
+        RecipeError, match=r"^--set parallel.expart=2: parallel.expart: unknown key; did you mean"
     ):
         loader.recipe(recipe_path, changes=("parallel.expart=2",))
     with pytest.raises(BadInputError, match="expected key=value"):
         loader.recipe(recipe_path, changes=("parallel.expert",))
+
+
+def test_what_is_in_no_file_is_told_once(loader: Loader, recipe_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"^--set parallel\.expert: expected key=value"):
+        check_recipes((recipe_path,), derive=lambda path: loader.recipe(path, changes=("parallel.expert",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("h100", "did you mean 'h100_sxm' or 'h100_96gb' or 'h800'?"),
+        ("zzz", "known here: b200, h100_96gb, h100_sxm, h200, h800"),
+    ],
+)
+def test_names_that_begin_so_come_first_and_where_none_is_near_all_are_told(name: str, advice: str) -> None:
+    error = UnknownNameError("system", name, ["b200", "h100_96gb", "h100_sxm", "h200", "h800"])
+    assert str(error) == f"there is no system {name!r}; {advice}"
 
 
 def test_a_recipe_in_the_wrong_models_folder_is_refused(loader: Loader, root: Path) -> None:
