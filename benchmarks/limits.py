@@ -58,7 +58,7 @@ LIMITS = (
         limit_s=120.0,
         num_runs=1,
     ),
-    Limit(name="report of 57 records", arguments=("report", "{records}"), limit_s=2.0),
+    Limit(name="report of a record per recipe", arguments=("report", "{records}"), limit_s=2.0),
     Limit(
         name="dryrun of the fewest micro batches",
         arguments=("dryrun", "deepseek_v3", "--micro-batches", "4"),

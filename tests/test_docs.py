@@ -8,7 +8,7 @@ import pytest
 from moe_bench.cli import app, main
 from moe_bench.errors import EXIT_CODES
 from moe_bench.results.published import load_rows
-from moe_bench.spec.catalogue import data_root, recipe_paths
+from moe_bench.spec.catalogue import data_root, recipe_model_keys, recipe_paths
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,12 +22,14 @@ def test_the_table_of_default_runs_is_the_generated_one(capsys: pytest.CaptureFi
     assert table == generated, "run `moe-bench list --defaults` and paste it into README.md"
 
 
-def test_the_numbers_of_recipes_and_rows_are_true() -> None:
+def test_the_numbers_of_models_recipes_and_rows_are_true() -> None:
     text = " ".join(README.split())
     paths = recipe_paths(data_root() / "recipes")
     assert set(re.findall(r"(\d+) recipes", text)) == {str(len(paths))}
     num_copies = sum("\nreproduces: " in path.read_text() for path in paths)
     assert f"{num_copies} copy a published row" in text
+    num_models = len(recipe_model_keys(data_root() / "recipes"))
+    assert (ROOT / "docs" / "models.md").read_text().startswith(f"# Models\n\n{num_models} models,")
     num_rows = len(load_rows(data_root() / "results" / "published"))
     assert f"of {num_rows}, with their sources" in text
 
