@@ -25,7 +25,8 @@ from moe_bench.errors import BadInputError
 from moe_bench.harness.batches import Device
 from moe_bench.harness.kernels.activation import gelu
 from moe_bench.harness.kernels.adam import low_precision_adam
-from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
+from moe_bench.harness.kernels.layer_spec import decoder_block_spec, mtp_block_spec
+from moe_bench.harness.kernels.provider import KernelChoice
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.routers import chosen_router, tell_dispatchers
 from moe_bench.harness.routing import RouterBuilder, use_router

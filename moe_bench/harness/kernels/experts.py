@@ -160,24 +160,8 @@ class UpProjection(ExpertStack):
 class DownProjection(ExpertStack):
     """The weighted activation and the second projection: [tokens, 2 * ffn] to [tokens, hidden]."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        shape: StackShape,
-        *,
-        num_experts: int,
-        are_apart: bool,
-        init_method: Callable[[Tensor], Any],
-        groups: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(
-            config,
-            shape,
-            num_experts=num_experts,
-            are_apart=are_apart,
-            init_method=init_method,
-            groups=groups,
-        )
+    def __init__(self, config: TransformerConfig, shape: StackShape, **options: Any) -> None:
+        super().__init__(config, shape, **options)
         self.activation: ExpertActivation = expert_activation(config)
         self.recompute = config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
 

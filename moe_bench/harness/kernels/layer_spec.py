@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -35,50 +34,11 @@ from megatron.core.transformer.transformer_layer import (
 from moe_bench.errors import BadInputError
 from moe_bench.harness.kernels.mla import TorchMLASelfAttention
 from moe_bench.harness.kernels.norm import WholeVectorRMSNorm
-from moe_bench.harness.kernels.provider import TorchNativeSpecProvider, provider_for
+from moe_bench.harness.kernels.provider import KernelChoice, TorchNativeSpecProvider, provider_for
 from moe_bench.harness.kernels.shared_experts import BiasedSharedExperts
-from moe_bench.harness.settings import TritonFusion
 
 NormBuilder = Callable[..., torch.nn.Module]
-ExpertStep = tuple[int, int, int]
-"""First decoder layer, counted from 0, number of experts, and their width."""
 CAUSAL = {"attn_mask_type": AttnMaskType.causal}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoice:
-    """Whose kernels a model is built from, and what Megatron-Core's configuration cannot say about them."""
-
-    family: str
-    """`torch_native`, `transformer_engine` or `quack`."""
-    device_type: str
-    """`cuda` or `cpu`: decides the attention kernel of the torch-native family."""
-    qk_norm: Literal["none", "per_head", "whole_vector"] = "none"
-    """Norm on queries and keys of grouped-query attention."""
-    experts_are_apart: bool = False
-    """Whether torch-native experts have a weight each (Megatron-FSDP), not one for all of a layer."""
-    experts_are_fp8: bool = False
-    """Whether the torch-native experts multiply in FP8 (precision `fp8_rowwise`)."""
-    fusions: frozenset[TritonFusion] = frozenset()
-    """What the other families than Transformer Engine run as Triton kernels."""
-    expert_steps: tuple[ExpertStep, ...] = ()
-    """Where experts change on the way up, in order."""
-    mixes_shared_experts: bool = False
-    """Whether shared experts are weighed against the routed ones, not added to them."""
-
-    def provider(self) -> BackendSpecProvider:
-        """The modules of the family.
-
-        Raises MissingRequirementError where it is not installed, or does not run on this device.
-        """
-        return provider_for(
-            self.family,
-            device_type=self.device_type,
-            experts_are_apart=self.experts_are_apart,
-            experts_are_fp8=self.experts_are_fp8,
-            fusions=self.fusions,
-            mixes_shared_experts=self.mixes_shared_experts,
-        )
 
 
 def decoder_block_spec(
@@ -93,7 +53,7 @@ def decoder_block_spec(
     Raises:
         MissingRequirementError: the family is not installed, or cannot build the model.
     """
-    provider = choice.provider()
+    provider = provider_for(choice)
     layers = _all_layers(config, choice, provider)
     if config.pipeline_model_parallel_layout is not None:
         layer_ids = config.pipeline_model_parallel_layout.get_layer_id_list(
@@ -119,7 +79,7 @@ def mtp_block_spec(
 
     Each holds a decoder layer like the model's last one (arXiv:2412.19437, section 2.2).
     """
-    provider = choice.provider()
+    provider = provider_for(choice)
     last_layer = _all_layers(config, choice, provider)[-1]
     return get_gpt_mtp_block_spec_for_backend(
         config, last_layer, backend=provider, vp_stage=vp_stage, pp_rank=pp_rank

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
@@ -28,27 +30,37 @@ from moe_bench.harness.settings import TritonFusion
 TRANSFORMER_ENGINE_PIP = 'pip install --no-build-isolation "transformer_engine[pytorch]"'
 
 
+ExpertStep = tuple[int, int, int]
+"""First decoder layer, counted from 0, number of experts, and their width."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelChoice:
+    """Whose kernels a model is built from, and what Megatron-Core's configuration cannot say about them."""
+
+    family: str
+    """`torch_native`, `transformer_engine` or `quack` (a recipe's `kernels.family`)."""
+    device_type: str
+    """`cuda` or `cpu`: where the model is to run; decides the attention kernel of the torch-native family."""
+    qk_norm: Literal["none", "per_head", "whole_vector"] = "none"
+    """Norm on queries and keys of grouped-query attention."""
+    experts_are_apart: bool = False
+    """Whether torch-native experts have a weight each (`ExpertStack`, for Megatron-FSDP)."""
+    experts_are_fp8: bool = False
+    """Whether the torch-native experts multiply in FP8 (precision `fp8_rowwise`)."""
+    fusions: frozenset[TritonFusion] = frozenset()
+    """What the other families than Transformer Engine run as Triton kernels."""
+    expert_steps: tuple[ExpertStep, ...] = ()
+    """Where experts change on the way up, in order."""
+    mixes_shared_experts: bool = False
+    """Whether shared experts are weighed against the routed ones (`MixingMoELayer`), not added to them."""
+
+
 class TorchNativeSpecProvider(BackendSpecProvider):
     """Modules made of torch alone: fused attention and grouped GEMM on a GPU, plain arithmetic on a CPU."""
 
-    def __init__(
-        self,
-        *,
-        device_type: str,
-        experts_are_apart: bool = False,
-        experts_are_fp8: bool = False,
-        fusions: frozenset[TritonFusion] = frozenset(),
-        mixes_shared_experts: bool = False,
-    ) -> None:
-        """`experts_are_apart`: a weight for each, as Megatron-FSDP needs them (`ExpertStack`);
-        `experts_are_fp8`: their products as in `fp8_grouped`; `fusions`: what runs as Triton kernels;
-        `mixes_shared_experts`: weighed against the routed ones (`MixingMoELayer`).
-        """
-        self.fusions = fusions
-        self.mixes_shared_experts = mixes_shared_experts
-        self.device_type = device_type
-        self.experts_are_apart = experts_are_apart
-        self.experts_are_fp8 = experts_are_fp8
+    def __init__(self, choice: KernelChoice) -> None:
+        self.choice = choice
 
     def linear(self) -> type[torch.nn.Module]:
         """A linear layer that is whole on every tensor-parallel rank."""
@@ -78,14 +90,14 @@ class TorchNativeSpecProvider(BackendSpecProvider):
 
     def core_attention(self) -> ModuleSpec:
         """Attention between the projections; its kernel is chosen by `attention_implementation`."""
-        return ModuleSpec(module=CoreAttention, params={"device_type": self.device_type})
+        return ModuleSpec(module=CoreAttention, params={"device_type": self.choice.device_type})
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Callable[..., torch.nn.Module]:
         """All local experts in grouped GEMMs, or one after the other."""
         if moe_use_grouped_gemm:
             return partial(
                 GroupedExperts,
-                are_apart=self.experts_are_apart,
+                are_apart=self.choice.experts_are_apart,
                 products=self._products(),
                 fusions=self._expert_fusions(),
             )
@@ -94,9 +106,9 @@ class TorchNativeSpecProvider(BackendSpecProvider):
 
     def _products(self) -> Products:
         """FP8 is loaded where it is asked for: it needs Triton, which not every torch comes with."""
-        if not self.experts_are_fp8:
+        if not self.choice.experts_are_fp8:
             return PLAIN
-        if self.device_type != "cuda":
+        if self.choice.device_type != "cuda":
             raise MissingRequirementError(
                 "precision: fp8_rowwise needs a Hopper GPU; torch's scaled_grouped_mm has no code for a CPU"
             )
@@ -108,14 +120,14 @@ class TorchNativeSpecProvider(BackendSpecProvider):
 
     def _expert_fusions(self) -> ExpertFusions:
         """Loaded where they are asked for, as `_products`."""
-        if not self.fusions & {"activation", "gradient_accumulation"}:
+        if not self.choice.fusions & {"activation", "gradient_accumulation"}:
             return UNFUSED
         from moe_bench.harness.kernels.fused.activation import TritonGatedActivation
         from moe_bench.harness.kernels.fused.weight_gradient import accumulate_weight_gradient
 
         return ExpertFusions(
-            activation=TritonGatedActivation.of if "activation" in self.fusions else None,
-            accumulate=accumulate_weight_gradient if "gradient_accumulation" in self.fusions else None,
+            activation=TritonGatedActivation.of if "activation" in self.choice.fusions else None,
+            accumulate=accumulate_weight_gradient if "gradient_accumulation" in self.choice.fusions else None,
         )
 
     def activation_func(self) -> None:
@@ -123,62 +135,40 @@ class TorchNativeSpecProvider(BackendSpecProvider):
 
     def moe_layer(self) -> Callable[..., torch.nn.Module]:
         """Megatron-Core's own, or the one that weighs shared experts."""
-        return MixingMoELayer if self.mixes_shared_experts else MoELayer
+        return MixingMoELayer if self.choice.mixes_shared_experts else MoELayer
 
     def fused_moe_layer(self) -> Callable[..., torch.nn.Module]:
         """`moe_layer` with the router and the permutation that are asked for."""
-        if not self.fusions & {"router", "permute"}:
+        if not self.choice.fusions & {"router", "permute"}:
             return self.moe_layer()
         from moe_bench.harness.kernels.fused.moe_layer import fused_moe_layer
 
         return partial(
             fused_moe_layer,
             self.moe_layer(),
-            fuses_router="router" in self.fusions,
-            fuses_permutation="permute" in self.fusions,
+            fuses_router="router" in self.choice.fusions,
+            fuses_permutation="permute" in self.choice.fusions,
         )
 
 
-def provider_for(
-    family: str,
-    *,
-    device_type: str,
-    experts_are_apart: bool = False,
-    experts_are_fp8: bool = False,
-    fusions: frozenset[TritonFusion] = frozenset(),
-    mixes_shared_experts: bool = False,
-) -> BackendSpecProvider:
+def provider_for(choice: KernelChoice) -> BackendSpecProvider:
     """Return the modules of a kernel family.
 
-    Args:
-        family: `torch_native`, `transformer_engine` or `quack` (a recipe's `kernels.family`).
-        device_type: `cuda` or `cpu`: where the model is to run.
-        experts_are_apart: whether torch-native experts have a weight each; Transformer Engine's always have.
-        experts_are_fp8: whether the torch-native experts' products are in FP8 (precision `fp8_rowwise`).
-        fusions: what the other families than Transformer Engine run as Triton kernels.
-        mixes_shared_experts: whether they are weighed against the routed ones.
-
-    Raises:
-        BadInputError: there is no such family.
-        MissingRequirementError: the family is not installed, or does not run on `device_type`.
+    Raises BadInputError where there is no such family, MissingRequirementError where it is not installed,
+    does not run on the device, or has not what is asked of its experts.
     """
-    if experts_are_fp8 and family != "torch_native":
+    family, device_type = choice.family, choice.device_type
+    if choice.experts_are_fp8 and family != "torch_native":
         raise MissingRequirementError(
             f"precision: fp8_rowwise needs kernels.family: torch_native, not {family}"
         )
-    if mixes_shared_experts and family != "torch_native":
+    if choice.mixes_shared_experts and family != "torch_native":
         raise MissingRequirementError(
             "model.moe.shared_expert_mixing: softmax is built from the torch_native kernels"
         )
-    _require_triton(fusions, device_type)
+    _require_triton(choice.fusions, device_type)
     if family == "torch_native":
-        return TorchNativeSpecProvider(
-            device_type=device_type,
-            experts_are_apart=experts_are_apart,
-            experts_are_fp8=experts_are_fp8,
-            fusions=fusions,
-            mixes_shared_experts=mixes_shared_experts,
-        )
+        return TorchNativeSpecProvider(choice)
     if family == "transformer_engine":
         if find_spec("transformer_engine") is None:
             raise MissingRequirementError(
@@ -193,9 +183,7 @@ def provider_for(
         from moe_bench.harness.kernels.quack.provider import QuackSpecProvider
 
         require_quack(device_type)
-        return QuackSpecProvider(
-            device_type=device_type, experts_are_apart=experts_are_apart, fusions=fusions
-        )
+        return QuackSpecProvider(choice)
     raise BadInputError(f"kernels.family: {family}; one of torch_native, transformer_engine, quack")
 
 

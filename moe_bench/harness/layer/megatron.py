@@ -20,7 +20,8 @@ from torch import Tensor
 from moe_bench.errors import MissingRequirementError, MoeBenchError
 from moe_bench.harness.build import set_seeds, transformer_config
 from moe_bench.harness.implementations import expert_layer_name
-from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec
+from moe_bench.harness.kernels.layer_spec import decoder_block_spec
+from moe_bench.harness.kernels.provider import KernelChoice, provider_for
 from moe_bench.harness.layer.engine import BuiltLayer
 from moe_bench.harness.layer.weights import LayerWeights, clear_gradients, gradients_of, load_weights
 from moe_bench.harness.loopback import loopback_groups
@@ -73,7 +74,7 @@ class MegatronEngine:
         try:
             arguments = megatron_arguments(self._recipe(case))
             require_runnable(arguments)
-            _choice(arguments, device="cpu" if self.system.gpu is None else "cuda").provider()
+            provider_for(_choice(arguments, device="cpu" if self.system.gpu is None else "cuda"))
         except MoeBenchError as error:
             return str(error)
         return None

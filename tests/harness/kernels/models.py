@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec, mtp_block_spec
+from moe_bench.harness.kernels.layer_spec import decoder_block_spec, mtp_block_spec
+from moe_bench.harness.kernels.provider import KernelChoice
 from tests.harness.kernels.configs import small_config
 from tests.harness.kernels.ranks import Groups
 

@@ -7,7 +7,7 @@ import torch
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.kernels.experts import GroupedExperts
-from moe_bench.harness.kernels.provider import TorchNativeSpecProvider
+from moe_bench.harness.kernels.provider import KernelChoice, TorchNativeSpecProvider
 from tests.harness.kernels.configs import gpt_oss_experts, small_config
 from tests.harness.kernels.ranks import Groups
 
@@ -50,9 +50,8 @@ def both_kinds(
     config = small_config(num_moe_experts=4, **changes)
     num_local = 4 // groups.ep.size()
     grouped = GroupedExperts(num_local, config, pg_collection=groups, are_apart=are_apart)
-    sequential = TorchNativeSpecProvider(device_type="cpu").grouped_mlp_modules(False)(
-        num_local, config, pg_collection=groups
-    )
+    provider = TorchNativeSpecProvider(KernelChoice(family="torch_native", device_type="cpu"))
+    sequential = provider.grouped_mlp_modules(False)(num_local, config, pg_collection=groups)
     for parameter in grouped.parameters():
         parameter.data.normal_()
     for expert, module in enumerate(sequential.local_experts):

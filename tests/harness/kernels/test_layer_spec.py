@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_bench.errors import BadInputError
-from moe_bench.harness.kernels.layer_spec import KernelChoice, decoder_block_spec
+from moe_bench.harness.kernels.layer_spec import decoder_block_spec
+from moe_bench.harness.kernels.provider import KernelChoice
 from tests.harness.kernels.configs import gpt_oss_experts, small_config
 from tests.harness.kernels.models import NATIVE, loss_of, model
 from tests.harness.kernels.ranks import Groups

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_bench.errors import MissingRequirementError
-from moe_bench.harness.kernels.layer_spec import KernelChoice
 from moe_bench.harness.kernels.norm import LayerNorm, RMSNorm, WholeVectorRMSNorm, norm
+from moe_bench.harness.kernels.provider import KernelChoice
 from tests.harness.kernels.configs import small_config
 from tests.harness.kernels.models import replicated_gradients
 from tests.harness.kernels.ranks import Groups, without_groups

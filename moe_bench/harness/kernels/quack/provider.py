@@ -29,9 +29,9 @@ class QuackSpecProvider(TorchNativeSpecProvider):
             raise MissingRequirementError(
                 "kernels.grouped_gemm: false: quack has no experts one by one; write true, or torch_native"
             )
-        if self.experts_are_apart:
+        if self.choice.experts_are_apart:
             raise MissingRequirementError(
                 "parallel.data_sharding: megatron_fsdp gives each expert a weight of its own and quack's "
                 "experts share one; use distributed_optimizer, or torch_native"
             )
-        return partial(QuackExperts, accumulates="gradient_accumulation" in self.fusions)
+        return partial(QuackExperts, accumulates="gradient_accumulation" in self.choice.fusions)

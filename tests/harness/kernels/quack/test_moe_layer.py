@@ -13,7 +13,7 @@ def both(groups: Groups, changes: dict[str, Any]) -> list[dict[str, torch.Tensor
     """Output and gradients of one rank's layer: Megatron-Core's own, and quack's with the same weights."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 
-    from moe_bench.harness.kernels.provider import TorchNativeSpecProvider
+    from moe_bench.harness.kernels.provider import KernelChoice, TorchNativeSpecProvider
     from moe_bench.harness.kernels.quack import products
     from moe_bench.harness.kernels.quack.provider import QuackSpecProvider
     from moe_bench.harness.substitution import Substitution, substituted
@@ -22,8 +22,8 @@ def both(groups: Groups, changes: dict[str, Any]) -> list[dict[str, torch.Tensor
     config = small_config(**changes)
     layers = []
     for provider, is_grouped in (
-        (TorchNativeSpecProvider(device_type="cpu"), False),
-        (QuackSpecProvider(device_type="cpu"), True),
+        (TorchNativeSpecProvider(KernelChoice(family="torch_native", device_type="cpu")), False),
+        (QuackSpecProvider(KernelChoice(family="quack", device_type="cpu")), True),
     ):
         spec = get_moe_module_spec_for_backend(provider, config.num_moe_experts, is_grouped)
         layer = provider.moe_layer()
