@@ -224,7 +224,7 @@ def test_a_model_of_fp8_products_is_near_its_simulation_on_the_device() -> None:
     command = (
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "moe_bench"),
         *("quantize", "olmoe_1b_7b", "--scale", "node", "--num-gpus", "1", "--json"),
-        *("--set", "global_batch_size=4", "--set", "micro_batch_size=1", "--set", "seq_len=512"),
+        *("--set", "global_batch_size=8", "--set", "micro_batch_size=1", "--set", "seq_len=512"),
         *("--calibration-batches", "1", "--evaluation-batches", "1"),
         *("--format", "fp8", "--arithmetic", "real"),
     )
