@@ -23,15 +23,18 @@ from moe_bench.cli.options import (
     make_loader,
     plan_of,
     print_view,
+    rank_here,
     results_root,
 )
+from moe_bench.cli.parity_ranks import learn_by, starter_by
 from moe_bench.errors import BadInputError, MeasurementError, MoeBenchError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_paths
+from moe_bench.spec.rendezvous import Launcher
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moe_bench.harness.training.parity import Trained
+    from moe_bench.harness.training.parity import Learn, Trained
     from moe_bench.results.parity import Evidence, Parity
     from moe_bench.spec.scale import Plan
     from moe_bench.spec.training import TrainingJob
@@ -77,6 +80,10 @@ def parity(
     repeats: Annotated[
         int, typer.Option("--repeats", min=2, help="Runs of the base from weights a rounding off.")
     ] = 4,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option("--launcher", help="What starts the ranks of every run; without a GPU they are forked."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
     plot: PlotOption = None,
     as_json: JsonOption = False,
@@ -90,7 +97,12 @@ def parity(
         num_gpus=num_gpus,
         changes=tuple(changes or ()),
         root=out or results_root(),
+        launcher=launcher,
     )
+    if rank_here() is not None:
+        raise BadInputError(
+            "parity starts the ranks of its runs itself: call it once, without torchrun or srun"
+        )
     if not plain:
         if is_all or again:
             raise BadInputError("parity: --all and --again are of --plain; add it or drop them")
@@ -118,6 +130,7 @@ class _Session:
     num_gpus: int | None
     changes: tuple[str, ...]
     root: Path
+    launcher: Launcher | None
 
     @cached_property
     def trained(self) -> Trained:
@@ -126,6 +139,26 @@ class _Session:
         with quiet_imports():
             from moe_bench.harness.training.parity import Trained
         return Trained()
+
+    def learn(self, *plans: Plan) -> Learn:
+        """What starts the ranks of `plans`: forks, or a launcher that has room for them."""
+        from moe_bench.harness.mcore_config import megatron_arguments
+        from moe_bench.harness.requirements import require_runnable
+        from moe_bench.harness.start import quiet_imports
+        from moe_bench.launch.environment import current_environment
+        from moe_bench.launch.ranks import launcher_for
+
+        launcher = self.launcher or launcher_for(plans, current_environment())
+        if launcher is None:
+            with quiet_imports():
+                from moe_bench.harness.training.parity import learn_here
+            return learn_here
+        starter = starter_by(launcher)
+        for plan in plans:
+            starter.require_room(plan)
+            if launcher == "torchrun":  # srun's ranks may run in an image
+                require_runnable(megatron_arguments(plan.recipe))
+        return learn_by(starter, self.root)
 
     @cached_property
     def console(self) -> Console:
@@ -153,11 +186,11 @@ class _Session:
         from moe_bench.harness.start import quiet_imports
         from moe_bench.launch.environment import current_environment
         from moe_bench.results.parity import write_parity
-        from moe_bench.spec.derive_parity import changes_between, require_causal, watched_plan
+        from moe_bench.spec.derive_parity import changes_between, require_comparable, watched_plan
 
         jobs = self.job(watched_plan(base)), self.job(watched_plan(variant))
         for job in jobs:
-            require_causal(job.plan.recipe)  # refused before anything is loaded
+            require_comparable(job.plan)  # refused before anything is loaded
         with quiet_imports():
             from moe_bench.harness.training.parity import ParityCase, compare_losses
         case = ParityCase(
@@ -172,6 +205,7 @@ class _Session:
             command=("moe-bench", *sys.argv[1:]),
             source_root=data_root(),
             trained=self.trained,
+            learn=self.learn(*(job.plan for job in jobs)),
             on_run=lambda name: self.console.print(
                 f"{base.asked}, {variant.recipe.precision}: {name}", highlight=False
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -26,11 +26,11 @@ from moe_bench.harness.profile import profiled
 from moe_bench.harness.routing import ExpertLoad, LoadCounter
 from moe_bench.harness.settings import Settings, settings_of
 from moe_bench.harness.trainer import Trainer, Watch, speaks_for_job, speaks_for_stage
-from moe_bench.harness.weights import initialise_by_name
+from moe_bench.harness.weights import initialise_by_name, nudge_by_name
 from moe_bench.results.record import AloneSamples, GpuFacts, Implementations
 from moe_bench.spec.profile import Profile
 from moe_bench.spec.rendezvous import Rendezvous
-from moe_bench.spec.training import LearningRate
+from moe_bench.spec.training import LearningRate, Nudge
 
 _BYTES_PER_KIB = 1024
 
@@ -235,14 +235,15 @@ def build(
     *,
     device: Device,
     rates: LearningRate | None = None,
-    on_fresh: Callable[[tuple[torch.nn.Module, ...]], None] | None = None,
+    weights_by_name: bool = False,
+    nudge: Nudge | None = None,
     adapt: Adapt | None = None,
 ) -> Training:
     """Model and optimizer of this rank; `rates` is what a schedule of the learning rate wants of it.
 
     Where `adapt` gives the model adapters they learn and nothing else, biases of routers included. Without a
-    GPU every layout starts from the same weights, which `on_fresh` may change; on GPUs Megatron-Core draws
-    them.
+    GPU, or `weights_by_name`, every layout starts from the same weights, which `nudge` may move; else
+    Megatron-Core draws them.
     """
     config = transformer_config(arguments)
     set_seeds(settings.seed)
@@ -250,10 +251,11 @@ def build(
     if adapt is not None:
         adapt(chunks)
         config.moe_router_bias_update_rate = 0.0
-    if device == "cpu":
-        initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed)
-        if on_fresh is not None:
-            on_fresh(chunks)
+    if device == "cpu" or weights_by_name:
+        apart = device == "cuda"  # at full size no rank can draw all experts of a layer
+        initialise_by_name(chunks, std=config.init_method_std, seed=settings.seed, experts_apart=apart)
+        if nudge is not None:
+            nudge_by_name(chunks, fraction=nudge.roundoff_fraction, seed=nudge.seed, experts_apart=apart)
     return training(arguments, settings, config, chunks, device=device, rates=rates)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from moe_bench.errors import MissingRequirementError
@@ -38,6 +39,12 @@ def rendezvous_from(env: Mapping[str, str], run: Runner) -> Rendezvous | None:
         master_addr=env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"], run),
         master_port=int(env.get("MASTER_PORT") or master_port(int(env["SLURM_JOB_ID"]))),
     )
+
+
+def lone_rank(env: Mapping[str, str]) -> Rendezvous:
+    """The only rank of a job that srun or nobody started, which meets itself at this host."""
+    port = master_port(int(env.get("SLURM_JOB_ID", os.getpid())))
+    return Rendezvous(rank=0, world_size=1, local_rank=0, master_addr="127.0.0.1", master_port=port)
 
 
 def is_one_of_several_tasks(env: Mapping[str, str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 
-Runner = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
+Runner = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 NOT_INSTALLED = 127
 """Exit code for a command that does not exist, as shells and env(1) have it."""

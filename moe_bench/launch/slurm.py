@@ -81,9 +81,15 @@ def sbatch_command(
 
 
 def srun_command(
-    job: Job, installation: Installation, *, job_id: int, master_addr: str, master_port: int
+    job: Job,
+    installation: Installation,
+    *,
+    job_id: int,
+    master_addr: str,
+    master_port: int,
+    verb: str = "run",
 ) -> tuple[str, ...]:
-    """The command that starts every rank, inside a job of the right size.
+    """The command that starts every rank of `moe-bench <verb>`, inside a job of the right size.
 
     Ranks fill one node after the other (`--distribution=block`), as the process groups expect. A rank that
     fails does not kill the others at once: they end by themselves with their own exit code, or after
@@ -121,7 +127,7 @@ def srun_command(
         *env_prefix(job.rank_env | _container_env(job, installation) | meeting),
         python,
         *start,
-        *("-m", MODULE, "run"),
+        *("-m", MODULE, verb),
         *job.run_args,
     )
 

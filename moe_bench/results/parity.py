@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from moe_bench.analysis.loss_parity import MIN_REPEATS, curve_tolerances, first_difference
 from moe_bench.results.journal import file_stem
+from moe_bench.results.record import GpuFacts
 from moe_bench.results.store import PARITY_FOLDER, record_files, write_once
 from moe_bench.results.verification import VerificationProvenance
 from moe_bench.results.versioned import read_versioned
@@ -46,11 +47,19 @@ class Learned(Spec):
         return self
 
 
-class ParitySide(Spec):
+class ComparedRanks(Spec):
+    """What the ranks of one run leave."""
+
+    learned: Learned
+    gpu: GpuFacts | None = None
+    """Of the rank that knows the loss; None without a GPU, as is what follows."""
+    nccl_version: Text | None = None
+
+
+class ParitySide(ComparedRanks):
     """One of the two settings."""
 
     plan: Plan
-    learned: Learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

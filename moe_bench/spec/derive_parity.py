@@ -63,6 +63,27 @@ def require_causal(recipe: Recipe) -> None:
     )
 
 
+def require_comparable(plan: Plan) -> None:
+    """Raise BadInputError where losses of `plan` say nothing of another setting's.
+
+    A slice is one rank alone. Weights that are built in FP8 or FP4 have a copy of what Megatron-Core drew,
+    from which the optimizer begins (distrib_optimizer.py, get_high_precision_init_val), and that draw is
+    another one in every layout.
+    """
+    require_causal(plan.recipe)
+    if plan.is_slice:
+        raise BadInputError(
+            f"{plan.asked}: a slice is one rank of the model, and its loss not that of a prediction; drop "
+            "--scale, or take --scale node or smoke"
+        )
+    low = plan.recipe.low_precision
+    if plan.recipe.system.gpu is not None and low is not None and low.param_gather:
+        raise BadInputError(
+            f"{plan.asked}: low_precision.param_gather: weights built in {plan.recipe.precision} begin with "
+            "Megatron-Core's own draw, another one in each layout; add --set low_precision.param_gather=false"
+        )
+
+
 def plain_plan(toy: Plan) -> Plan:
     """What `toy` is held against: `plain_recipe`, and every field in which it is not what was asked."""
     why = "the plain setting that others are held against"

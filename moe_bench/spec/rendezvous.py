@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Launcher = Literal["torchrun", "srun"]
+"""What starts the ranks of a run that does not fork them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,14 @@ class Asked(Spec):
     """`key=value`, in the order in which they were said."""
 
 
+class Nudge(Spec):
+    """A rounding of every first weight, up or down: what a run would be if it added in another order."""
+
+    roundoff_fraction: PositiveFloat
+    seed: NonNegativeInt
+    """Of the directions."""
+
+
 class TrainingJob(Spec):
     """Everything that decides what a training run computes."""
 
@@ -88,3 +96,11 @@ class TrainingJob(Spec):
     validation: Validation
     checkpoints: Checkpoints
     health: Health
+
+
+class ComparedRun(Spec):
+    """A training run that leaves no weights: its losses are held against those of another."""
+
+    job: TrainingJob
+    nudge: Nudge | None = None
+    """Of the weights that it begins with; None for none."""

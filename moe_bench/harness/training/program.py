@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from moe_bench.harness import sanity
 from moe_bench.harness.adapters import adapters_of
 from moe_bench.harness.batches import BatchPlan
@@ -26,25 +24,11 @@ from moe_bench.harness.training.checkpoint import CheckpointWriter, Progress
 from moe_bench.harness.training.data import Text, read_text
 from moe_bench.harness.training.health import HealthCounter
 from moe_bench.harness.training.learning_rate import learning_rate_now, scheduler
-from moe_bench.harness.weights import nudge_by_name
 from moe_bench.results.training_health import HealthLine
 from moe_bench.results.training_log import LogLine
 from moe_bench.results.training_run import CACHE, CHECKPOINTS
 from moe_bench.spec.rendezvous import Rendezvous
-from moe_bench.spec.training import TrainingJob
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Nudge:
-    """A rounding of every first weight, up or down: what a run would be if it added in another order."""
-
-    fraction: float
-    seed: int
-    """Of the directions."""
-
-    def apply(self, chunks: tuple[torch.nn.Module, ...]) -> None:
-        """To the weights of all chunks."""
-        nudge_by_name(chunks, fraction=self.fraction, seed=self.seed)
+from moe_bench.spec.training import Nudge, TrainingJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +39,10 @@ class Start:
     """None begins with fresh weights."""
     with_optimizer: bool = True
     """Whether the optimizer's state and the count of steps are taken up too, or the weights alone."""
+    weights_by_name: bool = False
+    """Whether fresh weights are the same in every layout on GPUs too; without one they always are."""
     nudge: Nudge | None = None
-    """Of fresh weights without a GPU; None for none."""
+    """Of such weights; None for none."""
     saves_checkpoints: bool = True
     """Whether the run leaves weights, or its losses alone."""
 
@@ -81,13 +67,13 @@ def train_rank(
     settings = settings_of(arguments)
     adapt = None if job.lora_rank is None else adapters_of(job.lora_rank)
     with joined(arguments, settings, rendezvous, listen_fd=listen_fd) as (device, _):
-        nudge = start.nudge
         built = build(
             arguments,
             settings,
             device=device,
             rates=job.learning_rate,
-            on_fresh=None if nudge is None else nudge.apply,
+            weights_by_name=start.weights_by_name,
+            nudge=start.nudge,
             adapt=adapt,
         )
         tokenizer = tokenizer_of(read_manifest(Path(job.data)).tokenizer)
