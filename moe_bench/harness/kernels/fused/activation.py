@@ -1,4 +1,4 @@
-"""The experts' gated activation and its gradient, one Triton kernel each; the reference is plain torch.
+"""The experts' gated activation and its gradient, one Triton kernel each.
 
 The equation is that of `moe_bench.harness.kernels.activation`. Nothing is compiled anew for another number
 of tokens. For T rows of F elements of a bytes: 3 a T F forward, 5 a T F backward, and 4 T each for

@@ -63,15 +63,6 @@ def unsort_rows(rows: Tensor, sources: Tensor) -> Tensor:
     return _Unsort.apply(rows, sources)
 
 
-def source_rows_reference(counts: Tensor) -> Tensor:
-    """`source_rows` in plain torch."""
-    sizes = counts.flatten().tolist()
-    chunks = torch.arange(sum(sizes), dtype=torch.int32, device=counts.device).split(sizes)
-    num_senders, num_experts = counts.shape
-    order = [sender * num_experts + expert for expert in range(num_experts) for sender in range(num_senders)]
-    return torch.cat([chunks[index] for index in order])
-
-
 class _Sort(torch.autograd.Function):
     """Keeps the map alone."""
 

@@ -42,24 +42,6 @@ def unpermute(rows: Tensor, row_map: RowMap) -> Tensor:
     return _Unpermute.apply(rows, row_map.slots)
 
 
-def permute_reference(
-    tokens: Tensor, probabilities: Tensor, slots: Tensor, *, num_rows: int
-) -> tuple[Tensor, Tensor]:
-    """`permute` in plain torch."""
-    token, slot = (slots[:, 0] >= 0).nonzero(as_tuple=True)
-    row, expert = slots[token, 0, slot].long(), slots[token, 1, slot].long()
-    order = torch.empty(num_rows, dtype=torch.long, device=slots.device).index_copy_(0, row, token)
-    choice = torch.empty(num_rows, dtype=torch.long, device=slots.device).index_copy_(0, row, expert)
-    return tokens[order], probabilities[order, choice]
-
-
-def unpermute_reference(rows: Tensor, slots: Tensor) -> Tensor:
-    """`unpermute` in plain torch."""
-    is_used = slots[:, 0] >= 0
-    copies = rows[slots[:, 0].clamp(min=0).long()].to(torch.promote_types(rows.dtype, torch.float32))
-    return (copies * is_used.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
-
-
 class _Permute(torch.autograd.Function):
     """Keeps the row map alone."""
 

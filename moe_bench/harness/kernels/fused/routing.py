@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
@@ -78,37 +77,6 @@ def route(logits: Tensor, choice: Choice, bias: Tensor | None = None) -> tuple[T
 def scores_for_losses(logits: Tensor, *, top_k: int, score: Score) -> tuple[Tensor, Tensor]:
     """Scores [tokens, experts] in FP32, each token's adding up to one, and the map of the k largest."""
     return _Route.apply(logits, None, Choice(top_k=top_k, score=score, is_for_losses=True))
-
-
-def route_reference(logits: Tensor, choice: Choice, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`route` in plain torch, differentiable, in FP32 or better."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = {
-        "softmax": lambda: wide.softmax(dim=-1),
-        "sigmoid": wide.sigmoid,
-        "sqrtsoftplus": lambda: functional.softplus(wide).sqrt(),
-    }[choice.score]()
-    picked_by = wide if choice.score == "softmax" and not choice.is_before else scores
-    if bias is not None and choice.score != "softmax":
-        picked_by = picked_by + bias
-    picked_by = picked_by.detach()
-    if choice.num_groups > 1:
-        grouped = picked_by.unflatten(-1, (choice.num_groups, -1))
-        best = grouped.topk(choice.per_group, dim=-1).values.sum(dim=-1)
-        allowed = torch.zeros_like(best, dtype=torch.bool)
-        allowed.scatter_(-1, best.topk(choice.groups_per_token, dim=-1).indices, True)
-        picked_by = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-    chosen = torch.zeros_like(picked_by, dtype=torch.bool)
-    chosen.scatter_(-1, picked_by.topk(choice.top_k, dim=-1).indices, True)
-    pool = torch.ones_like(chosen) if choice.pools_all else chosen
-    if choice.score == "softmax":
-        weights = wide.masked_fill(~pool, -torch.inf).softmax(dim=-1)
-    else:
-        total = (scores * pool).sum(dim=-1, keepdim=True) + SUM_EPSILON if choice.is_normalised else 1.0
-        weights = scores * pool / total
-    if choice.is_for_losses:
-        return weights, chosen
-    return (choice.scale * weights * chosen).to(logits.dtype), chosen
 
 
 class _Route(torch.autograd.Function):

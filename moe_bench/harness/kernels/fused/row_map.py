@@ -73,18 +73,6 @@ def row_map(routing_map: Tensor, *, num_slots: int) -> RowMap:
     return RowMap(slots=slots)
 
 
-def row_map_reference(routing_map: Tensor, *, num_slots: int) -> Tensor:
-    """`row_map(...).slots` in plain torch."""
-    num_tokens, num_experts = routing_map.shape
-    by_expert = routing_map.t().reshape(-1).cumsum(0).view(num_experts, num_tokens).t() - 1
-    slots = torch.full((num_tokens, 2, num_slots), -1, dtype=torch.int32, device=routing_map.device)
-    for token in range(num_tokens):
-        experts = routing_map[token].nonzero().flatten()
-        slots[token, 0, : len(experts)] = by_expert[token, experts].int()
-        slots[token, 1, : len(experts)] = experts.int()
-    return slots
-
-
 @triton.jit
 def _entries(
     map_ptr: tl.tensor,

@@ -75,15 +75,6 @@ def accumulate_weight_gradient(
     )
 
 
-def accumulate_weight_gradient_reference(main_grad: Tensor, grad: Tensor, x: Tensor, offsets: Tensor) -> None:
-    """`accumulate_weight_gradient` in plain torch."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        product = grad[start:end].to(main_grad.dtype).t() @ x[start:end].to(main_grad.dtype)
-        main_grad[expert].add_(product)
-        start = end
-
-
 @triton.jit
 def _tile(tiles_m: tl.tensor, tiles_n: tl.tensor, band: tl.constexpr) -> Any:
     """Expert and place of this program's tile: bands of tiles along the outputs, column by column."""

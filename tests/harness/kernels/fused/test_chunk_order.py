@@ -5,9 +5,9 @@ import torch
 from moe_bench.harness.kernels.fused.chunk_order import (
     sort_rows,
     source_rows,
-    source_rows_reference,
     unsort_rows,
 )
+from tests.harness.kernels.fused.references import source_rows_reference
 
 
 def counts(device: str) -> torch.Tensor:

@@ -6,11 +6,10 @@ from torch import Tensor
 
 from moe_bench.harness.kernels.fused.permutation import (
     permute,
-    permute_reference,
     unpermute,
-    unpermute_reference,
 )
-from moe_bench.harness.kernels.fused.row_map import RowMap, row_map, row_map_reference
+from moe_bench.harness.kernels.fused.row_map import RowMap, row_map
+from tests.harness.kernels.fused.references import permute_reference, row_map_reference, unpermute_reference
 from tests.harness.kernels.fused.routed import routing_map
 
 SMALL = ((37, 12, 3, 40), (5, 1, 1, 8), (300, 3, 2, 8))

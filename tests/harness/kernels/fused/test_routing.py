@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_bench.harness.kernels.fused.routing import Choice, route, route_reference, scores_for_losses
+from moe_bench.harness.kernels.fused.routing import Choice, route, scores_for_losses
+from tests.harness.kernels.fused.references import route_reference
 
 DEEPSEEK = Choice(top_k=8, score="sigmoid", num_groups=8, groups_per_token=4, scale=2.5)
 CHOICES = {

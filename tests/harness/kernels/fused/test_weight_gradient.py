@@ -6,8 +6,8 @@ from moe_bench.harness.kernels.fused.weight_gradient import (
     HOPPER,
     TileShape,
     accumulate_weight_gradient,
-    accumulate_weight_gradient_reference,
 )
+from tests.harness.kernels.fused.references import accumulate_weight_gradient_reference
 
 SMALL = TileShape(rows=16, outputs=32, inputs=32, band=2, num_warps=4, num_stages=2)
 
