@@ -70,15 +70,19 @@ def sm_clock_hz() -> float | None:
 
 
 def _asked_of_driver(question: Callable[[Any], int]) -> float | None:
-    """NVML's answer about this rank's GPU; None where it does not support the question."""
+    """NVML's answer about this rank's GPU; None where it gives none.
+
+    Not every GPU knows every counter, and virtual machines and partitions of a GPU hide some.
+    """
     uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-    pynvml.nvmlInit()
     try:
-        return float(question(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
-    except pynvml.NVMLError_NotSupported:
+        pynvml.nvmlInit()
+        try:
+            return float(question(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
         return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def nccl_version() -> str | None:

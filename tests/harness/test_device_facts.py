@@ -71,7 +71,10 @@ def test_energy_is_counted_in_joules_for_the_gpu_of_this_rank(monkeypatch: pytes
     assert calls == ["init", "count GPU-0123", "shutdown"]
 
 
-def test_a_gpu_that_does_not_count_energy_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fake_nvml(monkeypatch, pynvml.NVMLError_NotSupported())
+@pytest.mark.parametrize("error", [pynvml.NVMLError_NotSupported(), pynvml.NVMLError_NoPermission()])
+def test_a_gpu_that_does_not_tell_its_energy_has_none(
+    monkeypatch: pytest.MonkeyPatch, error: pynvml.NVMLError
+) -> None:
+    calls = fake_nvml(monkeypatch, error)
     assert energy_counter_j() is None
     assert calls[-1] == "shutdown"
