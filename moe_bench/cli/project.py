@@ -142,7 +142,7 @@ def project(
         costs = _costs(sized, round(train_tokens))
         parts.append(project_view.cost_view(costs, made, price_per_gpu_hour=price))
         data["training"] = project_json.cost_json(costs, price_per_gpu_hour=price)
-    _write_files(made, trace=trace, plot=plot, plot_pipeline=plot_pipeline)
+    _write_files(made, modified, trace=trace, plot=plot, plot_pipeline=plot_pipeline)
     _print(parts, data, as_json)
 
 
@@ -212,7 +212,12 @@ def _other(name: str, changes: tuple[str, ...], asked: list[str], basis: Basis, 
 
 
 def _write_files(
-    made: Forecast, *, trace: Path | None, plot: Path | None, plot_pipeline: Path | None
+    made: Forecast,
+    modified: tuple[str, ...],
+    *,
+    trace: Path | None,
+    plot: Path | None,
+    plot_pipeline: Path | None,
 ) -> None:
     timeline = made.projection.timeline
     if timeline is None and (trace is not None or plot_pipeline is not None):
@@ -226,10 +231,11 @@ def _write_files(
         from moe_bench.report.html.pipeline_picture import pipeline_picture
         from moe_bench.report.html.waterfall_chart import waterfall_chart
 
+        subject = made.recipe.name + (" (modified)" if modified else "")
         if plot is not None:
-            write_chart(waterfall_chart("waterfall", made), plot)
+            write_chart(waterfall_chart("waterfall", made), plot, subject=subject)
         if plot_pipeline is not None and timeline is not None:
-            write_chart(pipeline_picture("pipeline", timeline), plot_pipeline)
+            write_chart(pipeline_picture("pipeline", timeline), plot_pipeline, subject=subject)
 
 
 def _print(parts: list[RenderableType], data: dict[str, object], as_json: bool) -> None:

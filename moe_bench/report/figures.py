@@ -19,3 +19,8 @@ def seconds_text(seconds: float) -> str:
 def tflops_text(flops_per_s: float) -> str:
     """TFLOPs with one decimal."""
     return f"{flops_per_s / TERA:.1f}"
+
+
+def steps_text(first: int, last: int) -> str:
+    """`step 3`, or `steps 3 to 7`."""
+    return f"step {last}" if first == last else f"steps {first} to {last}"

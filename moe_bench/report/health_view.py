@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.report.columns import Columns
+from moe_bench.report.figures import steps_text
 from moe_bench.results.training_health import HealthLine, LayerHealth
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def health_view(lines: Sequence[HealthLine]) -> RenderableType:
     alarms = [alarm for line in lines for alarm in line.alarms]
     hidden = len(alarms) - MAX_ALARMS
     notes = [
-        f"steps {last.step - last.num_steps + 1} to {last.step}; entropy over that of an even load, shares "
+        f"{steps_text(last.step - last.num_steps + 1, last.step)}; entropy over that of an even load, shares "
         "of the layer's tokens",
         *([f"{hidden} earlier alarms are not shown"] if hidden > 0 else []),
         *(f"ALARM {alarm.text}" for alarm in alarms[-MAX_ALARMS:]),
@@ -114,12 +115,14 @@ def _draw_loads(place: Axes, line: HealthLine) -> None:
     bar.set_label("tokens over the layer's mean, up to 4", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     place.set_yticks(range(len(line.layers)), [layer.layer for layer in line.layers])
-    first = line.step - line.num_steps + 1
-    place.set_title(f"expert load, steps {first} to {line.step}", fontsize=9, loc="left")
+    over = steps_text(line.step - line.num_steps + 1, line.step)
+    place.set_title(f"expert load, {over}", fontsize=9, loc="left")
     place.set_xlabel("expert", fontsize=8)
 
 
 def _draw_entropies(place: Axes, lines: Sequence[HealthLine]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     names = [layer.layer for layer in lines[-1].layers]
     for index, name in enumerate(names):
         steps = [line.step for line in lines]
@@ -134,5 +137,6 @@ def _draw_entropies(place: Axes, lines: Sequence[HealthLine]) -> None:
     place.set_ylim(0, 1.02)
     place.set_title("entropy of the load; dotted: alarms", fontsize=9, loc="left")
     place.set_xlabel("step", fontsize=8)
+    place.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) <= 10:
         place.legend(fontsize=7, frameon=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from moe_bench.projection.forecast import forecast
+from moe_bench.report.html.chart_file import write_chart
 from moe_bench.report.html.page import render_page
+from moe_bench.report.html.waterfall_chart import waterfall_chart
 from moe_bench.results.metrics import run_metrics
-from tests.report.pages import QWEN, expected_marks, full_page
+from tests.report.pages import DEEPSEEK, QWEN, expected_marks, full_page, recipe, training_run
 
 if TYPE_CHECKING:
     from tests.report.browser import Browser, Theme
@@ -26,6 +30,30 @@ PHONE_PX, DESKTOP_PX, PAPER_PX = 390, 1200, 688
 TEXT_CONTRAST, MARK_CONTRAST = 4.5, 3.0
 """WCAG 2.2, success criteria 1.4.3 and 1.4.11."""
 MAX_TABS = 400
+
+OVERLAPS = """
+const found = [];
+for (const svg of document.querySelectorAll("figure svg[role=img]")) {
+  const texts = [...svg.querySelectorAll("text")].filter(text => text.textContent.trim());
+  const boxes = texts.map(text => text.getBoundingClientRect());
+  for (let i = 0; i < boxes.length; i++) for (let j = 0; j < i; j++) {
+    const [a, b] = [boxes[i], boxes[j]];
+    const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    // a box has room for accents and descenders
+    if (wide > 1 && high > 4) found.push([svg.parentElement.id, texts[j].textContent, texts[i].textContent]);
+  }
+}
+return found;
+"""
+
+CUT_OFF = """
+const whole = document.documentElement.getBoundingClientRect();
+return [...document.querySelectorAll("text")].filter(text => {
+  const box = text.getBoundingClientRect();
+  return box.left < whole.left || box.right > whole.right || box.bottom > whole.bottom;
+}).map(text => text.textContent);
+"""
 
 LUMINANCE = """
 const channels = text => text.match(/[\\d.]+/g).map(Number);
@@ -210,6 +238,32 @@ def test_the_reader_can_choose_the_other_theme(browser: Browser, page: Path) -> 
 def test_nothing_scrolls_sideways(browser: Browser, page: Path, width: int, is_open: bool) -> None:
     browser.open(page, width=width)
     assert browser.ask(SIDEWAYS, is_open) == [0, []]
+
+
+@pytest.fixture(scope="module")
+def close_losses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose losses differ in the fourth digit, so that ticks are as long as they get."""
+    run = training_run()
+    log = tuple(line.model_copy(update={"loss": 5.967 + 0.0003 * line.step}) for line in run.log)
+    held_out = tuple(line.model_copy(update={"validation_loss": None}) for line in log)
+    data = dataclasses.replace(full_page(), training=(dataclasses.replace(run, log=held_out),))
+    path = tmp_path_factory.mktemp("close") / "report.html"
+    path.write_text(render_page(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("width", [PHONE_PX, 1024, 1400])
+def test_no_text_of_a_chart_lies_on_another(browser: Browser, close_losses: Path, width: int) -> None:
+    browser.open(close_losses, width=width)
+    assert browser.ask(OVERLAPS) == []
+
+
+def test_the_text_of_a_chart_file_lies_inside_it(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "step.svg"
+    longest = "deepseek_v3/h100_sxm_256g_fp8_blockwise_offload_seq16k (modified)"
+    write_chart(waterfall_chart("waterfall", forecast(recipe(DEEPSEEK))), path, subject=longest)
+    browser.open(path, width=DESKTOP_PX)
+    assert browser.ask(CUT_OFF) == []
 
 
 def test_text_in_charts_can_be_read_on_a_phone(browser: Browser, page: Path) -> None:

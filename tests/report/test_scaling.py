@@ -234,7 +234,7 @@ def test_sizes_without_room_for_their_label_have_a_tick_alone() -> None:
     (chart,) = scaling_charts(curves(point(size, size, 100.0) for size in sizes), {})
     labels = [tick.label for tick in chart.x.ticks]
     assert len(labels) == len(sizes)
-    assert labels[-1] == "16384"
+    assert labels[-1] == "16,384"
     assert labels[-2] == ""
     assert labels[:4] == ["16", "32", "64", "128"]
     ends = [

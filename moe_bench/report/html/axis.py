@@ -66,8 +66,14 @@ def _log_values(low: float, high: float, steps: tuple[float, ...]) -> tuple[floa
 
 
 def ticks(values: Sequence[float], place: Place) -> tuple[Tick, ...]:
-    """A tick at every value, labelled with all its digits."""
-    return tuple(Tick(position_px=place(value), label=number(value)) for value in values)
+    """A tick at every value, labelled with all its digits and as many decimals as the others; 0 is 0."""
+    labels = [number(value) for value in values]
+    num_decimals = max(len(label.partition(".")[2]) for label in labels)
+    if num_decimals and not any("e" in label for label in labels):
+        labels = [f"{value:,.{num_decimals}f}" if value else "0" for value in values]
+    return tuple(
+        Tick(position_px=place(value), label=label) for value, label in zip(values, labels, strict=True)
+    )
 
 
 def number(value: float) -> str:

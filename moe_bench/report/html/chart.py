@@ -10,8 +10,9 @@ from moe_bench.report.html.axis import Axis
 
 WIDTH_PX = 380
 """Of every chart, so that text of 11.5 pixels stays above 10.5 on a phone 390 pixels wide."""
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 50, 368, 10, 40
-"""Edges of the plot inside the drawing; the last is a margin, for heights differ."""
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 60, 368, 10, 40
+"""Edges of the plot inside the drawing; the last is a margin, for heights differ. On the left there is room
+for the axis title and ticks of five digits."""
 _DOT_SIZES_PX = ((60, 3.4), (150, 2.4))
 """Up to how many marks a dot has which radius; above, _SMALL_DOT_PX."""
 _SMALL_DOT_PX = 1.7

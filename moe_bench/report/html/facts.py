@@ -41,6 +41,14 @@ class Fact:
     url: str | None = None
 
 
+def system_text(recipe: Recipe) -> str:
+    """How many of what `recipe` runs on."""
+    num_ranks, name = recipe.parallel.num_gpus, recipe.system.display_name
+    if recipe.system.gpu is None:
+        return f"{num_ranks} {'process' if num_ranks == 1 else 'processes'} on {name[0].lower()}{name[1:]}"
+    return f"{num_ranks} × {name}"
+
+
 def recipe_facts(recipe: Recipe, row: PublishedRow | None) -> tuple[Fact, ...]:
     """What a card says of `recipe`; `row` is the published one that it copies."""
     model, kernels, dispatch = recipe.model, recipe.kernels, recipe.dispatch
@@ -48,7 +56,7 @@ def recipe_facts(recipe: Recipe, row: PublishedRow | None) -> tuple[Fact, ...]:
     optimizer, sharding = recipe.optimizer, recipe.parallel.data_sharding
     moments = dict.fromkeys(kind.upper() for kind in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     facts = [
-        Fact(label="system", text=f"{recipe.parallel.num_gpus} × {recipe.system.display_name}"),
+        Fact(label="system", text=system_text(recipe)),
         Fact(label="layout", text=layout_label(recipe) or "DP1"),
         Fact(label="precision", text=recipe.precision.upper().replace("_", " ")),
         Fact(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from moe_bench.report.html.axis import Axis, Place, Tick, linear, logarithmic, round_range, ticks
+from moe_bench.report.html.axis import Axis, Place, Tick, linear, logarithmic, number, round_range, ticks
 from moe_bench.report.html.chart import (
     BOTTOM_PX,
     LEFT_PX,
@@ -152,9 +152,9 @@ def _size_ticks(sizes: Sequence[int], place: Place) -> tuple[Tick, ...]:
     """A tick for every size; from the last one back, those with room for it have a label."""
     found, free_px = [], float("inf")
     for size in reversed(sizes):
-        at_px, half_px = place(size), _DIGIT_PX * len(str(size)) / 2
+        at_px, half_px = place(size), _DIGIT_PX * len(number(size)) / 2
         has_room = at_px + half_px < free_px
-        found.append(Tick(position_px=at_px, label=str(size) if has_room else ""))
+        found.append(Tick(position_px=at_px, label=number(size) if has_room else ""))
         free_px = at_px - half_px - _LABEL_GAP_PX if has_room else free_px
     return tuple(reversed(found))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moe_bench.report.health_view import MAX_ALARMS
 from moe_bench.report.html.chart import Chart, Data
-from moe_bench.report.html.facts import Fact
+from moe_bench.report.html.facts import Fact, system_text
 from moe_bench.report.html.training_charts import training_charts
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.report.tables import run_title
@@ -49,7 +49,7 @@ def training_card(index: int, run: TrainingRun) -> TrainingCard:
 def _facts(run: TrainingRun) -> Iterable[Fact]:
     job, recipe = run.job, run.job.plan.recipe
     yield Fact(label="run", text=str(run.folder))
-    yield Fact(label="system", text=f"{recipe.parallel.num_gpus} × {recipe.system.display_name}")
+    yield Fact(label="system", text=system_text(recipe))
     yield Fact(label="layout", text=layout_label(recipe) or "DP1")
     taken = run.log[-1].step if run.log else 0
     yield Fact(label="steps", text=f"{taken:,} of {job.num_steps:,}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import batched
 from statistics import fmean
 
+from moe_bench.report.figures import steps_text
 from moe_bench.report.html.axis import Axis, Place, linear, round_range, ticks, whole_axis
 from moe_bench.report.html.chart import (
     BOTTOM_PX,
@@ -42,7 +43,7 @@ class MeanLoss:
     @property
     def steps(self) -> str:
         """From the first to the last."""
-        return _steps_text(self.first_step, self.last_step)
+        return steps_text(self.first_step, self.last_step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class Evenness:
     @property
     def steps(self) -> str:
         """From the first to the last."""
-        return _steps_text(self.first_step, self.last_step)
+        return steps_text(self.first_step, self.last_step)
 
 
 def loss_chart(key: str, lines: Sequence[LogLine]) -> Chart:
@@ -210,7 +211,7 @@ def training_load_grid(key: str, line: HealthLine) -> Chart:
         key,
         [load_ratios(layer.tokens_per_expert) for layer in line.layers],
         names=[f"{index} ({layer.layer})" for index, layer in enumerate(line.layers)],
-        over=_steps_text(line.step - line.num_steps + 1, line.step),
+        over=steps_text(line.step - line.num_steps + 1, line.step),
     )
 
 
@@ -239,10 +240,6 @@ def _place(values: Sequence[float]) -> Place:
 
 def _from(values: Sequence[float]) -> str:
     return "" if values[0] == 0 else " The vertical axis does not start at 0."
-
-
-def _steps_text(first: int, last: int) -> str:
-    return f"step {last}" if first == last else f"steps {first} to {last}"
 
 
 def _alarms_text(num_alarms: int) -> str:

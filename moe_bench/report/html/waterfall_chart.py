@@ -43,7 +43,7 @@ def waterfall_chart(key: str, made: Forecast) -> Chart:
     height_px = round(TOP_PX + ROW_PX * len(projection.terms) + BOTTOM_PX)
     unit, per_s = ("ms", 1e3) if projection.step_s < 1 else ("s", 1.0)
     whole = projection.step_s * per_s
-    values = [value for value in round_range(0, whole, num_steps=3) if value <= whole]
+    values = [value for value in round_range(0, whole) if value <= whole]
     x = linear(0, projection.step_s, start_px=LEFT_PX, end_px=RIGHT_PX)
     marks = tuple(_bars(projection, x))
     end_px = x(projection.step_s)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_bench.report.html.axis import linear, log_ticks, logarithmic, number, round_range, whole_ticks
+from moe_bench.report.html.axis import linear, log_ticks, logarithmic, number, round_range, ticks, whole_ticks
 
 VALUES = st.floats(min_value=1e-6, max_value=1e9)
 
@@ -57,6 +57,17 @@ def test_whole_numbers_begin_with_the_first() -> None:
     assert whole_ticks(0, 255) == (0, 50, 100, 150, 200, 250)
     assert whole_ticks(1, 40) == (1, 5, 10, 15, 20, 25, 30, 35, 40)
     assert whole_ticks(3, 3) == (3,)
+
+
+def test_ticks_of_an_axis_have_equally_many_decimals_and_0_none() -> None:
+    labels = {
+        (5.969, 5.97, 5.971): ["5.969", "5.970", "5.971"],
+        (0, 0.5, 1): ["0", "0.5", "1.0"],
+        (1000, 2000, 30_000): ["1,000", "2,000", "30,000"],
+        (1e-6, 2e-6): ["1e-06", "2e-06"],
+    }
+    for values, expected in labels.items():
+        assert [tick.label for tick in ticks(values, float)] == expected
 
 
 def test_numbers_are_written_without_noise() -> None:

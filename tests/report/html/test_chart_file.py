@@ -17,12 +17,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def test_a_chart_file_has_all_marks_the_legend_and_nothing_to_fetch(tmp_path: Path) -> None:
     chart = pipeline_picture("x", equal_chunks(ScheduleKind.DUAL_PIPE_V, 4, 2, 8))
-    write_chart(chart, tmp_path / "pipeline.svg")
+    write_chart(chart, tmp_path / "pipeline.svg", subject="deepseek_v3/a")
     root = ET.fromstring((tmp_path / "pipeline.svg").read_text())
     rects = list(root.iter(f"{SVG}rect"))
     assert sum("mark" in rect.get("class", "").split() for rect in rects) == len(chart.marks)
     texts = {text.text for text in root.iter(f"{SVG}text")}
-    assert chart.title in texts
+    assert {chart.title, "deepseek_v3/a"} <= texts
     assert {entry.text for entry in chart.legend} <= texts
     assert not {name for one in root.iter() for name in one.attrib if "href" in name or name == "src"}
 
@@ -31,4 +31,4 @@ def test_a_chart_of_cells_is_refused() -> None:
     chart = pipeline_picture("x", equal_chunks(ScheduleKind.ONE_F_ONE_B, 2, 1, 2))
     cells = Cells(rows=((1,),), x_px=0, y_px=0, cell_width_px=1, cell_height_px=1)
     with pytest.raises(ValueError, match="cells are not XML"):
-        chart_svg(dataclasses.replace(chart, cells=cells))
+        chart_svg(dataclasses.replace(chart, cells=cells), subject="x")

@@ -12,6 +12,7 @@ def test_the_card_says_what_runs_how_far_it_is_and_what_is_wrong() -> None:
     facts = {fact.label: fact.text for fact in card.facts}
     assert "smoke scale; modified: steps.seed=7" in card.title
     assert (facts["run"], facts["layout"], facts["steps"]) == ("runs/first", "EP2 DP2", "12 of 12")
+    assert facts["system"] == "2 processes on a machine without GPUs"
     assert facts["validation"] == "2.8333 nats per token, perplexity 17.00, after step 12"
     assert card.alarms_text == "1 alarm about experts."
     assert card.alarms is not None
