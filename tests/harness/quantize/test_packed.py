@@ -177,7 +177,7 @@ def test_a_model_of_fp8_products_is_near_its_simulation(zygote: Zygote) -> None:
     assert 0 < report.kl_from_simulated < report.kl_divergence / 2
 
 
-@pytest.mark.gpu("scaled_grouped_mm has no CPU kernel, and scaled_mm another one")
+@pytest.mark.gpu("FP8 products run on Hopper alone")
 def test_fp8_products_on_the_device_are_those_of_the_same_values() -> None:
     weight, _, _ = fp8_stack()
     x = draw(sum(COUNTS), 64, seed=3).cuda()
