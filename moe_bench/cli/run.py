@@ -200,7 +200,13 @@ def _report(
 
     path = write_record(root, record)
     parities = read_parities(root, models=[record.plan.recipe.model.key])
-    table = run_view(record, path, parities=parities, dry_run_peak_bytes=dry_run_peak_bytes)
+    table = run_view(
+        record,
+        path,
+        parities=parities,
+        dry_run_peak_bytes=dry_run_peak_bytes,
+        was_announced=all(make_console(stderr=stderr).is_terminal for stderr in (False, True)),
+    )
     view = table if is_first else run_line(record, path)
     print_view(view, run_json(record, path, dry_run_peak_bytes=dry_run_peak_bytes), as_json)
     for line in trackers.write(record, path):

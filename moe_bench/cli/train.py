@@ -186,13 +186,14 @@ def _train(
     from moe_bench.spec.derive_training import require_same_tokenizer
 
     console = make_console(stderr=True)
-    if place is None or place.rank == 0:
-        announce(job.plan, console)
     with quiet_imports():
         from moe_bench.harness.data.build import read_manifest
         from moe_bench.harness.training import session
     tokenizer = read_manifest(Path(job.data)).tokenizer
     require_same_tokenizer(job, tokenizer, job.data)
+    # what stops the run here is one line, not the last of fifty
+    if place is None or place.rank == 0:
+        announce(job.plan, console)
     job = job.model_copy(update={"tokenizer": tokenizer})
     start = session.Start(checkpoint=checkpoint, with_optimizer=goes_on)
     with training_progress(job, console, is_alone=place is None) as on_line:

@@ -29,15 +29,16 @@ def run_view(
     *,
     parities: Sequence[Parity] = (),
     dry_run_peak_bytes: int | None = None,
+    was_announced: bool = False,
 ) -> RenderableType:
     """The numbers of one run, what was substituted, which kernels ran, and where the record lies.
 
     `parities` are comparisons of settings, newest first; `dry_run_peak_bytes` is that of a slice's rank,
-    where it was asked for.
+    where it was asked for; `was_announced` where the reader has the substitutions on the screen already.
     """
     plan = record.plan
     parts: list[RenderableType] = []
-    if plan.substitutions:
+    if plan.substitutions and not was_announced:
         parts += [substitution_table(plan.substitutions), Text()]
     table = Table(box=None, pad_edge=False, show_header=False, title=run_title(plan), title_justify="left")
     table.add_column(style="dim")

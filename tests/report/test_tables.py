@@ -49,6 +49,14 @@ def test_the_table_names_what_ran() -> None:
     assert rows["loss"] == "6.3000 -> 6.0000"
 
 
+def test_substitutions_that_are_on_the_screen_are_not_shown_again() -> None:
+    made = record()
+    assert "toy size, same structure" in shown(run_view(made, Path("x.json")))
+    again = shown(run_view(made, Path("x.json"), was_announced=True))
+    assert "toy size" not in again
+    assert "step time" in again
+
+
 def test_json_has_units_in_its_names_and_every_substitution() -> None:
     data = run_json(record(), Path("x.json"))
     assert data["mfu_fraction"] is None
