@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from moe_bench.harness.host_device import host_device
 from moe_bench.harness.mcore_config import megatron_arguments
 from moe_bench.harness.patches import patches
 from moe_bench.harness.process_groups import process_groups
-from moe_bench.harness.rank import wanted_patches
+from moe_bench.harness.rank import joined, wanted_patches
 from moe_bench.harness.settings import settings_of
-from moe_bench.harness.weights import initialise_by_name
+from moe_bench.harness.weights import initialise_by_name, nudge_by_name, sharded_tensors
 from moe_bench.harness.workers import Seat
-from tests.harness.toys import parity_recipe
+from tests.harness.toys import laid_out, parity_recipe
 from tests.harness.zygote import Zygote
 
 
@@ -74,3 +75,35 @@ def test_weights_depend_on_name_and_seed_alone(zygote: Zygote) -> None:
     assert abs(drawn["mean_of_norms"] - 1.0) < 0.01
     assert abs(drawn["std_of_matrices"] - 0.05) < 0.001
     assert drawn["failure"].startswith("kept_back: 0 of 3 values stand in the sharded state dict")
+
+
+def experts_drawn_apart(parallel: dict[str, Any], seat: Seat) -> dict[str, list[float]]:
+    """Each expert's weights of the first expert layer, as far as this rank holds them, by name and number."""
+    recipe = laid_out(parity_recipe("qwen3_30b_a3b"), parallel=parallel)
+    arguments = megatron_arguments(recipe)
+    with joined(arguments, settings_of(arguments), seat.rendezvous, listen_fd=seat.listen_fd):
+        config = transformer_config(arguments)
+        set_seeds(seat.rendezvous.rank)
+        chunks = model_chunks(arguments, settings_of(arguments), config, device="cpu")
+        initialise_by_name(chunks, std=0.05, seed=3, experts_apart=True)
+        nudge_by_name(chunks, fraction=2.0**-8, seed=5, experts_apart=True)
+        found: dict[str, list[float]] = {}
+        for shard in sharded_tensors(chunks[0]):
+            if ".experts.experts." not in shard.key or shard.data is None:
+                continue
+            axis = len(shard.global_shape) - 3
+            first, shape = shard.global_offset[axis], (-1, *shard.local_shape[-2:])
+            for number, weights in enumerate(shard.data.detach().reshape(shape), start=first):
+                place = (*shard.global_offset[:axis], number, *shard.global_offset[axis + 1 :])
+                found[f"{shard.key}:{place}"] = weights.flatten().tolist()
+        return found
+
+
+def test_experts_that_are_drawn_apart_are_the_same_on_any_rank(zygote: Zygote) -> None:
+    (whole,) = zygote.fork(1, partial(experts_drawn_apart, {}))
+    parts = zygote.fork(2, partial(experts_drawn_apart, {"num_gpus": 2, "expert": 2}))
+    # 4 layers, 8 experts, two matrices
+    assert len(whole) == 4 * 8 * 2
+    assert [len(part) for part in parts] == [len(whole) // 2] * 2
+    assert parts[0] | parts[1] == whole
+    assert len({tuple(weights) for weights in whole.values()}) == len(whole)

@@ -13,6 +13,7 @@ from moe_bench.spec.derive_parity import (
     nudge_fraction,
     plain_plan,
     require_causal,
+    require_comparable,
     require_same_model,
     settings_of_toy,
     toy_of,
@@ -56,6 +57,23 @@ def test_a_capacity_is_compared_where_the_first_tokens_stay_and_no_other() -> No
     require_causal(by_position)
     with pytest.raises(BadInputError, match=r"token_drop\.policy: .*sees later tokens.*with position"):
         require_causal(by_score)
+
+
+def test_weights_that_are_built_in_fp8_are_no_comparison_on_gpus_and_the_toy_has_none() -> None:
+    name = "qwen3_30b_a3b/h100_sxm_16g_fp8_tensorwise"
+    asked = LOADER.recipe(find_recipe(name, LOADER))
+    with pytest.raises(BadInputError, match=r"--set low_precision\.param_gather=false") as caught:
+        require_comparable(full_plan(asked, modified=()))
+    (change,) = [word for word in str(caught.value).split() if word.startswith("low_precision.")][-1:]
+    mended = LOADER.recipe(find_recipe(name, LOADER), changes=[change])
+    require_comparable(full_plan(mended, modified=(change,)))
+    require_comparable(smoke_plan(asked, host=LOADER.system("cpu_host"), modified=()))
+
+
+def test_a_slice_is_one_rank_whose_loss_says_nothing() -> None:
+    plan = full_plan(recipe(), modified=()).model_copy(update={"scale": "slice"})
+    with pytest.raises(BadInputError, match="a slice is one rank of the model"):
+        require_comparable(plan)
 
 
 def test_the_coarser_precision_says_how_far_a_rounding_goes() -> None:
