@@ -97,3 +97,16 @@ def test_buckets_are_those_of_megatron_lm(
     ddp_config = DistributedDataParallelConfig()
     build_module._wrap(chunks, None, ddp_config, device="cpu", gathers_in_step=gathers_in_step)
     assert found == is_whole
+
+
+def test_adam_in_one_kernel_steps_as_the_plain_one() -> None:
+    start, gradients = torch.randn(100), [torch.randn(100) for _ in range(3)]
+    plain, fused = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [torch.optim.AdamW([param], lr=0.1, weight_decay=0.1) for param in (plain, fused)]
+    build_module._fuse(optimizers[1:])
+    for gradient in gradients:
+        for param, optimizer in zip((plain, fused), optimizers, strict=True):
+            param.grad = gradient.clone()
+            optimizer.step()
+    assert optimizers[1].param_groups[0]["fused"]
+    torch.testing.assert_close(fused, plain)

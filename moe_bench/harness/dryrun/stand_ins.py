@@ -177,7 +177,10 @@ def _adam(on_flops: OnFlops) -> dict[str, Any]:
         for param in params:
             param.add_(param)
 
-    return {"adam": update}
+    def nothing(param: Tensor) -> None:
+        del param
+
+    return {"adam": update, "_device_dtype_check_for_fused": nothing}
 
 
 def _low_precision_adam(on_flops: OnFlops) -> dict[str, Any]:
@@ -373,8 +376,7 @@ _TORCH = (
     ),
     StandIn(
         kernel="Adam",
-        keeps="nothing beyond its states; Transformer Engine's FusedAdam and torch's fused one update in"
-        " place, torch's default (foreach) makes copies of whole moments",
+        keeps="nothing beyond its states; Transformer Engine's FusedAdam and torch's fused one work in place",
         source="transformer_engine 2.20.2 pytorch/optimizers/fused_adam.py; torch 2.15 torch/optim/adam.py",
         module="torch.optim.adam",
         replacements=_adam,
