@@ -33,6 +33,9 @@ FormatOption = Annotated[
     QuantFormat | None,
     typer.Option("--format", help="Of weights and inputs of linear layers; that of the recipe."),
 ]
+ExpertsOnlyOption = Annotated[
+    bool, typer.Option("--experts-only", help="Routed experts alone; the rest stays as it is.")
+]
 ArithmeticOption = Annotated[
     Arithmetic,
     typer.Option(
@@ -50,9 +53,7 @@ ExportOption = Annotated[
 def quantize(
     recipe: RecipeArgument,
     format: FormatOption = None,
-    experts_only: Annotated[
-        bool, typer.Option("--experts-only", help="Routed experts alone; the rest stays as it is.")
-    ] = False,
+    experts_only: ExpertsOnlyOption = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", metavar="RUN", help="Of `train`, or its folder; random weights."),
