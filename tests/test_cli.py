@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it refuses, and with which exit code."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,8 +186,24 @@ def test_check_refuses_a_row_that_nobody_published(
     Path(source.name).write_text(f"reproduces: zoo-mixtral-8x22b-h100\n{source.read_text()}")
     assert main(["check", source.name]) == 2
     assert capsys.readouterr().out.startswith(
-        f"{source.name}:1: reproduces: there is no published row 'zoo-mixtral-8x22b-h100'; did you mean 'zoo-"
+        f"{source.name}:1: reproduces: there is no published row of mixtral_8x7b 'zoo-mixtral-8x22b-h100'; "
+        "did you mean '"
     )
+
+
+def test_check_names_what_a_recipe_does_not_say_of_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = recipes_root() / "qwen3_30b_a3b" / "h100_sxm_16g_bf16.yaml"
+    monkeypatch.chdir(tmp_path)
+    text = source.read_text().replace("global_batch_size: 1024", "global_batch_size: 2048")
+    Path(source.name).write_text(text)
+    assert main(["check", source.name]) == 2
+    assert "gbs: the row has 1024, the recipe 2048 and no difference says so" in capsys.readouterr().out
+    Path(source.name).write_text("".join(re.split(r"reproduces: .*\n", text)))
+    assert main(["check", source.name]) == 2
+    assert "differences: stated without a row; name it in reproduces" in capsys.readouterr().out
+    assert main(["check", "qwen3_30b_a3b/h100_sxm_16g_bf16", "--set", "global_batch_size=2048"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +29,7 @@ from moe_bench.cli.options import (
     results_root,
     terminal_width,
 )
-from moe_bench.errors import BadInputError, Mistake, RecipeError
+from moe_bench.errors import BadInputError, RecipeError
 from moe_bench.spec.catalogue import (
     data_root,
     find_recipe,
@@ -37,11 +37,13 @@ from moe_bench.spec.catalogue import (
     recipe_paths,
     recipes_root,
 )
-from moe_bench.spec.load import Loader, UnknownNameError, shown
+from moe_bench.spec.load import Loader, UnknownNameError, mistake_at, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from moe_bench.results.published import PublishedRow
     from moe_bench.spec.scale import Plan
 
 
@@ -175,6 +177,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Whether recipes can run at all: one line per problem, with the reason and a fix."""
+    from moe_bench.results.published import load_model_rows
     from moe_bench.spec.check import check_recipes, named_files
 
     if rules:
@@ -187,9 +190,10 @@ def check(
     derive = partial(
         derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong
     )
+    rows_of = cache(partial(load_model_rows, data_root() / "results" / "published"))
     checked = check_recipes(
         named_files(recipes or (), loader, is_all=is_all),
-        derive=lambda path: _with_its_row(derive(path), path),
+        derive=lambda path: _require_its_row(derive(path), path, rows_of),
     )
     if as_json:
         typer.echo(json.dumps(checked.as_json(), indent=1))
@@ -199,19 +203,14 @@ def check(
     raise typer.Exit(BadInputError.exit_code if checked.num_refused else 0)
 
 
-def _with_its_row(plan: Plan, path: Path) -> Plan:
-    """`plan`; RecipeError where the row that it says it reproduces is in no file of the registry."""
-    from moe_bench.results.published import require_rows
+def _require_its_row(plan: Plan, path: Path, rows_of: Callable[[str], Iterable[PublishedRow]]) -> None:
+    """Raise RecipeError where the recipe copies a row that nobody published, or differs from it unsaid."""
+    from moe_bench.results.row_recipe import row_problems
     from moe_bench.spec.yaml_tree import read_yaml
 
-    reproduces = plan.recipe.reproduces
-    try:
-        require_rows(data_root() / "results" / "published", () if reproduces is None else (reproduces,))
-    except UnknownNameError as error:
-        line = read_yaml(path, shown_as=str(path)).nearest(("reproduces",)).line
-        mistake = Mistake(file=shown(path), line=line, key="reproduces", problem=error.problem, fix=error.fix)
-        raise RecipeError((mistake,)) from error
-    return plan
+    if problems := row_problems(plan, rows_of):
+        tree = read_yaml(path, shown_as=shown(path))
+        raise RecipeError(tuple(mistake_at(tree, one) for one in problems))
 
 
 @app.command(rich_help_panel=RECIPES)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import get_args
 
 from moe_bench.results.published import PublishedRow, model_key
+from moe_bench.spec.load import UnknownNameError
 from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Dispatcher, GraphModule, OffloadModule, Recipe, RecomputeModule, StateDtype
+from moe_bench.spec.scale import Plan
 
 Value = str | int | float | bool | frozenset[str] | None
 Printed = str | int | float | bool | tuple[str, ...] | None
@@ -66,6 +68,23 @@ def disagreements(row: PublishedRow, recipe: Recipe) -> tuple[Disagreement, ...]
         if not _agree(knob.column, of_row, of_recipe):
             found.append(Disagreement(column=knob.column, row=of_row, recipe=of_recipe))
     return tuple(found)
+
+
+def row_problems(plan: Plan, rows_of: Callable[[str], Iterable[PublishedRow]]) -> tuple[Problem, ...]:
+    """What is wrong with what the recipe of `plan` says of the row that it copies, among `rows_of` its model.
+
+    A recipe that somebody changed or scaled need not be what it was made of, but that must be a row still.
+    """
+    recipe = plan.recipe
+    if recipe.reproduces is None:
+        fix = "name it in reproduces, or remove them"
+        return (Problem(("differences",), "stated without a row", fix),) if recipe.differences else ()
+    rows = {row.id: row for row in rows_of(recipe.model.key)}
+    row = rows.get(recipe.reproduces)
+    if row is None:
+        error = UnknownNameError(f"published row of {recipe.model.key}", recipe.reproduces, sorted(rows))
+        return (Problem(("reproduces",), error.problem, error.fix),)
+    return () if plan.modified or recipe.origin is not None else drift_problems(row, recipe)
 
 
 def drift_problems(row: PublishedRow, recipe: Recipe) -> tuple[Problem, ...]:

@@ -80,7 +80,7 @@ class Loader:
         recipe = validated(tree, Recipe)
         problems = [problem for rule in self.rules_in_force() for problem in rule(recipe)]
         if problems:
-            raise RecipeError(tuple(_mistake(tree, problem) for problem in problems))
+            raise RecipeError(tuple(mistake_at(tree, problem) for problem in problems))
         return recipe
 
     def rules_in_force(self) -> tuple[Rule, ...]:
@@ -194,7 +194,7 @@ def validated[AnySpec: Spec](tree: Node, kind: type[AnySpec]) -> AnySpec:
         return kind.model_validate_json(json.dumps(tree.plain()))
     except ValidationError as error:
         problems = explain(tree, kind, error.errors())
-        raise RecipeError(tuple(_mistake(tree, problem) for problem in problems)) from error
+        raise RecipeError(tuple(mistake_at(tree, problem) for problem in problems)) from error
 
 
 def shown(path: Path) -> str:
@@ -216,7 +216,8 @@ def _parse_change(change: str) -> tuple[tuple[str, ...], Node]:
     return tuple(key.split(".")), parse_value(value, shown_as=f"--set {change}")
 
 
-def _mistake(tree: Node, problem: Problem) -> Mistake:
+def mistake_at(tree: Node, problem: Problem) -> Mistake:
+    """`problem` with file and line of its key in `tree`, or of the nearest one above."""
     place = tree.nearest(problem.path)
     return Mistake(
         file=place.file, line=place.line, key=dotted(problem.path), problem=problem.problem, fix=problem.fix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,10 @@ Precision = Literal[
 
 KernelFamily = Literal["transformer_engine", "torch_native", "quack"]
 Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep", "ncclep"]
+PatchName = Literal["mtp_token_count_under_cp"]
+"""Changes to numbers that harness/patches.py has."""
+Variant = Annotated[str, Field(pattern=r"^[a-z0-9_]*$")]
+"""A part of a file name."""
 RoutingMode = Literal["random_logits", "round_robin", "biased", "natural", "recorded"]
 RecomputeModule = Literal["core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 GraphModule = Literal["attn", "mlp", "moe", "moe_router", "moe_preprocess"]
@@ -284,7 +288,7 @@ class Recipe(Spec):
     model: ModelSpec
     system: SystemSpec
     precision: Precision
-    variant: str = ""
+    variant: Variant = ""
     """Suffix that tells apart recipes of the same model, system, size and precision."""
     reproduces: Text | None = None
     """Id of the published row that this recipe copies."""
@@ -316,7 +320,7 @@ class Recipe(Spec):
     """Environment variables of the training processes."""
     container: Text | None = None
     """Image of `containers/`, null for the bare environment."""
-    patches: tuple[Text, ...] = ()
+    patches: tuple[PatchName, ...] = ()
     """Changes to Megatron-Core's numbers that this recipe asks for by name (docs/patches.md)."""
     mcore: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     """Megatron-Core fields that the schema has no name for."""

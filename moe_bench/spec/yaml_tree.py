@@ -95,8 +95,13 @@ def _text_of(path: Path, shown_as: str) -> str:
 
 
 def _parsed(text: str, roots: tuple[type[yaml.Node], ...], *, shown_as: str) -> Node:
+    mistakes: list[Mistake] = []
     try:
         root = yaml.compose(text, Loader=_LOADER)
+        tree = None if root is None else _convert(root, shown_as, (), mistakes)
+    except RecursionError as error:
+        problem, fix = "is nested too deep, or holds itself by an alias", "write the value out"
+        raise RecipeError((_whole_file(shown_as, problem, fix),)) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         said = str(error.problem or error.context)
@@ -106,10 +111,8 @@ def _parsed(text: str, roots: tuple[type[yaml.Node], ...], *, shown_as: str) -> 
     except yaml.reader.ReaderError as error:
         problem = f"holds the character #x{error.character:04x}, which YAML has not"
         raise RecipeError((_whole_file(shown_as, problem, "write text"),)) from error
-    if not isinstance(root, roots):
+    if tree is None or not isinstance(root, roots):
         raise RecipeError((_whole_file(shown_as, "is not a mapping", "write `key: value` lines"),))
-    mistakes: list[Mistake] = []
-    tree = _convert(root, shown_as, (), mistakes)
     if mistakes:
         raise RecipeError(tuple(mistakes))
     return tree

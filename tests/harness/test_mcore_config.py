@@ -93,7 +93,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.trace": ((1, 2, 3),),
     "recompute.granularity": "none",
     "env": {"NCCL_DEBUG": "INFO"},
-    "patches": ("mtp_token_count",),
+    "patches": ("mtp_token_count_under_cp",),
     "low_precision": LowPrecision(param_gather=True),
     "quantization": QuantizationSpec(format="fp8"),
     "token_drop": TokenDrop(capacity_factor=2.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+from typing import get_args
 
 import pytest
 
@@ -14,7 +15,7 @@ from moe_bench.harness.patches import PATCHES, AppliedPatch, Patch, patch_names,
 from moe_bench.harness.rank import wanted_patches
 from moe_bench.harness.settings import Settings
 from moe_bench.spec.catalogue import data_root
-from moe_bench.spec.recipe import KernelFamily
+from moe_bench.spec.recipe import KernelFamily, PatchName
 
 
 def original_of(patch: Patch) -> object:
@@ -22,6 +23,10 @@ def original_of(patch: Patch) -> object:
     for name in patch.attribute.split("."):
         found = getattr(found, name)
     return found
+
+
+def test_a_recipe_can_name_every_patch_that_changes_numbers_and_no_other() -> None:
+    assert get_args(PatchName) == patch_names("numbers")
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

@@ -99,6 +99,21 @@ def test_a_legal_recipe_is_read_whole(loader: Loader, recipe_path: Path) -> None
             f"{FILE}:10: -: not YAML (found a tab character that violates indentation); indent with spaces",
         ),
         (
+            "  expert: 4",
+            "  expert: &expert [*expert]",
+            f"{FILE}:1: -: is nested too deep, or holds itself by an alias; write the value out",
+        ),
+        (
+            "precision: bf16",
+            "precision: bf16\nvariant: Two Words",
+            f"{FILE}:4: variant: is Two Words; it should match pattern '^[a-z0-9_]*$'",
+        ),
+        (
+            "precision: bf16",
+            "precision: bf16\npatches: [mtp_fix]",
+            f"{FILE}:4: patches.0: mtp_fix is not known; write one of mtp_token_count_under_cp",
+        ),
+        (
             "model: tiny",
             "model: tiny: 2",
             f"{FILE}:1: -: not YAML (mapping values are not allowed in this context); "
