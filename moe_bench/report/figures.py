@@ -24,3 +24,9 @@ def tflops_text(flops_per_s: float) -> str:
 def steps_text(first: int, last: int) -> str:
     """`step 3`, or `steps 3 to 7`."""
     return f"step {last}" if first == last else f"steps {first} to {last}"
+
+
+def tokens_text(num_tokens: float) -> str:
+    """How much text a training reads, in trillions or billions of tokens."""
+    unit, name = (TERA, "trillion") if num_tokens >= TERA else (GIGA, "billion")
+    return f"{num_tokens / unit:,.4g} {name} tokens"

@@ -16,7 +16,7 @@ from moe_bench.projection.nearest import NearRow
 from moe_bench.projection.scaleout import ScaleOut
 from moe_bench.projection.step import Projection
 from moe_bench.report.columns import Columns
-from moe_bench.report.figures import GIB, rate_text, seconds_text, tflops_text
+from moe_bench.report.figures import GIB, rate_text, seconds_text, tflops_text, tokens_text
 from moe_bench.report.recipe_list import layout_label
 
 NOT_MEASURED = "projected: nothing here was measured"
@@ -102,7 +102,8 @@ def scale_view(curve: ScaleOut) -> RenderableType:
     mode = "strong scaling, GBS kept" if curve.is_strong else "weak scaling, sequences per replica kept"
     table = Columns(
         headings=(
-            "GPUs", "GBS", "step, P50", "P90", "tokens/s/GPU", "efficiency", "EP over", "DP over", "PP over",
+            "GPUs", "GBS", "median step", "one in ten over", "tokens/s/GPU", "efficiency",
+            "EP over", "DP over", "PP over",
         ),
         rows=tuple(
             (
@@ -118,10 +119,14 @@ def scale_view(curve: ScaleOut) -> RenderableType:
             )
             for point in curve.points
         ),
-        right=frozenset(("GPUs", "GBS", "step, P50", "P90", "tokens/s/GPU", "efficiency")),
+        right=frozenset(("GPUs", "GBS", "median step", "one in ten over", "tokens/s/GPU", "efficiency")),
     )  # fmt: skip
     refused = [Text(f"{size.num_gpus:,} GPUs: {size.rule}", style="yellow") for size in curve.refused]
-    return Group(Text(mode, style="bold"), table, *refused)
+    note = (
+        "steps of one run spread as its slowest rank does; how sure the projection is, is said above. "
+        "Over: the highest level of the fabric that a group of ranks crosses"
+    )
+    return Group(Text(mode, style="bold"), table, *refused, Text(note, style="dim"))
 
 
 def cost_view(
@@ -131,7 +136,7 @@ def cost_view(
     step_s, ends = made.projection.step_s, made.interval.p90
     ratios = ends.low_s / step_s, ends.high_s / step_s
     headings = ("GPUs", "days", "nine in ten", "GPU-hours", "MWh at most")
-    priced = () if price_per_gpu_hour is None else (f"price at {price_per_gpu_hour:g}",)
+    priced = () if price_per_gpu_hour is None else (f"price at {price_per_gpu_hour:g} per GPU-hour",)
     table = Columns(
         headings=(*headings, *priced),
         rows=tuple(
@@ -152,7 +157,7 @@ def cost_view(
         right=frozenset((*headings, *priced)),
     )
     return Group(
-        Text(f"training on {costs[0].num_tokens:.3g} tokens", style="bold"),
+        Text(f"training on {tokens_text(costs[0].num_tokens)}", style="bold"),
         table,
         Text(
             "energy: every GPU at its maximum power; not counted are hosts, restarts and evaluation",
