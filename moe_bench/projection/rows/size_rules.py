@@ -293,6 +293,17 @@ STAGE_RULES: tuple[Rule, ...] = (
         value=_split,
     ),
     Rule(
+        name="no sequence parallelism in Bridge's Qwen3.8",
+        field="parallel.sequence_parallel",
+        when="Bridge, Qwen3.8-27B",
+        then="off",
+        evidence="Megatron-Bridge 067f987df03b recipes/qwen_vl/h100/qwen35_vl.py and gb200/qwen35_vl.py: "
+        "sequence_parallel = False",
+        applies=lambda case: case.stack.suite is Suite.BRIDGE and case.is_model("qwen3_8_27b"),
+        value=constant(False),
+        is_of_release=True,
+    ),
+    Rule(
         name="sequence parallelism with tensor parallelism",
         field="parallel.sequence_parallel",
         when="never printed",

@@ -47,13 +47,19 @@ def _is_bridge_ultra(case: Case) -> bool:
     )
 
 
+def _is_bridge_qwen_vl(case: Case) -> bool:
+    """A recipe of the library, not of its benchmarks: mRoPE is not fused, the loss is Megatron-Core's."""
+    return case.stack.suite is Suite.BRIDGE and case.is_model("qwen3_8_27b")
+
+
 def _megatron_fusions(case: Case) -> Fusions:
     is_2025 = case.stack.release is not None and not case.stack.is_before(2025, 3) and not case.is_nemo_yaml
-    is_native = _is_bridge_ultra(case) or _is_mixtral_of_the_zoo(case)
+    is_vision = _is_bridge_qwen_vl(case)
+    is_native = _is_bridge_ultra(case) or _is_mixtral_of_the_zoo(case) or is_vision
     return Fusions(
         permute=is_2025 and case.row.permute_fusion is not False,
         router=is_2025,
-        rope=True,
+        rope=not is_vision,
         activation=True,
         gradient_accumulation=not case.has("parallel.data_sharding", "megatron_fsdp"),
         cross_entropy="te" if is_2025 and not is_native else "native",
@@ -272,9 +278,10 @@ STATE_RULES: tuple[Rule, ...] = (
         name="fusions of Megatron-Core",
         field="kernels.fusions",
         when="Megatron-Core",
-        then="rope, activation, gradient accumulation (not with FSDP); after NeMo 24 permute, router, TE's "
-        "cross entropy (native in ModelZoo's Mixtral and in Nemotron-3-Ultra)",
-        evidence="Bridge scripts/performance from 25.09 on, ModelZoo's scripts, dgxc v24.11.1 YAML",
+        then="rope (not Qwen3.8's), activation, gradient accumulation (not with FSDP); after NeMo 24 "
+        "permute, router, TE's cross entropy (native in ModelZoo's Mixtral, Nemotron-3-Ultra and Qwen3.8)",
+        evidence="Bridge scripts/performance from 25.09 on, ModelZoo's scripts, dgxc v24.11.1 YAML; "
+        "Bridge 067f987df03b recipes/qwen_vl/gb200/qwen35_vl.py",
         applies=always,
         value=_megatron_fusions,
     ),

@@ -16,20 +16,22 @@ _STATISTICS_BYTES = 4
 """Logarithm of the softmax's sum, per head and token."""
 
 
-def operator_checkpoint_bytes(recipe: Recipe, *, is_moe: bool) -> int:
+def operator_checkpoint_bytes(recipe: Recipe, *, is_moe: bool, is_compiled: bool) -> int:
     """Of one layer and micro batch: its input, attention's output, and that of the first, third, fifth ...
     product, in the order in which the layer runs them; with experts the rows that arrive and return, too.
 
     The router's product is recomputed and not counted, and so are the experts' grouped products. Row-wise
-    products are counted as they leave, a t H each.
+    products are counted as they leave, a t H each. A compiled layer does not keep the last one, which is but
+    added to its output: no gradient reads it.
     """
     model, tensor = recipe.model, recipe.parallel.tensor
     tokens = token_counts(recipe)
     element = activation_element_bytes(recipe)
     heads = model.attention.num_heads // tensor
     kept = element * tokens.sharded * model.hidden_size
-    kept += tokens.gathered * (element * heads * _value_dim(model) + _STATISTICS_BYTES * heads)
-    for index, (width, is_split) in enumerate(_products(model, is_moe=is_moe)):
+    kept += tokens.gathered * (element * heads * value_dim(model) + _STATISTICS_BYTES * heads)
+    products = tuple(_products(model, is_moe=is_moe))
+    for index, (width, is_split) in enumerate(products[:-1] if is_compiled else products):
         if index % 2 == 0:
             kept += element * (tokens.gathered * width // tensor if is_split else tokens.sharded * width)
     if is_moe and model.moe is not None and recipe.parallel.expert > 1:
@@ -37,7 +39,8 @@ def operator_checkpoint_bytes(recipe: Recipe, *, is_moe: bool) -> int:
     return kept
 
 
-def _value_dim(model: ModelSpec) -> int:
+def value_dim(model: ModelSpec) -> int:
+    """Elements of one head's values."""
     attention = model.attention
     return attention.head_dim if isinstance(attention, GroupedQueryAttention) else attention.v_head_dim
 

@@ -25,12 +25,6 @@ from tests.projection.published_rows import CATALOGUE, REPOSITORY, ROWS, inferre
 
 EVIDENCE = load_evidence(REPOSITORY / "results" / "published" / "known")
 
-MISSED = {
-    "oom-nemo-14850-qwen3-30b-a3b-h100-16gpu",  # routing of an untrained model on the reporter's data
-    "oom-automodel-deepseek-v3-gb200-64gpu-lbs4",  # 28 GiB per sequence are reported, 8 are counted
-}
-"""Runs that failed, and that the closed form lets fit."""
-
 
 @cache
 def record() -> MemoryRecord:
@@ -50,9 +44,9 @@ def test_too_close_to_say_is_said_of_few() -> None:
     assert 0 < record().too_close_fraction <= 0.15
 
 
-def test_runs_that_failed_are_not_called_fitting_but_for_two_that_are_named() -> None:
-    assert {row.run.row.id for row in record().missed} == MISSED
-    assert len(record().failed) == 13
+def test_no_run_that_failed_is_called_fitting() -> None:
+    assert [row.run.row.id for row in record().missed] == []
+    assert len(record().failed) == 14
 
 
 @pytest.mark.parametrize("issue", ["torchtitan-1789", "megatron-bridge-4587", "torchtitan-1993"])
@@ -60,15 +54,16 @@ def test_named_failures_are_not_called_fitting(issue: str) -> None:
     assert failed(issue).verdict is not MemoryVerdict.FITS
 
 
-def test_a_failure_without_a_layout_is_named_and_not_judged() -> None:
+def test_failures_without_a_layout_or_a_batch_are_named_and_not_judged() -> None:
     assert [(one.row.id, one.reason) for one in record().unjudged] == [
-        ("oom-torchtitan-1558-deepseek-v3-671b-h100-512gpu", "unknown layout: no TP")
+        ("oom-torchtitan-1558-deepseek-v3-671b-h100-512gpu", "unknown layout: no TP"),
+        ("oom-automodel-deepseek-v3-gb200-64gpu-lbs4", "no batch"),
     ]
 
 
 def test_the_one_layout_that_its_thread_names_does_not_fit() -> None:
     # torchtitan #1558 names `671b-pp4-ep8`, which hung; TP and local batch are those of the training file
-    (unjudged,) = record().unjudged
+    unjudged = record().unjudged[0]
     named = unjudged.row.model_copy(update={"tp": 8, "pp": 4, "ep": 8, "local_batch": 4})
     made = configured(named, CATALOGUE)
     assert isinstance(made, Configured)
@@ -82,9 +77,23 @@ def test_half_the_batch_of_a_failure_fits_as_it_did() -> None:
     assert run_memory(half).verdict is MemoryVerdict.TOO_CLOSE
 
 
-def test_three_of_four_printed_peaks_are_met() -> None:
+def test_printed_peaks_are_met_but_for_two() -> None:
     assert len(record().peaks) == 40
-    assert record().num_peaks_met >= 31
+    assert record().num_peaks_met >= 38
+    assert sum(abs(row.peak_error or 0.0) for row in record().peaks) / 40 < 0.045
+
+
+@pytest.mark.parametrize(
+    ("model", "local_batch", "printed_gib"),
+    [("gpt-oss-120b", 1, 83.0), ("gpt-oss-120b", 2, 107.0), ("deepseek-v3", 1, 99.5)],
+)
+def test_peaks_of_other_local_batches_are_met(model: str, local_batch: int, printed_gib: float) -> None:
+    # message of NVIDIA-NeMo/Automodel 77f112399: runs of the same files that no row of the registry has
+    row = next(row for row in ROWS if row.id.startswith(f"automodel-yaml-{model}-gb200") and "bf16" in row.id)
+    num_steps = (row.gbs or 0) // (row.mbs or 1)
+    made = configured(row.model_copy(update={"mbs": local_batch, "gbs": local_batch * num_steps}), CATALOGUE)
+    assert isinstance(made, Configured)
+    assert run_memory(made).held_bytes / GIB == pytest.approx(printed_gib, rel=0.03)
 
 
 def test_units_of_printed_peaks_are_those_of_the_source() -> None:
