@@ -66,7 +66,7 @@ class Accuracy:
 
 
 def accuracy_view(made: Accuracy) -> RenderableType:
-    """Tables for people."""
+    """Tables of errors by group beside the naive predictor's, ranking, and suspect rows."""
     if not made.counted:
         return Group(Text("no row of this file can be projected and counts", style="bold"), _failures(made))
     how = (

@@ -125,7 +125,7 @@ def _terms(count: Count) -> str:
 def audit_json(
     recipe: Recipe, lines: tuple[AuditLine, ...], *, tokens_per_s_per_gpu: float | None
 ) -> dict[str, object]:
-    """The same for scripts, with the units in the names."""
+    """`audit_view` as JSON, with the units in the names."""
     return {
         "recipe": recipe.name,
         "seq_len": recipe.seq_len,

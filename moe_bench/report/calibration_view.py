@@ -125,7 +125,7 @@ def _notes(plan: CalibrationPlan) -> Iterator[str]:
 
 
 def plan_json(plan: CalibrationPlan) -> dict[str, object]:
-    """The plan, unrounded."""
+    """`plan_view` as JSON, unrounded."""
 
     def lines(planned: Sequence[PlannedTask]) -> list[dict[str, object]]:
         return [
@@ -201,7 +201,7 @@ def _best(measurements: Sequence[Measurement]) -> tuple[tuple[str, ...], ...]:
 
 
 def calibration_json(calibration: Calibration, path: str) -> dict[str, object]:
-    """Where the file is and how much is in it."""
+    """Path of the calibration's file, and how many measurements are in it."""
     return {
         "path": path,
         "gpu": calibration.provenance.gpu.name,

@@ -50,7 +50,7 @@ def _notes(plan: CampaignPlan) -> Iterator[str]:
 
 
 def campaign_plan_json(plan: CampaignPlan) -> dict[str, object]:
-    """The same for programs: seconds and bytes."""
+    """`campaign_plan_view` as JSON, in seconds and bytes."""
     return {
         "system": plan.system.key,
         "is_tiny": plan.is_tiny,
@@ -87,7 +87,7 @@ def _outcome_row(outcome: StepOutcome) -> tuple[str, ...]:
 
 
 def campaign_json(campaign: Campaign, path: str) -> dict[str, object]:
-    """The same for programs, with the path of the campaign's own file."""
+    """`campaign_view` as JSON, with the path of the campaign's own file."""
     return {"path": path, **campaign.model_dump(mode="json")}
 
 

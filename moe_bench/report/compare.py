@@ -254,7 +254,7 @@ def claim_text(pair: Comparison) -> str:
 
 
 def compared_json(compared: Compared) -> dict[str, object]:
-    """The same for scripts."""
+    """`compared_view` as JSON, with the facts and versions in which the sides of a pair differ."""
     return {
         "comparisons": [
             {
@@ -275,7 +275,7 @@ def compared_json(compared: Compared) -> dict[str, object]:
 
 
 def interval_json(interval: RatioInterval | None) -> dict[str, object] | None:
-    """An interval for scripts."""
+    """Estimate and ends of the interval of a ratio, and what it is over; None where there is none."""
     if interval is None:
         return None
     return {

@@ -49,7 +49,7 @@ def _plain_lines(num_params: int, console: Console) -> Callable[[Rule], None]:
 
 
 def convert_view(rules: Sequence[Rule], target: Path) -> Text:
-    """What came of it, in one line."""
+    """How many parameters and tensors were converted, and where to, in one line."""
     num_params, num_theirs, num_ours = _counts(rules)
     return Text(
         f"{num_params:,} parameters, {num_theirs:,} tensors of Hugging Face's, {num_ours:,} of "
@@ -58,7 +58,7 @@ def convert_view(rules: Sequence[Rule], target: Path) -> Text:
 
 
 def convert_json(rules: Sequence[Rule], target: Path) -> dict[str, object]:
-    """The same as JSON."""
+    """`convert_view` as JSON."""
     num_params, num_theirs, num_ours = _counts(rules)
     return {
         "target": str(target),

@@ -47,7 +47,7 @@ def dry_run_view(run: DryRun) -> RenderableType:
 
 
 def dry_run_json(run: DryRun) -> dict[str, object]:
-    """Everything, with the units in the names."""
+    """`dry_run_view` as JSON, line by line and with the units in the names."""
     return {
         "recipe": run.plan.asked,
         "is_compared_with_gpu": False,

@@ -29,7 +29,7 @@ def evaluation_view(found: Evaluation) -> RenderableType:
 
 
 def evaluation_json(found: Evaluation) -> dict[str, object]:
-    """The same for programs; loss in nats per token."""
+    """`evaluation_view` as JSON; loss in nats per token."""
     return found.model_dump(mode="json") | {"perplexity": found.perplexity}
 
 

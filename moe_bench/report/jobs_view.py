@@ -85,7 +85,7 @@ def job_view(report: JobReport) -> RenderableType:
 
 
 def job_json(report: JobReport) -> dict[str, object]:
-    """The same for scripts."""
+    """Everything that is known of a job, as JSON."""
     return {
         "id": report.id,
         "state": report.state.value,

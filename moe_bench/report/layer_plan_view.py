@@ -55,7 +55,7 @@ def planned_layers(cases: Sequence[LayerCase], system: SystemSpec) -> tuple[Plan
 
 
 def layer_plan_view(layers: Sequence[PlannedLayer], system: SystemSpec) -> RenderableType:
-    """A line for each."""
+    """A table with a line per layer: milliseconds of its parts, and rates beside published ones."""
     shown = [part for part in PARTS if any(layer.total_s(part) for layer in layers)]
     published = [published_rates(layer.case.name) for layer in layers]
     sources = ("Megatron f/b", "SonicMoE f/b") if any(published) else ()
@@ -89,7 +89,7 @@ def kernels_text(kernels: KernelSpec) -> str:
 
 
 def layer_plan_json(layers: Sequence[PlannedLayer]) -> list[dict[str, object]]:
-    """The same as data."""
+    """The layers as JSON: case, seconds by part and pass, and FLOP/s."""
     return [
         {
             "case": layer.case.model_dump(mode="json"),

@@ -59,7 +59,7 @@ def memory_record_markdown(record: MemoryRecord) -> str:
 
 
 def memory_record_json(record: MemoryRecord) -> dict[str, object]:
-    """The same for programs, every judged row included."""
+    """`memory_record_view` as JSON, every judged row included."""
     return {
         "num_ran": len(record.ran),
         "num_by_verdict": {str(verdict): record.counts[verdict] for verdict in MemoryVerdict},

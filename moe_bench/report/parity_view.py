@@ -191,7 +191,7 @@ def _cell(parity: Parity) -> str:
 
 
 def evidence_json(found: Mapping[str, Evidence], skipped: Mapping[str, str]) -> dict[str, object]:
-    """The same for scripts; the comparisons themselves are in their records."""
+    """`evidence_view` as JSON; the comparisons themselves are in their records."""
     return {
         "recipes": {
             name: {"parity": evidence.verdict, "unproven": list(evidence.unseen)}

@@ -149,7 +149,7 @@ def check_view(found: Iterable[Contradiction], *, num_rows: int) -> RenderableTy
 
 
 def check_json(found: Iterable[Contradiction]) -> list[dict[str, str | None]]:
-    """The same for scripts."""
+    """`check_view` as JSON: the contradictions, each with its known cause."""
     return [
         {
             "row": one.row_id,

@@ -36,7 +36,7 @@ def reach_view(figures: Sequence[Reach], predicted: Mapping[str, float]) -> Rend
 
 
 def reach_json(figures: Sequence[Reach], predicted: Mapping[str, float]) -> list[dict[str, object]]:
-    """The same for programs: fractions, ratios and FLOP/s as numbers."""
+    """`reach_view` as JSON: fractions, ratios and FLOP/s as numbers."""
     return [
         {
             "what": one.what,

@@ -125,7 +125,7 @@ def size_view(size: CountedSize) -> RenderableType:
 
 
 def size_json(size: CountedSize) -> dict[str, object]:
-    """The same as JSON."""
+    """`size_view` as JSON."""
     active = size.active[size.nearest_active]
     return {
         "total_by_part": {str(part): count for part, count in size.total_by_part.items()},

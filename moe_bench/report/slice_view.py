@@ -35,7 +35,7 @@ def slice_rows(record: Record, *, dry_run_peak_bytes: int | None = None) -> list
 
 
 def slice_json(record: Record, *, dry_run_peak_bytes: int | None = None) -> dict[str, object] | None:
-    """The same for scripts; null where it is no slice."""
+    """What a slice says of its job, as JSON; None where the record is of no slice."""
     metrics = slice_metrics(record)
     if metrics is None:
         return None

@@ -147,7 +147,7 @@ def outlier_rows(record: Record, metrics: RunMetrics) -> list[tuple[str, str]]:
 
 
 def run_json(record: Record, path: Path, *, dry_run_peak_bytes: int | None = None) -> dict[str, object]:
-    """The same for scripts, with the units in the names; `dry_run_peak_bytes` as in `run_view`."""
+    """`run_view` as JSON, with the units in the names."""
     return {
         "recipe": record.plan.asked,
         "scale": record.plan.scale,

@@ -43,7 +43,7 @@ def training_view(lines: Sequence[LogLine], folder: Path) -> RenderableType:
 
 
 def training_json(job: TrainingJob, lines: Sequence[LogLine], folder: Path) -> dict[str, object]:
-    """The same for programs, with every step; losses in nats per token."""
+    """A run as JSON, with every step; losses in nats per token."""
     return {
         "job": job.model_dump(mode="json"),
         "folder": str(folder),

@@ -19,7 +19,7 @@ class StepLine(Spec):
 
 
 def append_step(path: Path, line: StepLine) -> None:
-    """Write it behind the others; MissingRequirementError where the disk refuses."""
+    """Add `line` to the file at `path`; MissingRequirementError where the disk refuses."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line.model_dump_json() + "\n")

@@ -147,7 +147,7 @@ class AlarmWatch:
 
 
 def append_health(folder: Path, line: HealthLine) -> None:
-    """Write it behind the others."""
+    """Add `line` to the health file of the run in `folder`."""
     append_step(folder / HEALTH, line)
 
 

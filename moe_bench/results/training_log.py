@@ -26,7 +26,7 @@ class LogLine(StepLine):
 
 
 def append_line(folder: Path, line: LogLine) -> None:
-    """Write it behind the others."""
+    """Add `line` to the log of the run in `folder`."""
     append_step(folder / LOG, line)
 
 
