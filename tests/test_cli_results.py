@@ -123,16 +123,6 @@ def test_the_page_reads_in_full_only_the_newest_of_each_kind(
     assert "job2" not in page
 
 
-def test_listing_needs_neither_pandas_nor_torch(root: Path) -> None:
-    code = (
-        f"import sys; from moe_bench.cli import main; main(['results', '--results', {str(root)!r}]); "
-        f"main(['jobs', '--results', {str(root)!r}]); "
-        "sys.exit(','.join({'torch', 'megatron', 'pandas', 'numpy', 'scipy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == ""
-
-
 def test_runs_without_a_scheduler_are_listed_shown_and_cancelled(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
