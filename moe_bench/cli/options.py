@@ -288,6 +288,11 @@ def results_root() -> Path:
     return root / "results" if (root / "pyproject.toml").is_file() else Path("results")
 
 
+def record_places(named: list[Path] | None) -> tuple[Path, ...]:
+    """Where records are read from: what was named, else `results/` where there is one."""
+    return tuple(named or filter(Path.is_dir, [results_root()]))
+
+
 def terminal_width() -> int | None:
     """Columns of the terminal that is printed to; None into a pipe or a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

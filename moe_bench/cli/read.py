@@ -9,7 +9,7 @@ import typer
 
 from moe_bench.cli.app import READ, app
 from moe_bench.cli.files import any_file_to_write
-from moe_bench.cli.options import JsonOption, make_loader, print_view, require_one_output, results_root
+from moe_bench.cli.options import JsonOption, make_loader, print_view, record_places, require_one_output
 from moe_bench.errors import BadInputError, GateError
 from moe_bench.spec.catalogue import data_root, find_recipe, recipe_model_keys, recipe_paths
 
@@ -102,11 +102,12 @@ def reproduce(
         raise BadInputError(
             f"{', '.join(without)}: copies no published row, so there is nothing to reproduce"
         )
-    places = tuple(results or ([results_root()] if results_root().is_dir() else []))
     copies = {recipe.name: recipe for recipe in asked if recipe.reproduces is not None}
     rows = rows_by_id(data_root() / "results" / "published", {str(one.reproduces) for one in copies.values()})
     with listening() as listener:
-        runs = tuple(read_summaries(places, listener, wanted=lambda entry: entry.recipe in copies))
+        runs = tuple(
+            read_summaries(record_places(results), listener, wanted=lambda entry: entry.recipe in copies)
+        )
     found = reproductions(asked, rows, runs, projected=projected_throughput(copies.values()))
     print_view(reproduce_view(found), reproduce_json(found), as_json)
 

@@ -17,6 +17,7 @@ from moe_bench.cli.options import (
     TableFormat,
     make_loader,
     print_view,
+    record_places,
     require_one_output,
     results_root,
 )
@@ -87,7 +88,7 @@ def report(
     require_one_output(layers=layers, format=form)
     if html is None and recipes is not None:
         raise BadInputError("--recipe goes with --html; add it, or drop --recipe")
-    places = tuple(results or (results_root(),))
+    places = record_places(results)
     if html is None:
         _require_records(places)
     if layers:
@@ -123,7 +124,7 @@ def _print_layers(places: tuple[Path, ...], as_json: bool) -> None:
     records = [record for place in places for record in layer_records(place)]
     if not records and not as_json:
         raise BadInputError(
-            f"{', '.join(map(str, places))}: no layer was measured; moe-bench layer does that"
+            f"{', '.join(map(str, places)) or 'results'}: no layer was measured; moe-bench layer does that"
         )
     peers = [layer_peers_view(record.peers) for record in records if record.peers is not None]
     # predictions stand beside a measurement when it is made; here are measurements alone

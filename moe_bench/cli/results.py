@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from moe_bench.cli.app import READ, app
-from moe_bench.cli.options import JsonOption, print_view, require_one_output, results_root
+from moe_bench.cli.options import JsonOption, print_view, record_places, require_one_output, results_root
 from moe_bench.cli.trackers import MlflowOption, TensorboardOption, Trackers, WandbOption
 from moe_bench.errors import BadInputError
 
@@ -78,7 +78,7 @@ def results(
         until=until,
         is_modified=modified,
     )
-    context.obj = Asked(tuple(results or filter(Path.is_dir, [results_root()])), query)
+    context.obj = Asked(record_places(results), query)
     if context.invoked_subcommand is not None:
         return
     found = _entries(context.obj)
