@@ -15,17 +15,17 @@ class Constants:
     sustained_fraction: float = 0.910
     """Rate of matrix products in a long step over their burst rate: clocks under load, and what other kernels
     leave in the caches."""
-    fp4_gain_factor: float = 1.54
+    fp4_gain_factor: float = 1.52
     """Rate of NVFP4 products in training over that of the inference kernels that the tables timed."""
-    memory_fraction: float = 0.381
+    memory_fraction: float = 0.390
     """Share of the datasheet's HBM bandwidth that memory-bound kernels of a layer reach; quantization has its
     own, measured beside the products (evidence/rates.py)."""
-    nic_fraction: float = 0.869
+    nic_fraction: float = 0.874
     """Share of a NIC's rate that DeepEP's and HybridEP's dispatch and combine reach."""
     alltoall_nic_fraction: float = 0.75
     """The same of NCCL's all-to-all: 0.62 to 0.94 of 48.5 of 50 GB/s over 2 to 16 nodes by size
     (aliyun/SimAI, ata_ratio.csv)."""
-    launch_s: float = 23.1e-6
+    launch_s: float = 22.7e-6
     """Host time per kernel of a layer, with the framework's and autograd's share."""
     grace_launch_factor: float = 1.09
     """The same on a Grace host, relative to x86."""

@@ -99,6 +99,14 @@ class Fabric:
         per_domain = max(1, min(num_ranks, self.domain_ranks // self._stride(group)))
         return Span(num_ranks=num_ranks, ranks_per_domain=per_domain, num_domains=-(-num_ranks // per_domain))
 
+    @property
+    def stage_reduction_s(self) -> float:
+        """A few numbers reduced over all ranks of a pipeline stage, which stand side by side: NCCL's tree,
+        one hop up and one down for every doubling of the domains.
+        """
+        num_domains = max(1.0, self.parallel.num_gpus / self.parallel.pipeline / self.domain_ranks)
+        return NVLINK_LATENCY_S + 2 * RING_HOP_S * math.log2(num_domains)
+
     def time(self, op: Collective, group: Group, num_bytes: float) -> LinkTime:
         """One collective of `num_bytes`, counted as `analysis/collectives.py` does.
 

@@ -107,6 +107,11 @@ UNCOUNTED_OFFLOAD = (
 )
 
 
+def has_uncounted_offload(recipe: Recipe) -> bool:
+    """Whether more than whole layers' activations is offloaded, whose copies alone are counted."""
+    return recipe.offload.model_copy(update={"num_activation_layers": 0}) != Offload()
+
+
 def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKind | None) -> Iterable[str]:
     """What the numbers rest on, in words."""
     recipe = projection.recipe
@@ -128,7 +133,7 @@ def _assumptions(projection: Projection, load: LoadChoice, schedule: ScheduleKin
             f"{schedule.label} in the place of Megatron-Core's schedule, activations kept until their weight "
             "gradient"
         )
-    if recipe.offload != Offload():
+    if has_uncounted_offload(recipe):
         yield UNCOUNTED_OFFLOAD
     if recipe.routing.mode == "natural":
         yield "experts are as unequal as a balancing loss leaves them on real text"

@@ -201,6 +201,8 @@ def _projection(work: StepWork, times: StepTimes, timeline: Timeline | None) -> 
         ("pipeline bubble", waiting_s - transfer_s, worst),
         ("pipeline transfers", transfer_s, Grade.PRIOR),
         ("weight gathers", float(times.gathers_s[0]), Grade.PRIOR),
+        ("offloaded activations", float(times.offload_s[0]), Grade.PUBLISHED),
+        ("scaling factors", float(times.scaling_s[0]), Grade.PRIOR),
         ("gradient reduction", float(times.gradients_s[0]), Grade.PRIOR),
         ("parameter gathering", float(times.parameters_s[0]), Grade.PRIOR),
         ("optimizer", float(times.optimizer_s[0]), Grade.PRIOR),

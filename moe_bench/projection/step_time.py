@@ -47,6 +47,10 @@ class StepTable:
     parameter_buckets: Floats
     overlaps_gradients: Floats
     overlaps_parameters: Floats
+    to_host_s: Floats
+    from_host_s: Floats
+    """[recipe] copies of one micro batch's offloaded activations."""
+    scaling_s: Floats
     optimizer_memory_s: Floats
     schedule_factor: Floats
     """Simulated pipeline time over the closed form's; 1 where there is no pipeline."""
@@ -70,6 +74,8 @@ class StepTimes:
     """What the pipeline adds to that, transfers apart."""
     transfer_s: Floats
     gathers_s: Floats
+    offload_s: Floats
+    scaling_s: Floats
     gradients_s: Floats
     parameters_s: Floats
     optimizer_s: Floats
@@ -83,6 +89,8 @@ class StepTimes:
             + self.bubble_s
             + self.transfer_s
             + self.gathers_s
+            + self.offload_s
+            + self.scaling_s
             + self.gradients_s
             + self.parameters_s
             + self.optimizer_s
@@ -123,6 +131,9 @@ def step_table(works: Sequence[StepWork], *, schedule_factor: Floats | None = No
         parameter_buckets=_column(work.parameters.num_buckets for work in works),
         overlaps_gradients=_column(recipe.overlap.grad_reduce for recipe in recipes),
         overlaps_parameters=_column(recipe.overlap.param_gather for recipe in recipes),
+        to_host_s=_column(work.offload.to_host_s for work in works),
+        from_host_s=_column(work.offload.from_host_s for work in works),
+        scaling_s=_column(work.scaling_s for work in works),
         optimizer_memory_s=_column(work.optimizer_memory_s for work in works),
         schedule_factor=np.ones(len(works)) if schedule_factor is None else schedule_factor,
         gradient_window_s=np.full(len(works), np.nan),
@@ -145,6 +156,9 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
     critical = _critical_ranks(table, busy)
     forward, backward = rank_busy_s[critical, 0], rank_busy_s[critical, 1]
     gathers_s = exposed_gathers_s(table, constants, busy_s=slowest)
+    offload_s = table.num_micro_batches * (
+        np.maximum(table.to_host_s - forward, 0) + np.maximum(table.from_host_s - backward, 0)
+    )
     gradients_s = _synced(
         table.gradients_s,
         table.overlaps_gradients,
@@ -160,7 +174,8 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
         constants,
     )
     optimizer_s = table.optimizer_memory_s / constants.stream_fraction + _OPTIMIZER_START_S
-    together = pipeline_s + gathers_s + gradients_s + parameters_s + optimizer_s
+    inside_s = pipeline_s + gathers_s + offload_s + table.scaling_s
+    together = inside_s + gradients_s + parameters_s + optimizer_s
     return StepTimes(
         layers=layers,
         rank_busy_s=rank_busy_s,
@@ -169,6 +184,8 @@ def step_times(table: StepTable, constants: Constants) -> StepTimes:
         bubble_s=pipeline_s - busy_s - transfer_s,
         transfer_s=transfer_s,
         gathers_s=gathers_s,
+        offload_s=offload_s,
+        scaling_s=table.scaling_s,
         gradients_s=gradients_s,
         parameters_s=parameters_s,
         optimizer_s=optimizer_s,

@@ -12,6 +12,7 @@ from moe_bench.analysis.params import rank_params
 from moe_bench.analysis.state_comms import gradient_bytes, state_calls
 from moe_bench.projection.efficiency import Efficiency
 from moe_bench.projection.fabric import Fabric, LinkTime
+from moe_bench.projection.host_link import HostTraffic, host_traffic
 from moe_bench.projection.pricing import LayerSetting, PricedLayer, Pricer
 from moe_bench.projection.schedule.choice import overlaps_experts, schedule_kind
 from moe_bench.projection.schedule.placement import placed
@@ -48,6 +49,9 @@ class StepWork:
     parameters: SyncWork
     micro_batch_gathers: SyncWork
     """What Megatron-FSDP gathers and reduces in every micro batch."""
+    offload: HostTraffic
+    scaling_s: float
+    """What delayed scaling reduces over all ranks of a stage, in a whole step."""
     optimizer_memory_s: float
     """Bytes of the optimizer step over the datasheet's bandwidth."""
     num_flushes: int = 1
@@ -103,9 +107,25 @@ def step_work(
         gradients=synced[Phase.GRADIENT_SYNC],
         parameters=synced[Phase.PARAMETER_SYNC],
         micro_batch_gathers=synced[Phase.FORWARD],
+        offload=host_traffic(recipe, traits),
+        scaling_s=num_scale_reductions(recipe) * fabric.stage_reduction_s,
         optimizer_memory_s=optimizer_bytes(recipe) / efficiency_bandwidth(recipe),
         num_flushes=traits.num_flushes,
     )
+
+
+def num_scale_reductions(recipe: Recipe) -> int:
+    """Times per step that a rank waits until the largest values of its tensors are known on all ranks of its
+    stage: with delayed scaling, behind every forward and every backward pass of a chunk.
+
+    Transformer Engine reduces them on the computing stream when it leaves an FP8 region and in the first
+    backward pass of one (pytorch/fp8.py at v1.11, reduce_and_update_fp8_tensors); a region is a chunk
+    (Megatron-Core 0.9, transformer_block.py), and the group tensor, context and data parallel together
+    (parallel_state.py, get_amax_reduction_group).
+    """
+    if recipe.precision != "fp8_delayed" or recipe.mcore.get("tp_only_amax_red"):
+        return 0
+    return 2 * recipe.num_micro_batches * recipe.parallel.virtual_pipeline
 
 
 def layer_setting(recipe: Recipe, schedule: ScheduleKind) -> LayerSetting:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.analysis.memory_verdict import verdict
-from moe_bench.projection.forecast import UNCOUNTED_OFFLOAD
+from moe_bench.projection.forecast import UNCOUNTED_OFFLOAD, has_uncounted_offload
 from moe_bench.projection.search.base import Base
 from moe_bench.projection.search.layout import Context, Sharding
 from moe_bench.projection.search.record import Record
@@ -20,7 +20,7 @@ from moe_bench.report.figures import GIB, rate_text, seconds_text, tflops_text
 from moe_bench.report.project_view import NOT_MEASURED
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.results.flops_convention import OUR_COUNTING
-from moe_bench.spec.recipe import Offload, Recompute
+from moe_bench.spec.recipe import Recompute
 
 _NUM_TERMS = 4
 _NUM_RULES = 3
@@ -35,7 +35,7 @@ def search_view(result: SearchResult, base: Base, record: Record, paths: Sequenc
         Text(f"{recipe.model.display_name} on {gpus}: {job}", style="bold"),
         Text("; ".join(base.notes), style="dim"),
         Text(NOT_MEASURED, style="yellow"),
-        *([Text(UNCOUNTED_OFFLOAD, style="yellow")] if recipe.offload != Offload() else []),
+        *([Text(UNCOUNTED_OFFLOAD, style="yellow")] if has_uncounted_offload(recipe) else []),
         Text(),
         *(Text(f"{name}: {values}", style="dim") for name, values in space_rows(result.space)),
         Text(),

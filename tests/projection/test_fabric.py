@@ -131,3 +131,12 @@ def test_switches_of_higher_tiers_cost_latency() -> None:
 def test_a_system_without_tiers_costs_what_its_cards_cost() -> None:
     bare = Fabric(H100.model_copy(update={"fabric": None}), WIDE)
     assert bare.tiers(Collective.ALL_TO_ALL, Group.EXPERT).num_switches == 0
+
+
+def test_a_reduction_over_a_stage_passes_a_hop_up_and_down_per_doubling_of_nodes() -> None:
+    system = Loader(root=recipes_root()).system("h100_sxm")
+    seconds = [
+        Fabric(system, ParallelSpec(num_gpus=num_gpus, tensor=8, pipeline=4)).stage_reduction_s
+        for num_gpus in (32, 64, 256)  # one node for each stage, two, and eight
+    ]
+    assert seconds == pytest.approx([10e-6, 50e-6, 130e-6])

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from moe_bench.projection.rows.inference import InferredRun
-from moe_bench.projection.rows.stack import Engine
+from moe_bench.projection.rows.stack import Engine, Suite
+from moe_bench.projection.work.operations import Part
 from moe_bench.projection.work.traits import AUTOMODEL, MEGATRON, TORCHTITAN, Traits
 from moe_bench.results.published import PublishedRow
 
@@ -20,6 +21,15 @@ _TRUSTED = ("A", "B")
 _TE_EXPERTS = ("te", "te_mxfp8")
 """Automodel's GroupedExpertsTE, whose GroupedLinear adds the biases (components/moe/experts.py at 77f112399);
 its others add them after the product (_apply_bias), as Megatron-Core does."""
+_MISBOUND_SYSTEM, _MISBOUND_RELEASE = "gb300_nvl72", (2025, 11)
+"""scripts/performance/utils/executors.py at v0.2.0 binds a process to CPU SLURM_LOCALID / 4, but on GB200, so
+all four of a GB300 tray to the first; mended in v0.3.0 (NVIDIA/exemplar-performance issue 38)."""
+_TORCHAO_EXPERTS = "torchao_mxfp8"
+"""Automodel's torch_mm_mxfp8 quantizes experts alone; Transformer Engine's autocast, around the whole forward
+pass, every linear layer of its own (components/models/common/utils.py at 77f112399)."""
+_NVFP4_KEEPS_BF16 = frozenset({Part.ATTENTION_PROJECTIONS, Part.LATENT})
+"""Of Nemotron-3-Super in Megatron-Bridge, with its prediction modules: scripts/performance/configs/nemotronh/
+te_quant.cfg at v0.4.0. That the mixer's output projection is in MXFP8 there is left out."""
 _FUSED_LATENT_ATTENTION = (2025, 7)
 """Year and month of the first release whose cuDNN may have it."""
 
@@ -38,6 +48,12 @@ def traits_of(run: InferredRun) -> Traits:
         num_flushes=_num_flushes(run),
         fuses_expert_biases=run.stack.engine is Engine.AUTOMODEL and run.row.experts_backend in _TE_EXPERTS,
     )
+    if _keeps_bf16(run):
+        traits = replace(traits, bf16_parts=_NVFP4_KEEPS_BF16, quantizes_mtp=False)
+    if run.row.experts_backend == _TORCHAO_EXPERTS:
+        traits = replace(traits, bf16_parts=frozenset({Part.ATTENTION_PROJECTIONS}))
+    if run.recipe.system.key == _MISBOUND_SYSTEM and run.stack.is_bridge(*_MISBOUND_RELEASE):
+        traits = replace(traits, is_bound_to_first_cpu=True)
     gpu, attention = run.recipe.system.gpu, run.recipe.model.attention
     if attention.kind == "mla" and run.stack.engine is Engine.TORCHTITAN:
         return replace(traits, attention_fraction=traits.attention_fraction / 2)
@@ -55,6 +71,11 @@ def is_scored(row: PublishedRow) -> bool:
 def is_fitted(run: InferredRun) -> bool:
     """Whether constants are fitted to the row: it is scored, and Megatron-Core ran it."""
     return is_scored(run.row) and run.stack.engine is Engine.MEGATRON
+
+
+def _keeps_bf16(run: InferredRun) -> bool:
+    is_super = run.recipe.model.key == "nemotron_3_super_120b_a12b"
+    return is_super and run.stack.suite is Suite.BRIDGE and run.recipe.precision == "nvfp4"
 
 
 def _num_flushes(run: InferredRun) -> int:

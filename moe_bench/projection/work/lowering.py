@@ -87,7 +87,9 @@ def lower(recipe: Recipe, *, load: float = 1.0, traits: Traits = MEGATRON) -> Lo
     chunks = recipe.chunks()
     works = tuple(
         ChunkWork(
-            layers=Counter(_kinds(recipe, chunk)), has_loss=chunk.has_loss, pipeline_rank=chunk.pipeline_rank
+            layers=Counter(_kinds(recipe, chunk, traits)),
+            has_loss=chunk.has_loss,
+            pipeline_rank=chunk.pipeline_rank,
         )
         for chunk in chunks
     )
@@ -100,7 +102,7 @@ def lower(recipe: Recipe, *, load: float = 1.0, traits: Traits = MEGATRON) -> Lo
     )
 
 
-def _kinds(recipe: Recipe, chunk: Chunk) -> Iterator[LayerKind]:
+def _kinds(recipe: Recipe, chunk: Chunk, traits: Traits) -> Iterator[LayerKind]:
     model, recompute = recipe.model, recipe.recompute
     is_full = recompute.granularity == "full"
     for index, layer in enumerate(chunk.layers):
@@ -112,7 +114,7 @@ def _kinds(recipe: Recipe, chunk: Chunk) -> Iterator[LayerKind]:
     for _ in range(chunk.num_mtp_layers):
         yield LayerKind(
             structures=model.mtp_layers,
-            is_quantized=runs_quantized(recipe, None),
+            is_quantized=traits.quantizes_mtp and runs_quantized(recipe, None),
             is_recomputed=is_full and recompute.method == "uniform",
             is_mtp=True,
         )
@@ -126,6 +128,7 @@ def _layer_work(recipe: Recipe, kind: LayerKind, load: float, traits: Traits) ->
         stops_early=traits.stops_recompute_early,
         fuses_attention=traits.fuses_attention,
         fuses_expert_biases=traits.fuses_expert_biases,
+        bf16_parts=traits.bf16_parts,
     )
     if kind.is_mtp:
         rows, hidden = token_counts(recipe).gathered, recipe.model.hidden_size

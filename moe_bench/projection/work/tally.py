@@ -41,6 +41,11 @@ split_overlap_ag). Chosen among 0, 2, 5, 10 and 20 by rows left out of the fit."
 _REPLAY_LAUNCHES = 12
 """The same of one recomputed module, whose checkpoint saves and restores the generators' states: 0.35 to
 0.88 ms a module in Megatron-Bridge's matched runs of Moonlight (results/published/moonlight_16b_a3b.yaml)."""
+_GRAPH_LAUNCHES = 30
+"""The same of the CUDA graph of a layer or of parts of it, replayed forward and backward: inputs copied to
+where they were captured, autograd's function over every weight inside, two launches. A step of Qwen3-30B on
+16 H100 takes 20.15 s with graphs of router and preprocessing, 20.99 s without, all else equal: 31
+(results/published/qwen3_30b_a3b.yaml, Megatron-Bridge's runs with overlap)."""
 _FORWARD_SHARE = 1 / 3
 """Of a layer's launches, those of its forward pass: forward, dgrad and wgrad."""
 
@@ -62,7 +67,8 @@ class Tally:
     and messages behind it do not run again."""
     fuses_attention: bool = True
     fuses_expert_biases: bool = False
-    """Both as in `Traits`."""
+    bf16_parts: frozenset[Part] = frozenset()
+    """All as in `Traits`."""
     operations: list[Operation] = field(default_factory=list)
     num_launches: float = 0.0
     replayed: set[RecomputeModule] = field(default_factory=set)
@@ -85,7 +91,8 @@ class Tally:
         Y = X W, dX = dY W^T and dW += X^T dY. `is_last` says that nothing behind it is kept for the gradient.
         """
         is_row_wise = part is Part.EXPERTS and multiplies_experts_row_wise(self.recipe)
-        weight_form = self.number if number is None else number
+        own = Number.BF16 if part in self.bf16_parts else self.number
+        weight_form = own if number is None else number
         form = NUMBERS[self.recipe.precision] if is_row_wise else weight_form
         for in_pass in self.forward_passes(repeated_by, is_last=is_last):
             self.operations.append(
@@ -189,6 +196,8 @@ class Tally:
         if self.is_whole_recomputed:
             self.num_launches *= 1 + _FORWARD_SHARE
         self.launch(_REPLAY_LAUNCHES * len(self.replayed))
+        if self.recipe.cuda_graphs.implementation in ("local", "transformer_engine"):
+            self.num_launches += _GRAPH_LAUNCHES
 
     def forward_passes(self, repeated_by: Modules, *, is_last: bool = False) -> tuple[Pass, ...]:
         """The passes in which a forward operation of these modules runs."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_bench.projection.work.operations import Part
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
@@ -24,6 +26,12 @@ class Traits:
     """Whether experts add their biases inside of their products, not as sums of their own."""
     fuses_attention: bool = True
     """Whether scores stay inside of one kernel, or are written, normalised and read as a matrix."""
+    bf16_parts: frozenset[Part] = frozenset()
+    """Parts whose products stay in BF16 in layers that are quantized."""
+    quantizes_mtp: bool = True
+    """Whether prediction modules are quantized where the layers are."""
+    is_bound_to_first_cpu: bool = False
+    """Whether all processes of a node run on its first CPU and its memory, wherever their GPU is joined."""
 
 
 MEGATRON = Traits()

@@ -6,6 +6,7 @@ import pytest
 
 from moe_bench.projection.rows.engines import traits_of
 from moe_bench.projection.rows.inference import InferredRun, infer
+from moe_bench.projection.work.operations import Part
 from moe_bench.projection.work.traits import TORCHTITAN, Traits
 from tests.projection.published_rows import CATALOGUE, ROWS
 
@@ -45,3 +46,20 @@ def test_experts_of_transformer_engine_add_their_biases_in_the_product() -> None
     assert traits("automodel-yaml-gpt-oss-120b-gb200-32gpu-mxfp8-s4096").fuses_expert_biases
     assert not traits("automodel-yaml-gpt-oss-120b-gb200-32gpu-bf16-s4096").fuses_expert_biases
     assert not traits("mb26.04-gpt-oss-120b-h100-64gpu-bf16-s4096").fuses_expert_biases
+
+
+def test_modules_that_a_run_keeps_in_bf16_are_known() -> None:
+    nvfp4 = traits("mb26.04-nemotron-3-super-120b-a12b-b200-64gpu-nvfp4-s8192")
+    assert nvfp4.bf16_parts == {Part.ATTENTION_PROJECTIONS, Part.LATENT}
+    assert not nvfp4.quantizes_mtp
+    assert not traits("mb26.04-nemotron-3-super-120b-a12b-b200-64gpu-mxfp8-s8192").bf16_parts
+    experts = "automodel-yaml-qwen3-30b-a3b-gb200-8gpu-mxfp8-s4096-experts-backend"
+    assert traits(f"{experts}-torchao-mxfp8").bf16_parts == {Part.ATTENTION_PROJECTIONS}
+    assert not traits(f"{experts}-te-mxfp8").bf16_parts
+
+
+def test_bridge_25_11_binds_all_processes_of_a_gb300_tray_to_its_first_cpu() -> None:
+    name = "llama3-70b-{}-64gpu-fp8-current-scaling-s8192"
+    assert traits("mb25.11-" + name.format("gb300")).is_bound_to_first_cpu
+    assert not traits("mb26.02-" + name.format("gb300")).is_bound_to_first_cpu
+    assert not traits("mb25.11-" + name.format("gb200")).is_bound_to_first_cpu

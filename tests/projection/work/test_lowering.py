@@ -270,3 +270,33 @@ def test_collectives_and_recomputed_modules_cost_the_host_time() -> None:
 
     assert launches(recomputed) >= launches(plain) + 2 * 12  # collectives that are repeated come on top
     assert launches(plain) > launches(pieced) > launches(alone)
+
+
+def test_a_graph_of_a_part_saves_its_launches_and_costs_its_replay() -> None:
+    """40 kernels of the router and 20 of preprocessing for a replay that costs the host as much as 30."""
+    parts = "cuda_graphs.modules=[moe_router,moe_preprocess]"
+    name = "qwen3_30b_a3b/h100_sxm_16g_bf16"
+    (eager,) = lower(
+        recipe_named(name, "cuda_graphs.implementation=none", "cuda_graphs.modules=[]")
+    ).kinds.values()
+    graphed_recipe = recipe_named(name, "cuda_graphs.implementation=transformer_engine", parts)
+    (graphed,) = lower(graphed_recipe).kinds.values()
+    assert eager.num_launches - graphed.num_launches == 40 + 20 - 30
+
+
+def test_parts_that_stay_in_bf16_are_multiplied_so_and_not_quantized() -> None:
+    recipe = recipe_named("qwen3_30b_a3b/h100_sxm_16g_bf16").model_copy(
+        update={"precision": "fp8_tensorwise"}
+    )
+    whole, (kept,) = (
+        tuple(lower(recipe, traits=traits).kinds.values())
+        for traits in (Traits(), Traits(bf16_parts=frozenset({Part.ATTENTION_PROJECTIONS})))
+    )
+    assert forms(whole[0], Part.ATTENTION_PROJECTIONS) == {Number.FP8_TENSORWISE}
+    assert forms(kept, Part.ATTENTION_PROJECTIONS) == {Number.BF16}
+    assert forms(kept, Part.EXPERTS) == {Number.FP8_TENSORWISE}
+    assert len(kept.operations) < len(whole[0].operations)
+
+
+def forms(work: LayerWork, part: Part) -> set[Number]:
+    return {one.number for one in work.operations if isinstance(one, Gemm) and one.part is part}
