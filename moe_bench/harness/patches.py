@@ -150,6 +150,24 @@ def _count_rolled_tokens_over_context(original: Any) -> Any:
     return roll
 
 
+def _gather_experts_behind_their_step(original: Any) -> Any:
+    def step_all(self: Any) -> bool:
+        if not self.config.overlap_param_gather_with_optimizer_step:
+            return bool(original(self))
+        dense, *others = self.chained_optimizers
+        (first_chunk,) = dense.model_chunks
+        success = dense.step_with_ready_grads()
+        for bucket_group in first_chunk.bucket_groups:
+            first_chunk._start_bucket_group_param_sync(bucket_group, force_sync=False)
+        for optimizer in others:
+            success &= optimizer.step_with_ready_grads()
+        for bucket_group in first_chunk.expert_parallel_bucket_groups:
+            first_chunk._start_bucket_group_param_sync(bucket_group, force_sync=False)
+        return bool(success)
+
+    return step_all
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="host_rng_read",
@@ -207,5 +225,18 @@ PATCHES: tuple[Patch, ...] = (
         attribute="roll_tensor",
         source_sha256="576f3fcb1c365bc92bcaea1d9253eb5014b6335f446c2a0f0b490587776ec426",
         replace=_count_rolled_tokens_over_context,
+    ),
+    Patch(
+        name="expert_gather_with_step",
+        what="experts that are gathered under the optimizer's step are gathered behind their own update",
+        why="the first optimizer of a chain holds dense weights, and behind its step the first chunk's"
+        " experts are gathered as well, which the last optimizer has yet to update: other"
+        " expert-data-parallel ranks keep old ones",
+        upstream="optimizer/optimizer.py:1643",
+        serves="numbers",
+        module="megatron.core.optimizer.optimizer",
+        attribute="ChainedOptimizer._step",
+        source_sha256="ec616e1da800e49fbf7359f7d91cf83713150cb71fba99e1ce262ed8190d0e49",
+        replace=_gather_experts_behind_their_step,
     ),
 )

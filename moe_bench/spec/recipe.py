@@ -35,7 +35,7 @@ Precision = Literal[
 
 KernelFamily = Literal["transformer_engine", "torch_native", "quack"]
 Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep", "ncclep"]
-PatchName = Literal["mtp_token_count_under_cp"]
+PatchName = Literal["mtp_token_count_under_cp", "expert_gather_with_step"]
 """Changes to numbers that harness/patches.py has."""
 Variant = Annotated[str, Field(pattern=r"^[a-z0-9_]*$")]
 """A part of a file name."""

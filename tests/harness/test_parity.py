@@ -137,6 +137,20 @@ def test_overlapped_data_parallelism_trains_like_one_process(trainer: Trainer, s
     assert_same_training(trainer.train(laid), trainer.on_one_process(structure))
 
 
+@pytest.mark.slow
+def test_gathering_under_the_optimizers_step_trains_right_with_its_patch_alone(trainer: Trainer) -> None:
+    recipe = structure_of("qwen3_30b_a3b")
+    parallel = LAYOUTS["PP2xVPP2"] | {"num_gpus": 8, "expert": 2}
+    overlap = Overlap(p2p=True, grad_reduce=True, param_gather=True, param_gather_with_optimizer_step=True)
+    laid = laid_out(recipe, parallel=parallel, overlap=overlap)
+    expected = trainer.on_one_process("qwen3_30b_a3b")
+    patched = trainer.train(laid.model_copy(update={"patches": ("expert_gather_with_step",)}))
+    assert_same_training(patched, expected)
+    plain = trainer.train(laid)
+    assert plain.losses[0] == pytest.approx(expected.losses[0], rel=LOSS_TOLERANCE)
+    assert plain.losses[1:] != pytest.approx(expected.losses[1:], rel=LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize("layout", ["EP2", "PP2xVPP2xEP2"])
 def test_hiding_dispatch_under_computation_changes_no_bit(trainer: Trainer, layout: str) -> None:
     recipe = structure_of("qwen3_30b_a3b").model_copy(update={"precision": "bf16"})
