@@ -123,6 +123,17 @@ def test_the_page_reads_in_full_only_the_newest_of_each_kind(
     assert "job2" not in page
 
 
+def test_without_a_folder_of_results_the_readers_show_what_others_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_bench.cli.options.results_root", lambda: tmp_path / "results")
+    page = tmp_path / "page.html"
+    for readers in (["report"], ["report", "--scaling"], ["report", "--html", str(page)], ["results"]):
+        assert main(readers) == 0
+    assert "weak scaling of deepseek_v3" in capsys.readouterr().out
+    assert page.is_file()
+
+
 def test_runs_without_a_scheduler_are_listed_shown_and_cancelled(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

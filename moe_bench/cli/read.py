@@ -105,9 +105,8 @@ def reproduce(
     copies = {recipe.name: recipe for recipe in asked if recipe.reproduces is not None}
     rows = rows_by_id(data_root() / "results" / "published", {str(one.reproduces) for one in copies.values()})
     with listening() as listener:
-        runs = tuple(
-            read_summaries(record_places(results), listener, wanted=lambda entry: entry.recipe in copies)
-        )
+        places = record_places(results)
+        runs = tuple(read_summaries(places, listener, wanted=lambda entry: entry.recipe in copies))
     found = reproductions(asked, rows, runs, projected=projected_throughput(copies.values()))
     print_view(reproduce_view(found), reproduce_json(found), as_json)
 
