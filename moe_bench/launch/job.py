@@ -77,6 +77,12 @@ class Job:
         return self.recipe.name.replace("/", ".")
 
     @property
+    def site_file(self) -> str:
+        """Where the site's facts stand: the path that was given, or the file of its name."""
+        is_path = self.site_name.endswith((".yaml", ".yml"))
+        return self.site_name if is_path else f"slurm/sites/{self.site_name}.yaml"
+
+    @property
     def image(self) -> str | None:
         """Where the image lies that the recipe names, or else the site; None for the bare environment.
 
@@ -88,12 +94,12 @@ class Job:
         if self.site.runtime == "bare":
             raise MissingRequirementError(
                 f"{self.recipe.name} runs in container {container!r}, site {self.site_name!r} has none; "
-                f"give slurm/sites/{self.site_name}.yaml a `runtime` and `images`, or --set container=null"
+                f"give {self.site_file} a `runtime` and `images`, or --set container=null"
             )
         if container not in self.site.images:
             raise MissingRequirementError(
                 f"site {self.site_name!r} names no image for container {container!r}; "
-                f"add it under `images` in slurm/sites/{self.site_name}.yaml"
+                f"add it under `images` in {self.site_file}"
             )
         return self.site.images[container]
 

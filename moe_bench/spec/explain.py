@@ -54,8 +54,9 @@ def _wrong_type(path: Path_, node: Node, error: ErrorDetails) -> Problem:
         fix = f"write {number:.1e}" if error["type"] == "float_type" else f"write {number:.0f}"
         return Problem(path, f"YAML reads {node.text} as {kind_read}", fix)
     said = error["msg"].replace("Input should be", "it must be").replace("String should", "it should")
-    # JSON's word for what YAML calls a mapping
+    # JSON's words for what YAML calls a mapping and a list
     said = said.replace("it must be an object", "it must be a mapping, `key: value` lines below it")
+    said = said.replace("it must be a valid array", "it must be a list, `- value` lines below it")
     return Problem(path, f"is {_typed(node)}", said)
 
 

@@ -22,7 +22,7 @@ from moe_bench.spec.yaml_tree import Node, dotted, parse_value, read_yaml
 REFERENCE_MODELS_FOLDER = "reference_models"
 """Folder of models that have no recipes: one file each, for accounting and projection."""
 
-MAX_NAMES_SHOWN = 8
+MAX_NAMES_SHOWN = 10
 """Of those that are known, where none is like the one that was written."""
 
 Rule = Callable[[Recipe], Sequence[Problem]]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from moe_bench.errors import BadInputError, MissingRequirementError
@@ -75,6 +77,15 @@ def test_a_site_may_run_every_recipe_in_a_container() -> None:
     for recipe, image in ((recipe_of(), "/a.sqsh"), (recipe_of(container="b"), "/b.sqsh")):
         job = job_of(recipe, runtime="pyxis", images=images, default_container="a")
         assert job.image == image
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("here", "slurm/sites/here.yaml"), ("my/site.yaml", "my/site.yaml")]
+)
+def test_what_a_site_lacks_is_to_be_written_into_its_own_file(name: str, file: str) -> None:
+    job = dataclasses.replace(job_of(recipe_of(container="a"), runtime="pyxis"), site_name=name)
+    with pytest.raises(MissingRequirementError, match=f"add it under `images` in {file}$"):
+        _ = job.image
 
 
 def test_a_container_needs_a_site_that_has_it() -> None:

@@ -129,6 +129,11 @@ def test_a_legal_recipe_is_read_whole(loader: Loader, recipe_path: Path) -> None
             "precision: bf16\nsteps: 4",
             f"{FILE}:4: steps: is 4; it must be a mapping, `key: value` lines below it",
         ),
+        (
+            "precision: bf16",
+            "precision: bf16\nrecompute: {granularity: selective, modules: moe_act}",
+            f"{FILE}:4: recompute.modules: is moe_act; it must be a list, `- value` lines below it",
+        ),
     ],
 )
 def test_a_mistake_names_file_line_key_problem_and_fix(
