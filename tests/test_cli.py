@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_bench import __version__
-from moe_bench.cli import main
+from moe_bench.cli import VERBS, app_with, main
 from moe_bench.cli.options import whole_numbers
 from moe_bench.errors import EXIT_CODES, BadInputError, MeasurementError
 from moe_bench.results.store import write_record
@@ -68,6 +68,16 @@ def test_whole_numbers_are_listed_with_commas() -> None:
 def test_what_is_no_list_of_whole_numbers_is_refused(text: str) -> None:
     with pytest.raises(BadInputError, match=f"--num-gpus {text}: write whole numbers, as 64,128"):
         whole_numbers(text, option="--num-gpus", example="64,128")
+
+
+def test_every_verb_is_found_in_the_module_that_the_table_names() -> None:
+    app = app_with()
+    found = [(command.callback, command.name) for command in app.registered_commands]
+    for group in app.registered_groups:
+        found += [(command.callback, group.name) for command in group.typer_instance.registered_commands]
+    assert {(callback.__module__, name or callback.__name__) for callback, name in found} == {
+        (f"moe_bench.cli.{module}", verb) for module, verbs in VERBS.items() for verb in verbs
+    }
 
 
 def test_show_gives_total_and_active_parameters_beside_the_published(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from moe_bench.cli import app, main
+from moe_bench.cli import app_with, main
 from moe_bench.cli.files import (
     any_file_to_write,
     drawing_to_write,
@@ -21,7 +21,7 @@ FILES = {"--plot", "--plot-pipeline", "--trace", "--html", "--junit", "--summary
 
 
 def test_every_option_that_names_a_file_to_write_is_checked() -> None:
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(app_with())
     options = [
         (verb, option)
         for verb, command in root.commands.items()  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.cli import app, main
+from moe_bench.cli import app_with, main
 from moe_bench.errors import EXIT_CODES
 from moe_bench.results.published import load_rows
 from moe_bench.spec.catalogue import data_root, recipe_model_keys, recipe_paths
@@ -40,6 +40,7 @@ def test_the_exit_codes_are_documented() -> None:
 
 
 def test_every_verb_is_documented_and_every_documented_verb_exists() -> None:
+    app = app_with()
     shown = [command for command in app.registered_commands if not command.hidden]
     verbs = {command.name or command.callback.__name__ for command in shown}
     verbs |= {group.name for group in app.registered_groups}

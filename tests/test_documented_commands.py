@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import typer
 
-from moe_bench.cli import app
+from moe_bench.cli import app_with
 from moe_bench.spec.catalogue import find_recipe, recipes_root
 from moe_bench.spec.load import Loader
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GROUP = typer.main.get_command(app)
+GROUP = typer.main.get_command(app_with())
 BLOCK_LINE = re.compile(r"^(?: {4})?(?:\$ )?(?:\S*/)?moe-bench (.+)$")
 INLINE = re.compile(r"(?:^|.* )(?:\S*/)?moe-bench ([a-z].*)")
 REST_OF_LINE = re.compile(r" +#.*| *[>|].*")

@@ -3,60 +3,43 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import typer
+from typer.models import CommandInfo
 
-from moe_bench.cli import (
-    accuracy,
-    calibrate,
-    data,
-    evaluate,
-    h100,
-    health,
-    jobs,
-    layer,
-    model,
-    parity,
-    predict,
-    project,
-    quantize,
-    read,
-    recipes,
-    report,
-    results,
-    run,
-    search,
-    train,
-)
-from moe_bench.cli.app import PANELS, app
+from moe_bench.cli.app import app as application
 from moe_bench.errors import BadInputError, MoeBenchError
 
-__all__ = ["app", "main"]
+__all__ = ["VERBS", "app_with", "main"]
 
-_VERBS = (
-    recipes,
-    project,
-    search,
-    predict,
-    run,
-    calibrate,
-    layer,
-    h100,
-    jobs,
-    read,
-    accuracy,
-    report,
-    results,
-    data,
-    model,
-    train,
-    evaluate,
-    health,
-    parity,
-    quantize,
-)
-"""Modules whose import registers the verbs."""
+VERBS = {
+    "recipes": ("list", "show", "check", "schema"),
+    "predict": ("audit", "dryrun"),
+    "project": ("project",),
+    "search": ("search",),
+    "calibrate": ("calibrate",),
+    "h100": ("h100",),
+    "layer": ("layer",),
+    "run": ("run", "submit"),
+    "jobs": ("jobs",),
+    "accuracy": ("accuracy",),
+    "read": ("published", "reproduce", "compare", "gate"),
+    "report": ("report",),
+    "results": ("results",),
+    "evaluate": ("evaluate", "generate"),
+    "health": ("health",),
+    "model": ("verify", "convert"),
+    "parity": ("parity",),
+    "parity_ranks": ("parity-rank",),
+    "quantize": ("quantize",),
+    "train": ("train",),
+    "data": ("data",),
+}
+"""Modules whose import registers verbs, and these in the order of `--help`."""
+_ORDER = [verb for verbs in VERBS.values() for verb in verbs]
 
 _ABOUT_A_PLACE = frozenset(
     {
@@ -75,13 +58,31 @@ _ABOUT_A_PLACE = frozenset(
 _ABOUT_A_DISK = frozenset({errno.EDQUOT, errno.ENOSPC})
 """What it says while a file is written, without the name of the file."""
 
-app.registered_commands.sort(key=lambda command: PANELS.index(str(command.rich_help_panel)))
+
+def app_with(verb: str | None = None) -> typer.Typer:
+    """The application with `verb`; with all of them where none is called so, as `--help` and a typo need.
+
+    The other modules are left out: to import them and to read their options takes longer than `check` does.
+    """
+    asked = [module for module, verbs in VERBS.items() if verb in verbs]
+    for module in asked or VERBS:
+        import_module(f"moe_bench.cli.{module}")
+    # in the order of the table, whatever was asked for before in this process
+    application.registered_commands.sort(key=lambda command: _ORDER.index(_name(command)))
+    application.registered_groups.sort(key=lambda group: _ORDER.index(str(group.name)))
+    return application
+
+
+def _name(command: CommandInfo) -> str:
+    return str(command.name or getattr(command.callback, "__name__", ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that have a name are printed on one line and give their exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    app = app_with(words[0] if words else None)
     try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = app(args=words, standalone_mode=False)
     except MoeBenchError as error:
         # a note is what a failed rank wrote to its standard error; a user's own mistake has none
         typer.echo("\n".join((str(error), *getattr(error, "__notes__", ()))), err=True)

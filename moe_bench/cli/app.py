@@ -9,8 +9,8 @@ import typer
 from moe_bench import __version__
 from moe_bench.errors import EXIT_CODES
 
-PANELS = RECIPES, PREDICT, RUN, READ, MODEL = ("Recipes", "Predict", "Run", "Read", "Model")
-"""Groups of `--help`, in its order: each answers a question that costs more than the one before."""
+RECIPES, PREDICT, RUN, READ, MODEL = ("Recipes", "Predict", "Run", "Read", "Model")
+"""Groups of `--help`: each answers a question that costs more than the one before."""
 
 app = typer.Typer(
     help="Recipes, measurements and published numbers of Mixture-of-Experts training on Megatron-Core.",

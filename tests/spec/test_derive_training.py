@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.main import get_command
 
-from moe_bench.cli import app
+from moe_bench.cli import app_with
 from moe_bench.cli.options import ScaleOption, plan_of
 from moe_bench.errors import BadInputError
 from moe_bench.spec.dataset import TokenizerSpec
@@ -58,7 +58,7 @@ def test_the_help_of_train_names_the_defaults() -> None:
         "--valid-batches": job.validation.num_batches,
         "--keep": job.checkpoints.num_kept,
     }
-    options = {name: one for one in get_command(app).commands["train"].params for name in one.opts}
+    options = {name: one for one in get_command(app_with()).commands["train"].params for name in one.opts}
     for name, value in defaults.items():
         assert options[name].help.endswith(f"; {value}."), name
 

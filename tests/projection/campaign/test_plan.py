@@ -151,9 +151,9 @@ def test_every_command_can_be_typed(loader: Loader, system: SystemSpec, tiny: bo
     """Parsed by the verbs themselves, which are not run."""
     import typer
 
-    from moe_bench.cli import app
+    from moe_bench.cli import app_with
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(app_with())
     plan = planned(loader, system, "transformer_engine", "quack", budget_s=10 * HOUR_S, tiny=tiny)
     for name, *arguments in commands(plan):
         verb = group.commands[name]  # type: ignore[attr-defined]
