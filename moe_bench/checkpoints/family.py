@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from moe_bench.checkpoints import deepseek, glm4_moe, gpt_oss, mixtral, olmoe, qwen3_moe
 from moe_bench.checkpoints.config import Config
-from moe_bench.checkpoints.parts import LayerRules, model_rules
+from moe_bench.checkpoints.parts import LayerRules, grouped_layer, model_rules
 from moe_bench.checkpoints.rule import Rule
 from moe_bench.errors import BadInputError
 from moe_bench.spec.model import ModelSpec
@@ -29,11 +30,11 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": Family(config=deepseek.v2_config, layer_rules=deepseek.layer_rules),
     "deepseek_v3": Family(config=deepseek.v3_config, layer_rules=deepseek.layer_rules),
-    "glm4_moe": Family(config=glm4_moe.config, layer_rules=glm4_moe.layer_rules),
+    "glm4_moe": Family(config=glm4_moe.config, layer_rules=grouped_layer),
     "gpt_oss": Family(config=gpt_oss.config, layer_rules=gpt_oss.layer_rules),
-    "mixtral": Family(config=mixtral.config, layer_rules=mixtral.layer_rules),
-    "olmoe": Family(config=olmoe.config, layer_rules=olmoe.layer_rules),
-    "qwen3_moe": Family(config=qwen3_moe.config, layer_rules=qwen3_moe.layer_rules),
+    "mixtral": Family(config=mixtral.config, layer_rules=partial(grouped_layer, names=mixtral.NAMES)),
+    "olmoe": Family(config=olmoe.config, layer_rules=partial(grouped_layer, whole_vector_norm=True)),
+    "qwen3_moe": Family(config=qwen3_moe.config, layer_rules=grouped_layer),
 }
 """By Hugging Face's `model_type`."""
 

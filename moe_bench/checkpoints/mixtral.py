@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from moe_bench.checkpoints.config import Config, common_config
-from moe_bench.checkpoints.parts import (
-    ExpertNames,
-    expert_layer,
-    grouped_attention,
-    require_experts,
-    require_grouped,
-)
-from moe_bench.checkpoints.rule import Place, Rule
+from moe_bench.checkpoints.parts import ExpertNames, require_experts, require_grouped
 from moe_bench.spec.model import ModelSpec
 
 NAMES = ExpertNames(block="block_sparse_moe.", router="gate", gate="w1", linear="w3", down="w2")
-
-
-def layer_rules(model: ModelSpec, layer: Place, has_experts: bool) -> Iterator[Rule]:
-    """One decoder layer; all of them have experts."""
-    del has_experts
-    yield from grouped_attention(model, layer)
-    yield from expert_layer(model, layer, NAMES)
 
 
 def config(model: ModelSpec) -> Config:

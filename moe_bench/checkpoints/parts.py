@@ -60,6 +60,19 @@ def _mtp_rules(model: ModelSpec, layer_rules: LayerRules, depth: int, prefix: st
     yield module.rule("final_layernorm.weight", "shared_head.norm.weight", (hidden,))
 
 
+def grouped_layer(
+    model: ModelSpec,
+    layer: Place,
+    has_experts: bool,
+    *,
+    names: ExpertNames = ExpertNames(),
+    whole_vector_norm: bool = False,
+) -> Iterator[Rule]:
+    """A decoder layer of grouped-query attention, and experts or a dense MLP."""
+    yield from grouped_attention(model, layer, whole_vector_norm=whole_vector_norm)
+    yield from expert_layer(model, layer, names) if has_experts else dense_mlp(model, layer)
+
+
 def grouped_attention(model: ModelSpec, layer: Place, *, whole_vector_norm: bool = False) -> Iterator[Rule]:
     """Grouped-query attention: norm in front, joined projections, their biases, norms on queries and keys."""
     attention = require_grouped(model)

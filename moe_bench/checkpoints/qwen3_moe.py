@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from moe_bench.checkpoints.config import Config, common_config
-from moe_bench.checkpoints.parts import (
-    ExpertNames,
-    dense_mlp,
-    expert_layer,
-    grouped_attention,
-    require_experts,
-    require_grouped,
-)
-from moe_bench.checkpoints.rule import Place, Rule
+from moe_bench.checkpoints.parts import require_experts, require_grouped
 from moe_bench.spec.model import ModelSpec
-
-
-def layer_rules(model: ModelSpec, layer: Place, has_experts: bool) -> Iterator[Rule]:
-    """One decoder layer."""
-    yield from grouped_attention(model, layer)
-    yield from expert_layer(model, layer, ExpertNames()) if has_experts else dense_mlp(model, layer)
 
 
 def config(model: ModelSpec) -> Config:

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from moe_bench.errors import BadInputError
 
-_MODEL_KEYS = ("embedding.", "decoder.", "mtp.", "output_layer.")
+MODEL_KEYS = ("embedding.", "decoder.", "mtp.", "output_layer.")
+"""How the keys of a model's own tensors begin; the optimizer's begin otherwise."""
 
 
 def require_intact(source: Path) -> None:
@@ -48,5 +49,5 @@ def _tensors_in(source: Path, name: str) -> Iterator[str]:
     if name.startswith("."):  # the list of them itself
         return
     for index, place in FileSystemReader(source).read_metadata().storage_data.items():
-        if place.relative_path == name and index.fqn.startswith(_MODEL_KEYS):
+        if place.relative_path == name and index.fqn.startswith(MODEL_KEYS):
             yield index.fqn

@@ -29,6 +29,7 @@ from moe_bench.checkpoints.rule import Rule, Shape
 from moe_bench.checkpoints.safetensors_folder import CONFIG, INDEX
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.adapters import FIRST, SECOND, is_adapter
+from moe_bench.harness.convert.intact import MODEL_KEYS
 from moe_bench.harness.convert.rearrange import to_huggingface
 from moe_bench.harness.convert.unfinished import finished_folder
 
@@ -37,7 +38,6 @@ _NUM_HELD_STACKS = 2
 _LAYER = re.compile(r"^(decoder\.layers\.|mtp\.layers\.)(\d+)\.(.*)$")
 QUANTIZER = "_quantizer."
 """In the keys of what nvidia-modelopt adds to a checkpoint."""
-_MODEL_KEYS = ("embedding.", "decoder.", "mtp.", "output_layer.")
 
 
 class MegatronReader:
@@ -93,7 +93,7 @@ class MegatronReader:
                 )
         for key in self._entries.keys() - used.keys():
             is_beside = is_adapter(key) or (beside is not None and beside in key)
-            if key.startswith(_MODEL_KEYS) and not is_beside:
+            if key.startswith(MODEL_KEYS) and not is_beside:
                 if QUANTIZER in key:
                     raise BadInputError(
                         f"{self._source}: {key}: learned with quantisers, which a plain checkpoint has "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,13 @@ from moe_bench.checkpoints.rule import Rule
 from moe_bench.errors import MeasurementError
 from moe_bench.harness.convert.parity import ParityCase, RankParity, parity_rank
 from moe_bench.harness.workers import run_forked
-from moe_bench.results.provenance import cpu_model, git_state, installed_packages, operating_system
+from moe_bench.results.provenance import (
+    cpu_model,
+    git_state,
+    installed_packages,
+    job_id_here,
+    operating_system,
+)
 from moe_bench.results.verification import (
     LayoutProof,
     TensorError,
@@ -50,12 +55,11 @@ def verify(
         ranks = run_parity(ParityCase(recipe=toy, model=toy.model, rules=rules_of(toy)))
         proofs.append(layout_proof(layout, ranks))
         departures |= {departure for rank in ranks for departure in rank.departures}
-    job = environment.get("SLURM_JOB_ID")
     return Verification(
         provenance=VerificationProvenance(
             started_at=started_at,
             command=command,
-            job_id=f"job{job}" if job is not None else f"pid{os.getpid()}",
+            job_id=job_id_here(environment),
             git=git_state(source_root),
             python_version=platform.python_version(),
             packages=installed_packages(),
