@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_bench.cli import main
+from moe_bench.results.store import write_record
+from tests.results.records import record
 
 DEEPSEEK = "deepseek_v3"
 
@@ -185,6 +187,17 @@ def test_reproduce_shows_projected_over_published_and_no_verdict_of_it(
     ratio = ours["projected_tokens_per_s_per_gpu"] / ours["published_tokens_per_s_per_gpu"]
     assert ours["projected_over_published_ratio"] == pytest.approx(ratio)
     assert ours["verdict"] == "not run"
+
+
+def test_a_model_that_did_not_run_is_projected_by_its_default_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(tmp_path, record())  # of Qwen3-30B
+    arguments = ["report", str(tmp_path), "--scaling", "--projected", "--json", "--model"]
+    for model, recipe in ((DEEPSEEK, "h100_sxm_256g_bf16"), ("qwen3_30b_a3b", "h100_sxm_8g_bf16")):
+        assert main([*arguments, model]) == 0
+        projected = [line for line in json.loads(capsys.readouterr().out) if line["kind"] == "projected"]
+        assert projected[0]["recipe_or_row"] == f"{model}/{recipe}"
 
 
 def test_scaling_shows_projected_curves_when_asked(

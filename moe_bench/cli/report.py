@@ -226,7 +226,7 @@ def _print_scaling(
         runs,
         load_rows(data_root() / "results" / "published"),
         models,
-        projected=_projected_points(runs) if projected else (),
+        projected=_projected_points(runs, model) if projected else (),
         missing=_missing(places),
         model=model,
     )
@@ -235,12 +235,20 @@ def _print_scaling(
     _print_frame(scaling_frame(found), lambda: scaling_view(found), table_format, as_json)
 
 
-def _projected_points(runs: tuple[RunSummary, ...]) -> tuple[ScalingPoint, ...]:
-    """Of what ran, else of every model's default run."""
+def _projected_points(runs: tuple[RunSummary, ...], model: str | None) -> tuple[ScalingPoint, ...]:
+    """Of what ran, of `model` where it is named; else of its default run, or of every model's."""
     from moe_bench.report.html.projections import projections
     from moe_bench.report.html.recipes import page_recipes
+    from moe_bench.results.published import model_key
 
-    found = projections(page_recipes(make_loader(), (), [run.plan for run in runs]))
+    loader, plans = make_loader(), [run.plan for run in runs]
+    default: tuple[str, ...] = ()
+    if model is not None:
+        plans = [plan for plan in plans if plan.recipe.model.key == model_key(model)]
+        default = tuple({model_key(model)} & set(recipe_model_keys(loader.root))) if not plans else ()
+        if not (plans or default):
+            return ()
+    found = projections(page_recipes(loader, default, plans))
     for name, reason in found.refused.items():
         typer.echo(f"not projected: {name}: {reason}", err=True)
     return found.points

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_COLUMNS = 3
+_LETTER_FRACTION = 0.06
+"""Of the width of a panel, on a logarithmic axis."""
 _NAME_WIDTH = 58
 """Characters after which the name of a curve is folded."""
 _COLOURS = {Kind.MEASURED: "#1d5c99", Kind.PUBLISHED: "#a0460e", Kind.PROJECTED: "#4d6b1f"}
@@ -63,7 +65,9 @@ def _draw_panel(place: Axes, curves: Sequence[Curve]) -> None:
     place.set_xscale("log", base=2)
     place.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
     place.minorticks_off()
-    place.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.25)
+    # on the right there is room for the letters, however many sizes there are
+    room = (sizes[-1] / sizes[0]) ** _LETTER_FRACTION
+    place.set_xlim(sizes[0] / min(1.15, room), sizes[-1] * max(1.25, room))
     place.set_ylim(min(88.0, *(_low_pct(one) - 2 for one in every)), max(104.0, *map(_top_pct, every)))
     for index, curve in enumerate(curves):
         for point in curve.missing:
@@ -124,7 +128,9 @@ def _write_letters(place: Axes, curves: Sequence[Curve]) -> None:
     lowest = low
     for percent, letter, num_gpus in ends:
         lowest = max(percent, lowest)
-        place.text(num_gpus * 1.08, lowest, letter, fontsize=8, va="center")
+        place.annotate(
+            letter, (num_gpus, lowest), (7, 0), textcoords="offset points", fontsize=8, va="center"
+        )
         lowest += (high - low) * 0.05
 
 
