@@ -16,19 +16,22 @@ from moe_bench.spec.catalogue import data_root
 @app.command(rich_help_panel=READ)
 def accuracy(
     registry: Annotated[
-        Path | None, typer.Option("--registry", help="Another file of rows; default: results/published.")
+        Path | None, typer.Option("--registry", help="File of rows; default: results/published.")
     ] = None,
     cross_validate: Annotated[
         Literal["model", "layout", "system", "release"] | None,
-        typer.Option("--cross-validate", help="Refit every fitted constant with that group left out."),
+        typer.Option("--cross-validate", help="Refit all fitted constants with each such group left out."),
     ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Memory instead: runs that ran, printed peaks, runs that failed.")
+        bool,
+        typer.Option(
+            "--memory", help="Judge memory instead: runs that ran, printed peaks, runs that failed."
+        ),
     ] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="One line per row.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, one line per row.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """How far projections are from what was published, by row and group, beside a naive predictor."""
+    """Hold projections against every published row, by row and group, beside a naive predictor."""
     from moe_bench.projection.accuracy.memory import as_they_ran, load_evidence, memory_record
     from moe_bench.projection.accuracy.step_time import accuracy_of, projectable
     from moe_bench.projection.rows.inference import load_catalogue

@@ -50,17 +50,24 @@ def calibrate(
         list[str] | None, typer.Argument(help="Recipes whose shapes are measured; default: all shipped.")
     ] = None,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Toy shapes, without a GPU on the CPU; no projection reads them.")
+        bool, typer.Option("--tiny", help="Time toy shapes, on any machine; no projection reads them.")
     ] = False,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="OPERATION,...", help="As dense_gemm,launch.")
+        str | None,
+        typer.Option(
+            "--only", metavar="OPERATION,...", help="Operations to time, such as dense_gemm,launch."
+        ),
     ] = None,
     resume: ResumeOption = False,
     budget_seconds: Annotated[
-        float | None, typer.Option("--budget-seconds", min=1, help="The most valuable that fit into it.")
+        float | None,
+        typer.Option("--budget-seconds", min=1, help="Time the most valuable that fit into so many seconds."),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print every measurement with its seconds and memory; no torch.")
+        bool,
+        typer.Option(
+            "--plan", help="Print every measurement with its seconds and memory, and measure nothing."
+        ),
     ] = False,
     system: PlannedSystemOption = None,
     out: ResultsRootOption = None,

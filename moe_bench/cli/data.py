@@ -30,18 +30,20 @@ class SplitOption(StrEnum):
 @data.command()
 def build(
     inputs: Annotated[list[Path], typer.Argument(help="Files of JSON lines (.jsonl), or of text.")],
-    out: Annotated[Path, typer.Option("--out", metavar="PREFIX", help="PREFIX.bin, .idx and .json.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="PREFIX", help="Write PREFIX.bin, PREFIX.idx and PREFIX.json.")
+    ],
     tokenizer: Annotated[
         Path | None,
         typer.Option("--tokenizer", help="Folder of a Hugging Face tokenizer; default: a token per byte."),
     ] = None,
-    key: Annotated[str, typer.Option("--key", help="Key of the text in each JSON line.")] = "text",
+    key: Annotated[str, typer.Option("--key", help="Key of the text in a JSON line.")] = "text",
     split: Annotated[
         SplitOption, typer.Option("--split", help="What one document of a text file is.")
     ] = SplitOption.FILE,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a dataset of text, as Megatron-Core reads it; the same command goes on where one was killed."""
+    """Make a dataset for Megatron-Core from text; the same command resumes one that was killed."""
     from moe_bench.errors import BadInputError
     from moe_bench.harness.start import quiet_imports
     from moe_bench.report.data_view import bytes_progress, manifest_view

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 BYTES = "bytes"
 
 SourceArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run for its newest one.")
+    Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, or of a run for its newest one.")
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", help="What it is a checkpoint of; that of the run where it lies in one."),
+    typer.Option("--recipe", help="Recipe of the checkpoint; default: that of its run."),
 ]
 OwnScaleOption = Annotated[
-    ScaleOption | None, typer.Option("--scale", help="As for train; that of the run where it lies in one.")
+    ScaleOption | None, typer.Option("--scale", help="Scale, as for train; default: that of its run.")
 ]
 
 
@@ -46,11 +46,13 @@ def evaluate(
     source: SourceArgument,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="PREFIX", help="All of a dataset; else what the run held out."),
+        typer.Option("--data", metavar="PREFIX", help="Dataset; default: what the run held out."),
     ] = None,
     held_out_fraction: Annotated[
         float | None,
-        typer.Option("--held-out", min=1e-9, max=1, help="Of the documents of --data the last ones alone."),
+        typer.Option(
+            "--held-out", min=1e-9, max=1, help="With --data: only this last fraction of its documents."
+        ),
     ] = None,
     recipe: RecipeOption = None,
     scale: OwnScaleOption = None,
@@ -58,7 +60,7 @@ def evaluate(
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Loss and perplexity of a checkpoint on a dataset, in any layout."""
+    """Give loss and perplexity of a checkpoint on a dataset, in any layout."""
     from moe_bench.results.training_run import find_checkpoint
 
     checkpoint, job = find_checkpoint(source)
@@ -89,20 +91,27 @@ def evaluate(
 @app.command(rich_help_panel=MODEL)
 def generate(
     source: SourceArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to go on with.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="At most; the model may end the text before.")
+        int,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Most tokens to add; the model may end the text before."
+        ),
     ] = 100,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0, help="0 takes the most likely token.")
     ] = 0.0,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=1, help="Draw from the likeliest ones only.")
+        int | None, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens only.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draws.")] = 0,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", metavar="bytes|DIR", help="That of the run's dataset if not said."),
+        typer.Option(
+            "--tokenizer",
+            metavar="bytes|DIR",
+            help="`bytes`, or a folder; default: that of the run's dataset.",
+        ),
     ] = None,
     recipe: RecipeOption = None,
     scale: OwnScaleOption = None,
@@ -110,7 +119,7 @@ def generate(
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a checkpoint go on with a text, by the recipe's own forward pass."""
+    """Continue a text, by the recipe's own forward pass."""
     from moe_bench.results.training_run import find_checkpoint
 
     sampling = _sampling(temperature, top_k, seed)

@@ -19,11 +19,9 @@ DEFAULT_SYSTEM = "h100_sxm"
 INTERRUPTED = 130
 """128 and the signal's number, as shells have it."""
 
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with the newest that was not finished here.")
-]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished one.")]
 PlannedSystemOption = Annotated[
-    str | None, typer.Option("--system", help="With --plan: the system to estimate for.")
+    str | None, typer.Option("--system", help="With --plan: system to estimate for.")
 ]
 
 

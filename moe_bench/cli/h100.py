@@ -57,29 +57,34 @@ _LIMIT_FACTOR, _LIMIT_MARGIN_S = 3.0, 60.0
 @app.command(rich_help_panel=RUN)
 def h100(
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print every step with its seconds and memory; no torch.")
+        bool, typer.Option("--plan", help="Print every step with its seconds and memory, and run nothing.")
     ] = False,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="The whole list with toys, without a GPU on the CPU.")
+        bool, typer.Option("--tiny", help="Run the whole list with toys, on any machine.")
     ] = False,
     reach: Annotated[
-        bool, typer.Option("--reach", help="Print what is to be reached beside what records say of it.")
+        bool,
+        typer.Option("--reach", help="Print the figures to be reached, beside what records say of them."),
     ] = False,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="KIND,...", help="As slice,layer,calibrate.")
+        str | None,
+        typer.Option(
+            "--only", metavar="KIND,...", help="Kinds of step to run, such as slice,layer,calibrate."
+        ),
     ] = None,
     resume: ResumeOption = False,
     retry: Annotated[
-        bool, typer.Option("--retry", help="With --resume: also the steps that failed.")
+        bool, typer.Option("--retry", help="With --resume: also repeat the steps that failed.")
     ] = False,
     budget_seconds: Annotated[
-        float, typer.Option("--budget-seconds", min=1, help="The most valuable that fit into it.")
+        float,
+        typer.Option("--budget-seconds", min=1, help="Run the most valuable that fit into so many seconds."),
     ] = DEFAULT_BUDGET_S,
     system: PlannedSystemOption = None,
     out: ResultsRootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what one GPU tells of the whole cluster: kernels, layers, slices, peers, in order of value."""
+    """Measure all that one GPU can tell of a cluster, most valuable first: kernels, slices, layers, peers."""
     require_one_output(reach=reach, plan=plan)
     if (resume or retry) and (reach or plan):
         raise BadInputError("--resume and --retry go on measuring; drop them, or --plan and --reach")

@@ -15,19 +15,19 @@ from moe_bench.errors import BadInputError
 
 @app.command(rich_help_panel=MODEL)
 def health(
-    folder: Annotated[Path, typer.Argument(help="Of a run of `train`, also of one that still runs.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `train`, finished or not.")],
     plot: Annotated[
         Path | None,
         typer.Option(
             "--plot",
             metavar="FILE",
             callback=picture_to_write,
-            help="Heatmap and entropy: .png, .svg or .pdf.",
+            help="Draw load and entropy (.png, .svg, .pdf).",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """How experts fare in training: load by layer, entropy, drops, dead experts, biases, alarms."""
+    """Show how experts fare in training: load by layer, entropy, drops, dead experts, biases, alarms."""
     from moe_bench.report.health_view import health_json, health_view, write_health_plot
     from moe_bench.results.training_health import HEALTH, read_health
 

@@ -22,7 +22,7 @@ app.add_typer(jobs_app, name="jobs", rich_help_panel=RUN)
 ResultsOption = Annotated[
     Path | None, typer.Option("--results", help="The folder that the jobs write to; default: results/.")
 ]
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As listed.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Job, as listed.")]
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -32,10 +32,12 @@ def jobs(
     state: Annotated[
         str | None, typer.Option("--state", help="submitted, running, failed, 'out of memory', ...")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="So many of the newest.")] = DEFAULT_LIMIT,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Number of jobs, the newest first.")
+    ] = DEFAULT_LIMIT,
     as_json: JsonOption = False,
 ) -> None:
-    """What was submitted or run here and what became of it, newest first."""
+    """List what was submitted or run here and what became of it, newest first."""
     context.obj = results or results_root()
     if context.invoked_subcommand is not None:
         return
@@ -55,7 +57,7 @@ def jobs(
 def show(
     context: typer.Context, job_id: IdArgument, results: ResultsOption = None, as_json: JsonOption = False
 ) -> None:
-    """One job: where it stands, why, its record, its log and the command that queued it."""
+    """Show one job: where it stands, why, its record, its log and the command that queued it."""
     from moe_bench.report.jobs_view import job_json, job_view
 
     report = _job(results or context.obj, job_id)
@@ -67,9 +69,11 @@ def log(
     context: typer.Context,
     job_id: IdArgument,
     results: ResultsOption = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and print what is added.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stay, and print new lines as they come.")
+    ] = False,
 ) -> None:
-    """What a job has printed."""
+    """Print the log of a job."""
     from moe_bench.launch.runner import run_live
 
     report = _job(results or context.obj, job_id)

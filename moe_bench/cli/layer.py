@@ -82,45 +82,56 @@ class SuiteOption(StrEnum):
 
 
 LayerOfArgument = Annotated[
-    str | None, typer.Argument(help="<model>, <model>/<run> or a YAML file, one of whose layers runs.")
+    str | None, typer.Argument(help="<model>, <model>/<run> or a YAML file; one of its layers runs.")
 ]
 SuiteArgument = Annotated[
-    SuiteOption | None, typer.Option("--suite", help="Instead of a recipe: the layers of a publication.")
+    SuiteOption | None,
+    typer.Option("--suite", help="Time the layers of a publication instead of a recipe's."),
 ]
 TokensArgument = Annotated[
-    int | None, typer.Option("--tokens", min=1, help="That the rank routes; default: a micro batch's.")
+    int | None, typer.Option("--tokens", min=1, help="Tokens of the rank; default: those of a micro batch.")
 ]
-RoutingArgument = Annotated[str | None, typer.Option("--routing", metavar="HOW", help=f"{_ROUTING}.")]
+RoutingArgument = Annotated[
+    str | None, typer.Option("--routing", metavar="HOW", help=f"Tokens per expert: {_ROUTING}.")
+]
 PrecisionArgument = Annotated[
-    Precision | None, typer.Option("--precision", help="Of the experts' products; default: the recipe's.")
+    Precision | None,
+    typer.Option("--precision", help="Precision of the experts' products; default: the recipe's."),
 ]
 ExpertsArgument = Annotated[
     list[ExpertsOption] | None,
-    typer.Option("--experts", help="Who runs them; repeatable. Default: the recipe's, of a suite all here."),
+    typer.Option(
+        "--experts", help="Kernels of the experts; repeatable. Default: the recipe's; for a suite all here."
+    ),
 ]
 ExchangeArgument = Annotated[
-    ExchangeOption, typer.Option("--dispatcher", help="One that a rank can run alone.")
+    ExchangeOption, typer.Option("--dispatcher", help="Dispatcher, of those that one rank can run alone.")
 ]
 FoldedArgument = Annotated[
-    bool, typer.Option("--folded", help="The rank's experts as a layer without expert parallelism.")
+    bool, typer.Option("--folded", help="Take the rank's experts as a layer without expert parallelism.")
 ]
 SweepArgument = Annotated[
-    bool, typer.Option("--sweep", help="Balanced, then loads by ever steeper power laws.")
+    bool, typer.Option("--sweep", help="Time balanced loads, then ever steeper power laws.")
 ]
 PlotArgument = Annotated[
     Path | None,
-    typer.Option("--plot", callback=picture_to_write, help="Of a sweep: a picture, .png, .svg or .pdf."),
+    typer.Option("--plot", callback=picture_to_write, help="With --sweep: draw it (.png, .svg, .pdf)."),
 ]
 HeldArgument = Annotated[
-    float | None, typer.Option("--held-seconds", min=0.1, help="Also without a pause for so long.")
+    float | None,
+    typer.Option("--held-seconds", min=0.1, help="Also time the layer without a pause for so long."),
 ]
-GraphArgument = Annotated[bool, typer.Option("--graph", help="Also captured as CUDA graphs; needs a GPU.")]
+GraphArgument = Annotated[
+    bool, typer.Option("--graph", help="Also time the layer as CUDA graphs; needs a GPU.")
+]
 PeersArgument = Annotated[
     str | None,
-    typer.Option("--peers", metavar="all|NAME,...", help="Also other engines, same weights and inputs."),
+    typer.Option(
+        "--peers", metavar="all|NAME,...", help="Also time other engines on the same weights and inputs."
+    ),
 ]
 PlanArgument = Annotated[
-    bool, typer.Option("--plan", help="Print what is projected of each layer; no GPU, no torch.")
+    bool, typer.Option("--plan", help="Print what is projected for each layer, and measure nothing.")
 ]
 
 
@@ -139,7 +150,7 @@ def layer(
     held_seconds: HeldArgument = None,
     graph: GraphArgument = False,
     peers: PeersArgument = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes, without a GPU on the CPU.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Time toy sizes, on any machine.")] = False,
     plan: PlanArgument = False,
     system: PlannedSystemOption = None,
     changes: SetOption = None,

@@ -42,7 +42,7 @@ def verify(
         typer.Argument(help="<model>, <model>/<run> or a YAML file; a bare model means its default run."),
     ] = None,
     is_all: Annotated[
-        bool, typer.Option("--all", help="Every shipped model that is one of Hugging Face's.")
+        bool, typer.Option("--all", help="Verify every shipped model that Hugging Face has.")
     ] = False,
     changes: SetOption = None,
     out: ResultsRootOption = None,
@@ -104,19 +104,20 @@ class Side(StrEnum):
 @app.command(rich_help_panel=MODEL)
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of the checkpoint to read.")],
-    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
     model: Annotated[
-        str, typer.Option("--model", help="<model>, <model>/<run> or a YAML file: what it is of.")
+        str, typer.Option("--model", help="Recipe of the checkpoint: <model>, <model>/<run> or a YAML file.")
     ],
-    to: Annotated[Side, typer.Option("--to", help="What to make of it.")],
+    to: Annotated[Side, typer.Option("--to", help="Format to write.")],
     mtp: Annotated[
-        bool, typer.Option("--mtp/--no-mtp", help="Whether it holds the model's prediction modules.")
+        bool,
+        typer.Option("--mtp/--no-mtp", help="Whether the checkpoint holds the model's prediction modules."),
     ] = True,
     max_shard_gb: Annotated[
-        float, typer.Option("--max-shard-gb", min=1e-6, help="Of a file of Hugging Face's, at most.")
+        float, typer.Option("--max-shard-gb", min=1e-6, help="Largest file in Hugging Face's format.")
     ] = DEFAULT_SHARD_BYTES / GB,
     scale: Annotated[
-        ScaleOption, typer.Option("--scale", help="smoke: the model of the recipe's toy on CPU.")
+        ScaleOption, typer.Option("--scale", help="smoke: the recipe's toy.")
     ] = ScaleOption.FULL,
     changes: SetOption = None,
     as_json: JsonOption = False,

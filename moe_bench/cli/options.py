@@ -51,10 +51,13 @@ RecipeArgument = Annotated[
     str, typer.Argument(help="<model>, <model>/<run> or a YAML file; a bare model means its default run.")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Derive another recipe; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ResultsRootOption = Annotated[Path | None, typer.Option("--out", help="Instead of results/.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ResultsRootOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder to write to; default: results/.")
+]
 ScaleOptionType = Annotated[
     ScaleOption,
     typer.Option(
@@ -68,25 +71,27 @@ NumGpusOption = Annotated[
     typer.Option(
         "--num-gpus",
         min=1,
-        help="With --scale node the GPUs of the node; else that member of the scaling family.",
+        help="GPUs to run on: of the node with --scale node, else of the scaling family.",
     ),
 ]
 KernelsOptionType = Annotated[
     KernelFamily | None,
-    typer.Option("--kernels", help="Of a slice: its kernels, the recipe's where it is left out."),
+    typer.Option("--kernels", help="With --scale slice: kernels; default: the recipe's."),
 ]
 RoutingOption = Annotated[
     str,
     typer.Option(
-        "--routing", metavar="HOW", help="Of a slice: balanced, random, natural, or a JSON file of counts."
+        "--routing",
+        metavar="HOW",
+        help="With --scale slice: balanced, random, natural, or a JSON file of counts.",
     ),
 ]
 StageOption = Annotated[
     int | None,
-    typer.Option("--stage", help="Of a slice: its pipeline rank; the first with most experts otherwise."),
+    typer.Option("--stage", help="With --scale slice: pipeline rank; default: the first with most experts."),
 ]
 StrongOption = Annotated[
-    bool, typer.Option("--strong", help="With --num-gpus: keep the global batch, not that of a replica.")
+    bool, typer.Option("--strong", help="With --num-gpus: keep the global batch (strong scaling).")
 ]
 
 

@@ -19,12 +19,12 @@ def audit(
     tokens_per_s_per_gpu: Annotated[
         float | None,
         typer.Option(
-            "--tokens-per-s-per-gpu", min=0, max=1e9, help="A throughput; adds TFLOPs/GPU in each way."
+            "--tokens-per-s-per-gpu", min=0, max=1e9, help="Adds the TFLOPs/GPU of this throughput."
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The same run's FLOPs under eight conventions, and the terms in which they differ."""
+    """Count a recipe's FLOPs under eight conventions, and name the terms in which they differ."""
     from moe_bench.report.audit import audit_json, audit_lines, audit_view
 
     run = plan_of(recipe, scale=ScaleOption.FULL, num_gpus=None, changes=changes).recipe
@@ -39,23 +39,26 @@ def audit(
 @app.command(rich_help_panel=PREDICT)
 def dryrun(
     recipe: RecipeArgument,
-    rank: Annotated[int | None, typer.Option("--rank", help="One rank of the job; default 0.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the job to step; default: 0.")] = None,
     all_stages: Annotated[
-        bool, typer.Option("--all-stages", help="The first rank of every pipeline stage.")
+        bool, typer.Option("--all-stages", help="Step the first rank of every pipeline stage.")
     ] = False,
     routing: Annotated[
-        Path | None, typer.Option("--routing", help="JSON: tokens per sender and expert; default balanced.")
+        Path | None,
+        typer.Option("--routing", help="JSON matrix of tokens per sender and expert; default: balanced."),
     ] = None,
     micro_batches: Annotated[
         int | None,
-        typer.Option("--micro-batches", help="Run so many; default as few as reach the steady state."),
+        typer.Option(
+            "--micro-batches", help="Micro batches to run; default: the fewest that reach the steady state."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
             "--plot",
             callback=drawing_to_write,
-            help="Write an SVG: a bar per pipeline rank, a timeline.",
+            help="Draw memory per pipeline rank and over the step (SVG).",
         ),
     ] = None,
     changes: SetOption = None,

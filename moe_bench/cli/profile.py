@@ -21,10 +21,10 @@ ProfileOption = Annotated[
     ProfileTool | None,
     typer.Option(
         "--profile",
-        help="More steps behind the timed ones: torch.profiler, nsys, or part by part.",
+        help="Profile more steps after the timed ones: torch.profiler, nsys, or part by part.",
     ),
 ]
-ProfileStepsOption = Annotated[int, typer.Option("--profile-steps", min=1, help="How many of them.")]
+ProfileStepsOption = Annotated[int, typer.Option("--profile-steps", min=1, help="Number of profiled steps.")]
 TracedOption = Annotated[str | None, typer.Option("--traced", hidden=True)]
 """Set in a process that nsys started (moe_bench/launch/nsys.py)."""
 

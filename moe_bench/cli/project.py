@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 SizesOption = Annotated[
     str | None,
-    typer.Option("--num-gpus", metavar="N,N,...", help="Members of the scaling family: a table."),
+    typer.Option("--num-gpus", metavar="N,N,...", help="Also project these sizes of the scaling family."),
 ]
 WhatIfOption = Annotated[
     list[str] | None,
     typer.Option(
         "--what-if",
         metavar="KEY=VALUE",
-        help="Both columns: a key of the recipe, as in --set, constants.NAME or schedule; repeatable.",
+        help="Compare with this change: a key as in --set, constants.NAME or schedule; repeatable.",
     ),
 ]
 LoadOption = Annotated[
@@ -59,11 +59,15 @@ LoadOption = Annotated[
 TokensOption = Annotated[
     float | None,
     typer.Option(
-        "--train-tokens", min=1, max=1e18, help="Time, GPU-hours and energy to train so many, as 15e12."
+        "--train-tokens",
+        min=1,
+        max=1e18,
+        help="Also give time, GPU-hours and energy to train on so many tokens, such as 15e12.",
     ),
 ]
 PriceOption = Annotated[
-    float | None, typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: the price, too.")
+    float | None,
+    typer.Option("--price-per-gpu-hour", min=0, help="With --train-tokens: also give the price."),
 ]
 TraceOption = Annotated[
     Path | None,
@@ -84,10 +88,10 @@ PipelineOption = Annotated[
 
 UncalibratedOption = Annotated[
     bool,
-    typer.Option("--uncalibrated", help="Leave out results/calibration: the same number on every machine."),
+    typer.Option("--uncalibrated", help="Ignore results/calibration, for the same number on every machine."),
 ]
 TablesOption = Annotated[
-    bool, typer.Option("--tables", help="Ask the tables of aiconfigurator-core too (moe_bench[prior]).")
+    bool, typer.Option("--tables", help="Also use the tables of aiconfigurator-core (moe_bench[prior]).")
 ]
 
 
@@ -108,7 +112,7 @@ def project(
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Step time, memory and scaling before anyone pays for the cluster, beside the published rows."""
+    """Project step time, memory and scaling of a recipe, beside the nearest published rows."""
     from moe_bench.projection.forecast import forecast
     from moe_bench.report import project_json, project_view
 

@@ -18,34 +18,39 @@ if TYPE_CHECKING:
 
 VaryOption = Annotated[
     list[str] | None,
-    typer.Option("--vary", metavar="FIELD", help="What is under test and may differ, such as dispatcher."),
+    typer.Option(
+        "--vary", metavar="FIELD", help="Field that is under test and may differ, such as dispatcher."
+    ),
 ]
 BAND = 0.05
 """That of a claim (analysis/equivalence.py), which imports scipy."""
 BandOption = Annotated[
-    float, typer.Option("--within", min=0, max=1, help="Fraction within which two throughputs are the same.")
+    float,
+    typer.Option("--within", min=0, max=1, help="Fraction within which two throughputs count as the same."),
 ]
 
 
 @app.command(rich_help_panel=READ)
 def published(
-    model: Annotated[str | None, typer.Option("--model", help="Printed name or folder of recipes/.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model, as printed or as a folder of recipes/.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="h100_sxm, H100, GB200, ...")] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="bf16, fp8_blockwise, MXFP8, ...")
     ] = None,
     num_gpus: Annotated[int | None, typer.Option("--num-gpus", min=1)] = None,
     trust: Annotated[
-        Literal["A", "B", "C"] | None, typer.Option("--trust", help="Worst grade wanted.")
+        Literal["A", "B", "C"] | None, typer.Option("--trust", help="Worst grade of trust wanted.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option("--kind", help="Kind of row, or all; default: training.")
+        str | None, typer.Option("--kind", help="Kind of row, or `all`; default: training runs.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Find rows that contradict themselves.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What others published: tokens/s/GPU, and TFLOPs/GPU in one way of counting."""
+    """List what others published: tokens/s/GPU, and TFLOPs/GPU in one convention."""
     from moe_bench.report import published as view
     from moe_bench.results.contradictions import contradictions, load_known
     from moe_bench.results.published import load_rows
@@ -75,14 +80,15 @@ def published(
 @app.command(rich_help_panel=READ)
 def reproduce(
     recipes: Annotated[
-        list[str] | None, typer.Argument(help="Recipes, or models for all of theirs; default: every one.")
+        list[str] | None,
+        typer.Argument(help="Recipes, or models for all of their recipes; default: every recipe."),
     ] = None,
     results: Annotated[
         list[Path] | None, typer.Option("--results", help="Records or folders of them; default: results/.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Published rows beside our runs: ratio, 95 % interval, verdict."""
+    """Put our runs beside the published rows: ratio, 95 % interval, verdict."""
     from moe_bench.cli.listening import listening
     from moe_bench.report.projected_throughput import projected_throughput
     from moe_bench.report.reproduce import reproductions
@@ -115,13 +121,14 @@ def reproduce(
 def compare(
     base: Annotated[Path, typer.Argument(help="A record or a folder of them.")],
     new: Annotated[
-        Path | None, typer.Argument(help="The same; without it, the runs of BASE that differ in --vary.")
+        Path | None,
+        typer.Argument(help="A record or a folder of them; default: the runs of BASE that differ in --vary."),
     ] = None,
     vary: VaryOption = None,
     within: BandOption = BAND,
     as_json: JsonOption = False,
 ) -> None:
-    """The ratio of two like sets of runs; unlike ones are refused with what differs."""
+    """Give the ratio of two like sets of runs; unlike ones are refused with what differs."""
     from moe_bench.report.compare import compared_json, compared_view
 
     compared = _compared(base, new, vary=vary, within=within)
@@ -131,7 +138,7 @@ def compare(
 @app.command(rich_help_panel=READ)
 def gate(
     baseline: Annotated[Path, typer.Argument(help="A record or a folder of them.")],
-    new: Annotated[Path, typer.Argument(help="The same.")],
+    new: Annotated[Path, typer.Argument(help="A record or a folder of them.")],
     vary: VaryOption = None,
     within: BandOption = BAND,
     junit: Annotated[

@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 def list_recipes(
     model: Annotated[str | None, typer.Argument(help="Only this model's recipes.")] = None,
     defaults: Annotated[
-        bool, typer.Option("--defaults", help="The default run of every model, as a Markdown table.")
+        bool, typer.Option("--defaults", help="Print the default run of every model as a Markdown table.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The recipes that are here."""
+    """List the recipes."""
     from moe_bench.report.recipe_list import parity_mark, recipe_line, recipe_list
     from moe_bench.results.parity import evidence_of, read_parities
     from moe_bench.spec.scale import full_plan
@@ -98,17 +98,21 @@ def show(
     routing: RoutingOption = "balanced",
     stage: StageOption = None,
     params: Annotated[
-        bool, typer.Option("--params", help="Parameters by part, beside the published ones.")
+        bool, typer.Option("--params", help="Print parameters by part, beside the published counts.")
     ] = False,
-    megatron: Annotated[bool, typer.Option("--megatron", help="Megatron-Core's arguments.")] = False,
-    comms: Annotated[bool, typer.Option("--comms", help="What a rank communicates in one step.")] = False,
+    megatron: Annotated[
+        bool, typer.Option("--megatron", help="Print the arguments that Megatron-Core gets.")
+    ] = False,
+    comms: Annotated[
+        bool, typer.Option("--comms", help="Print what a rank communicates in one step.")
+    ] = False,
     flops: Annotated[
-        bool, typer.Option("--flops", help="What a rank's kernels compute in one step.")
+        bool, typer.Option("--flops", help="Print what a rank's kernels compute in one step.")
     ] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="What a rank holds at its fullest.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Print what a rank holds at its fullest.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """One recipe, what follows from it, and what Megatron-Core is given."""
+    """Show a recipe, what follows from it, and what Megatron-Core is given."""
     from moe_bench.analysis.size import counted_size
     from moe_bench.harness.mcore_config import as_json as arguments_json
     from moe_bench.harness.mcore_config import megatron_arguments
@@ -166,9 +170,9 @@ def check(
         list[str] | None,
         typer.Argument(metavar="[RECIPE ...]", help="Recipes, YAML files or folders of them."),
     ] = None,
-    is_all: Annotated[bool, typer.Option("--all", help="Every shipped recipe.")] = False,
+    is_all: Annotated[bool, typer.Option("--all", help="Check every shipped recipe.")] = False,
     rules: Annotated[
-        bool, typer.Option("--rules", help="What is asked, with reasons and sources, as Markdown tables.")
+        bool, typer.Option("--rules", help="Print the rules with reasons and sources, as Markdown tables.")
     ] = False,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
@@ -176,7 +180,7 @@ def check(
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Whether recipes can run at all: one line per problem, with the reason and a fix."""
+    """Say whether recipes can run at all: one line per problem, with the reason and a fix."""
     from moe_bench.results.published import load_model_rows
     from moe_bench.spec.check import check_recipes, named_files
 
@@ -215,7 +219,7 @@ def _require_its_row(plan: Plan, path: Path, rows_of: Callable[[str], Iterable[P
 
 @app.command(rich_help_panel=RECIPES)
 def schema() -> None:
-    """The JSON schema of a recipe file, for editors."""
+    """Print the JSON schema of a recipe file, for editors."""
     from moe_bench.spec.schema import recipe_file_schema
 
     typer.echo(json.dumps(recipe_file_schema(), indent=2))

@@ -38,7 +38,7 @@ PlotOption = Annotated[
     typer.Option(
         "--plot",
         callback=picture_to_write,
-        help="With --scaling: draw the curves, too (.png, .svg, .pdf).",
+        help="With --scaling: also draw the curves (.png, .svg, .pdf).",
     ),
 ]
 PageOption = Annotated[
@@ -56,30 +56,32 @@ def report(
         typer.Argument(help="Records, folders of them, with --html runs of `train`; default: results/."),
     ] = None,
     scaling: Annotated[
-        bool, typer.Option("--scaling", help="Weak and strong efficiency, of results and published rows.")
+        bool,
+        typer.Option("--scaling", help="Print weak and strong efficiency, of results and published rows."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="With --scaling: one model, by folder or printed name.")
+        str | None,
+        typer.Option("--model", help="With --scaling: only this model, by folder or printed name."),
     ] = None,
     projected: Annotated[
         bool,
-        typer.Option("--projected", help="With --scaling: projected curves, too; add --model to see few."),
+        typer.Option("--projected", help="With --scaling: also print projected curves."),
     ] = False,
     layers: Annotated[
-        bool, typer.Option("--layers", help="MoE layers that `layer` measured, with their peers.")
+        bool, typer.Option("--layers", help="Print MoE layers that `layer` measured, with their peers.")
     ] = False,
     plot: PlotOption = None,
     html: PageOption = None,
     recipes: Annotated[
         list[str] | None,
-        typer.Option("--recipe", help="With --html: a card for this recipe, run or not; repeatable."),
+        typer.Option("--recipe", help="With --html: add a card for this recipe; repeatable."),
     ] = None,
     table_format: Annotated[
-        TableFormat, typer.Option("--format", help="How to print.")
+        TableFormat, typer.Option("--format", help="How to print the table.")
     ] = TableFormat.TERMINAL,
     as_json: JsonOption = False,
 ) -> None:
-    """Results as a table, as scaling curves or as a page: step time, tokens/s/GPU, TFLOPs/GPU, memory."""
+    """Show results as a table, scaling curves or a page: step time, tokens/s/GPU, TFLOPs/GPU, memory."""
     if not scaling and (model is not None or plot is not None or projected):
         raise BadInputError("--model, --plot and --projected go with --scaling; add it, or drop them")
     require_one_output(layers=layers, html=html, scaling=scaling)

@@ -38,7 +38,9 @@ class Asked(NamedTuple):
 def results(
     context: typer.Context,
     results: ResultsOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="Folder of recipes/, or printed name.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model, as a folder of recipes/ or as printed.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="<model>/<run>, or <run>.")] = None,
     scale: Annotated[str | None, typer.Option("--scale", help="full, node, smoke, slice, ...")] = None,
     status: Annotated[str | None, typer.Option("--status", help="steady, drifting or short.")] = None,
@@ -48,18 +50,19 @@ def results(
     commit: Annotated[str | None, typer.Option("--commit", help="First digits of a commit.")] = None,
     job: Annotated[str | None, typer.Option("--job", help="Number of a job or process.")] = None,
     since: Annotated[str | None, typer.Option("--since", help="UTC, such as 2026-11-22.")] = None,
-    until: Annotated[str | None, typer.Option("--until", help="The same, inclusive.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="UTC, inclusive.")] = None,
     modified: Annotated[
-        bool | None, typer.Option("--modified/--as-asked", help="With the user's own changes, or without.")
+        bool | None,
+        typer.Option("--modified/--as-asked", help="Only runs with the user's own changes, or only without."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, help=f"So many lines; {DEFAULT_LIMIT} in a table, else all."),
+        typer.Option("--limit", min=1, help=f"Most lines; default: {DEFAULT_LIMIT} in a table, else all."),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Records of runs, newest first; files that are no records are named and skipped."""
+    """List records of runs, newest first; files that are no records are named and skipped."""
     from moe_bench.report.results_view import entries_csv, entries_view, entry_line
     from moe_bench.results.query import Query
 
@@ -99,7 +102,7 @@ IdArgument = Annotated[
 def show(
     context: typer.Context, record_id: IdArgument, results: ResultsOption = None, as_json: JsonOption = False
 ) -> None:
-    """One record: its numbers, and where and with what it was made."""
+    """Show one record: its numbers, and where and with what it was made."""
     from moe_bench.report.results_view import record_view
     from moe_bench.report.tables import run_json
     from moe_bench.results.parity import read_parities

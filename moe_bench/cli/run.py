@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_bench.launch.job import Job
+    from moe_bench.launch.verbs import Outcome
     from moe_bench.results.record import Record
     from moe_bench.spec.profile import Profile
     from moe_bench.spec.rendezvous import Rendezvous
@@ -67,11 +68,11 @@ def run(
     routing: RoutingOption = "balanced",
     stage: StageOption = None,
     dryrun: Annotated[
-        bool, typer.Option("--dryrun", help="Of a slice: its peak memory by a dry run, too.")
+        bool, typer.Option("--dryrun", help="With --scale slice: also give its peak memory by a dry run.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the record.")] = None,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Run so often, each with its own record.")
+        int, typer.Option("--repeats", min=1, help="Number of runs, each with its own record.")
     ] = 1,
     repeat: RepeatOption = 0,
     profile: ProfileOption = None,
@@ -218,18 +219,25 @@ SizesOption = Annotated[
     typer.Option(
         "--num-gpus",
         metavar="N,N,...",
-        help="Members of the scaling family, a recipe file and a job each; with --scale node one number.",
+        help="Sizes of the scaling family, a job each; with --scale node one number.",
     ),
 ]
 VaryOption = Annotated[
     list[str] | None,
-    typer.Option("--vary", metavar="FIELD=VALUE,...", help="One job per value; several make the product."),
+    typer.Option(
+        "--vary", metavar="FIELD=VALUE,...", help="One job per value; several options make the product."
+    ),
 ]
-FamiliesOption = Annotated[Path, typer.Option("--families", help="Folder for the files of --num-gpus.")]
-SiteOption = Annotated[str | None, typer.Option("--site", help="A file of slurm/sites; default: by cluster.")]
+FamiliesOption = Annotated[
+    Path, typer.Option("--families", help="Folder for the recipe files of --num-gpus.")
+]
+SiteOption = Annotated[
+    str | None, typer.Option("--site", help="File of slurm/sites; default: the one of this cluster.")
+]
 NodesOption = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="Nodes, where the fewest are not meant.")
+    int | None, typer.Option("--nodes", min=1, help="Number of nodes; default: the fewest.")
 ]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Wait for the job, and end with its exit code.")]
 
 
 @app.command(rich_help_panel=RUN)
@@ -240,7 +248,7 @@ def submit(
     strong: StrongOption = False,
     changes: SetOption = None,
     vary: VaryOption = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="So many jobs of each, interleaved.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Jobs of each kind, interleaved.")] = 1,
     repeat: RepeatOption = 0,
     profile: ProfileOption = None,
     profile_steps: ProfileStepsOption = 1,
@@ -250,12 +258,12 @@ def submit(
     tensorboard: TensorboardOption = None,
     mlflow: MlflowOption = None,
     wandb: WandbOption = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay, and end with the job's exit code.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would be run.")] = False,
+    wait: WaitOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and queue nothing.")] = False,
     inside_job: Annotated[bool, typer.Option("--inside-job", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Queue a recipe with Slurm at the size that it needs, its scaling family, or an experiment."""
+    """Queue a recipe with Slurm at the size it needs, its scaling family, or an experiment."""
     from moe_bench.cli.experiment import planned_jobs, write_recipe_files
     from moe_bench.launch.variants import interleaved
     from moe_bench.launch.verbs import job_verb, submit_verb
@@ -292,9 +300,13 @@ def submit(
         if outcome.lines and not as_json:
             typer.echo("\n".join(outcome.lines))
     if as_json:
-        found = [outcome.as_json() for outcome in outcomes]
-        typer.echo(json.dumps(found if len(found) > 1 else found[0]))
+        _print_json(outcomes)
     raise typer.Exit(max(outcome.wait() if wait else outcome.exit_code for outcome in outcomes))
+
+
+def _print_json(outcomes: Sequence[Outcome]) -> None:
+    found = [outcome.as_json() for outcome in outcomes]
+    typer.echo(json.dumps(found if len(found) > 1 else found[0]))
 
 
 def _require_startable(jobs: Sequence[Job], *, dry_run: bool) -> None:

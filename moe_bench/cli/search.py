@@ -24,27 +24,32 @@ _NUM_SHOWN = 10
 def search(
     model: Annotated[str, typer.Argument(help="A model of `moe-bench list`, or a reference model.")],
     system: Annotated[str, typer.Option("--system", help="h100_sxm, gb200_nvl72, ...")],
-    num_gpus: Annotated[int, typer.Option("--num-gpus", min=1)],
+    num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="GPUs of the job.")],
     global_batch: Annotated[
         int | None,
-        typer.Option("--global-batch", min=1, help="Sequences per step; default as many tokens per GPU."),
+        typer.Option(
+            "--global-batch", min=1, help="Sequences per step; default: the recipe's tokens per GPU."
+        ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=1, help="Default: the recipe's.")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp8_blockwise, ...")] = None,
     micro_batch: Annotated[
         str, typer.Option("--micro-batch", metavar="N,N,...", help="Micro batch sizes to try.")
     ] = "1,2,4",
-    top: Annotated[int, typer.Option("--top", min=1, help="How many of the fastest.")] = _NUM_SHOWN,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many of the fastest to print.")] = _NUM_SHOWN,
     write: Annotated[
         Path | None,
         typer.Option(
-            "--write", metavar="DIR", callback=folder_to_write, help="Write them as recipes below DIR."
+            "--write",
+            metavar="DIR",
+            callback=folder_to_write,
+            help="Write the fastest as recipe files below DIR.",
         ),
     ] = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The fastest layouts that fit, out of all legal ones.
+    """Find the fastest layouts that fit, out of all legal ones.
 
     Searched: TP, ETP, CP and what its ranks send, PP, VPP and the division of the layers, EP, dispatcher,
     expert overlap, micro batch, recomputation, and sharding by the distributed optimizer or by Megatron-FSDP.
