@@ -237,6 +237,7 @@ SiteOption = Annotated[
 NodesOption = Annotated[
     int | None, typer.Option("--nodes", min=1, help="Number of nodes; default: the fewest.")
 ]
+JobsOption = Annotated[int, typer.Option("--repeats", min=1, help="Jobs of each kind, interleaved.")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait for the job, and end with its exit code.")]
 
 
@@ -248,7 +249,7 @@ def submit(
     strong: StrongOption = False,
     changes: SetOption = None,
     vary: VaryOption = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Jobs of each kind, interleaved.")] = 1,
+    repeats: JobsOption = 1,
     repeat: RepeatOption = 0,
     profile: ProfileOption = None,
     profile_steps: ProfileStepsOption = 1,
@@ -285,17 +286,12 @@ def submit(
     _require_startable(jobs, dry_run=dry_run)
     if not dry_run:
         write_recipe_files(planned, families)
+    # the job that a script of the user's runs in has the size of one recipe, not of an experiment
+    takes_this_job = inside_job and len(variants) == 1
+    roots = {"data_root": data_root(), "results_root": results_root()}
     outcomes = []
     for one, job in zip(asked, jobs, strict=True):
-        outcome = submit_verb(
-            one,
-            job,
-            data_root=data_root(),
-            results_root=results_root(),
-            dry_run=dry_run,
-            # the job that a script of the user's runs in has the size of one recipe, not of an experiment
-            inside_job=inside_job and len(variants) == 1,
-        )
+        outcome = submit_verb(one, job, **roots, dry_run=dry_run, inside_job=takes_this_job)
         outcomes.append(outcome)
         if outcome.lines and not as_json:
             typer.echo("\n".join(outcome.lines))
