@@ -138,10 +138,11 @@ def steps_text(metrics: RunMetrics, num_timed: int) -> str:
 
 
 def outlier_rows(record: Record, metrics: RunMetrics) -> list[tuple[str, str]]:
-    """The steps that lie far from the median, with their times; none where there are none."""
+    """The counted steps that lie far from the median, with their times; none where there are none."""
     times_s = record.slowest_step_times_s()
-    shown = [f"{step + 1}: {times_s[step]:.4g} s" for step in metrics.outlier_steps[:MAX_OUTLIERS_SHOWN]]
-    num_hidden = len(metrics.outlier_steps) - len(shown)
+    counted = [step for step in metrics.outlier_steps if step >= metrics.first_steady_step]
+    shown = [f"{step + 1}: {times_s[step]:.4g} s" for step in counted[:MAX_OUTLIERS_SHOWN]]
+    num_hidden = len(counted) - len(shown)
     shown += [f"and {num_hidden} more"] if num_hidden else []
     return [("outlier steps", f"{', '.join(shown)} (counted)")] if shown else []
 

@@ -29,7 +29,7 @@ class RunMetrics:
     has_settled: bool | None
     """None where there are too few steps to tell; all of them count then, and where they have not settled."""
     outlier_steps: tuple[int, ...]
-    """Timed steps far from the median; they count like all others."""
+    """Timed steps far from the median; they count like all others from `first_steady_step` on."""
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     """Per process where there is no GPU."""
