@@ -113,6 +113,10 @@ def _is_fsdp(recipe: Recipe) -> bool:
     return recipe.parallel.data_sharding == "megatron_fsdp"
 
 
+def _nothing(*args: object) -> None:
+    del args
+
+
 def _flash(on_flops: OnFlops) -> dict[str, Any]:
     def attend(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
         output: Tensor = kernels.Attention.apply(query, key, value, None, on_flops)
@@ -177,10 +181,7 @@ def _adam(on_flops: OnFlops) -> dict[str, Any]:
         for param in params:
             param.add_(param)
 
-    def nothing(param: Tensor) -> None:
-        del param
-
-    return {"adam": update, "_device_dtype_check_for_fused": nothing}
+    return {"adam": update, "_device_dtype_check_for_fused": _nothing}
 
 
 def _low_precision_adam(on_flops: OnFlops) -> dict[str, Any]:
@@ -253,17 +254,11 @@ def _share_storage(on_flops: OnFlops) -> dict[str, Any]:
 
 
 def _uneven_shards(on_flops: OnFlops) -> dict[str, Any]:
-    def nothing(tensor: Tensor) -> None:
-        del tensor
-
-    return {"update_uneven_dtensor_chunk_metadata": nothing, "validate_uneven_dtensor": nothing}
+    return {"update_uneven_dtensor_chunk_metadata": _nothing, "validate_uneven_dtensor": _nothing}
 
 
 def _same_rng(on_flops: OnFlops) -> dict[str, Any]:
-    def nothing(*args: object) -> None:
-        del args
-
-    return {"FullyShardedDataParallel.sync_rng_states_across_tp_group": nothing}
+    return {"FullyShardedDataParallel.sync_rng_states_across_tp_group": _nothing}
 
 
 def _quack_products(on_flops: OnFlops) -> dict[str, Any]:
@@ -278,10 +273,7 @@ def _gather_sum(on_flops: OnFlops) -> dict[str, Any]:
 
 
 def _no_package(on_flops: OnFlops) -> dict[str, Any]:
-    def nothing(device_type: str) -> None:
-        del device_type
-
-    return {"require_quack": nothing}
+    return {"require_quack": _nothing}
 
 
 _TORCH = (
