@@ -3,8 +3,8 @@
     python benchmarks/untrained_routing.py TEXT            # a text file; 2,048 of its words are read
 
 Builds Qwen3-30B-A3B layer by layer with Megatron-Core's initial weights (normal, 0.02, products that write to
-the residual 0.02 / sqrt(2 L)) and passes the words through it, each a vector of its own. Ten minutes of two
-cores; 5 GB of memory. projection/rows/untrained.py rests on what it prints.
+the residual 0.02 / sqrt(2 L)) and passes the words through it, each a vector of its own. Eight minutes of two
+cores. projection/rows/untrained.py rests on what it prints.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class CoreKernel:
             live.make("values_of_all", core.values_bytes * core.context_ranks)
             live.free("values_copy")
         self._run(live)
-        if core.has_sink or core.pads_values:
+        if core.has_sink or core.pads_values or core.is_gated:
             live.make("output_for_projection", core.output_bytes)
         self._inputs.release(live)
         if self._recomputes:
@@ -103,13 +103,16 @@ class CoreKernel:
     def backward(self, live: LiveTensors) -> None:
         """From `grad_output` to `grad_queries`, `grad_keys` and `grad_values`."""
         core = self._core
+        if core.is_gated:
+            live.make("grad_gate", core.output_bytes)
+            live.free("gate")
         live.made = Made.RECOMPUTE
         self._inputs.bring_back(live)
         if self._recomputes:
             self._run(live)
         live.made = Made.BACKWARD
         values_bytes = core.keys_bytes if core.pads_values else core.values_bytes
-        if core.pads_values or core.has_sink:
+        if core.pads_values or core.has_sink or core.is_gated:
             live.replace("grad_output", "grad_kernel_output", self._kernel_output_bytes)
         live.make("grad_queries", core.queries_bytes)
         if core.expands_keys:

@@ -1,8 +1,8 @@
 """What layers of hybrid models keep: half layers, Mamba-2 and gated delta nets, beside plain ones.
 
-Megatron-Core 0.19.2, ssm/mamba_mixer.py and ssm/gated_delta_net/gdn.py; mamba_ssm ops/triton/ssd_combined.py,
-MambaSplitConv1dScanCombinedFn; flash-linear-attention ops/gated_delta_rule/chunk.py. Passes over a layer are
-those of a plain one.
+Megatron-Core 0.19.2, ssm/mamba_mixer.py and ssm/gated_delta_net; mamba_ssm ops/triton/ssd_combined.py,
+MambaSplitConv1dScanCombinedFn; flash-linear-attention 0.5.1, modules/conv/triton/ops.py and
+ops/gated_delta_rule/chunk.py. Passes over a layer are those of a plain one.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ def mamba_elements(mamba: Mamba2) -> int:
 def delta_net_elements(net: GatedDeltaNet) -> int:
     """Elements per token that a gated delta net keeps, its norm left out.
 
-    The input projection, 2 K + 2 V + 2 h; normed queries and keys, 2 K, and both repeated for every value
-    head; values; what the delta rule keeps of each chunk; its output; and that one's norm.
+    The input projection, 2 K + 2 V + 2 h, of which the convolution keeps a view, and a copy of its gate;
+    normed queries and keys, 2 K, and both repeated for every value head; values; what the delta rule keeps of
+    each chunk; its output; that one's norm, and the same scaled by the gate.
     """
     heads = net.num_value_heads
     projected = 2 * net.key_width + 2 * net.value_width + 2 * heads
     repeated = 2 * heads * net.key_head_dim
-    return projected + 2 * net.key_width + repeated + 3 * net.value_width + heads * DELTA_CHUNK_TOKENS
+    return projected + 2 * net.key_width + repeated + 5 * net.value_width + heads * DELTA_CHUNK_TOKENS
 
 
 def _mixer_elements(recipe: Recipe) -> dict[Mixer, Fraction]:

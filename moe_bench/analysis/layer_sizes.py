@@ -82,6 +82,8 @@ class CoreSizes:
     (harness/kernels/attention_kernels.py, flash_attention)."""
     has_sink: bool
     """Whether the output is scaled for a sink and kept before and after."""
+    is_gated: bool
+    """Whether the output is scaled by a gate, which a copy keeps, and kept before and after."""
     context_ranks: int
     """Ranks whose keys and values are gathered: CP with `context_comm: allgather`, else 1."""
     expands_keys: bool
@@ -177,6 +179,7 @@ def core_sizes(recipe: Recipe, sizes: LayerSizes) -> CoreSizes:
             statistics_bytes=statistics,
             pads_values=is_torch and parallel.context == 1 and attention.v_head_dim < qk_dim,
             has_sink=False,
+            is_gated=False,
             context_ranks=parallel.context if gathers else 1,
             expands_keys=False,
             copies_values=False,
@@ -191,6 +194,7 @@ def core_sizes(recipe: Recipe, sizes: LayerSizes) -> CoreSizes:
         statistics_bytes=statistics,
         pads_values=False,
         has_sink=is_torch and attention.sinks,
+        is_gated=attention.output_gate,
         context_ranks=parallel.context if gathers else 1,
         expands_keys=groups != heads,
         copies_values=recipe.kernels.family == "transformer_engine",

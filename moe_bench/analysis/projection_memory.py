@@ -16,7 +16,8 @@ class GroupedProjections:
     """Queries, keys and values of grouped-query attention in one product, their norms, and the rotation.
 
     Values stay a view of the product, a T d (n + 2 g) / TP, unless the kernel copies them; queries are copied
-    out of it where a rank has several groups (attention.py, get_query_key_value_tensors).
+    out of it where a rank has several groups (attention.py, get_query_key_value_tensors). An output's gate is
+    n d / TP more of the product, and is copied out of it (_apply_output_gate).
     """
 
     def __init__(
@@ -26,6 +27,8 @@ class GroupedProjections:
         tensor = recipe.parallel.tensor
         heads, groups = attention.num_heads // tensor, attention.num_query_groups // tensor
         self._product_bytes = core.queries_bytes + core.keys_bytes + core.values_bytes
+        self._gate_bytes = core.output_bytes if core.is_gated else 0
+        self._product_bytes += self._gate_bytes
         self._copies_queries = 1 < groups < heads
         self._has_norm = attention.qk_norm != "none"
         self._is_normed_whole = attention.qk_norm == "whole_vector"
@@ -37,7 +40,8 @@ class GroupedProjections:
         rotated = round(attention.head_dim * recipe.model.rope.rotary_fraction)
         self._angles_bytes = 4 * sizes.positions_bytes * rotated
         self._rotates = rotated > 0
-        product = attention.head_dim * (heads + 2 * groups), sizes.hidden_size
+        num_products = heads * (1 + core.is_gated) + 2 * groups
+        product = attention.head_dim * num_products, sizes.hidden_size
         self.weights: tuple[Weight, ...] = (product,)
         self._weight_bytes = sizes.weight_gradient_bytes(product)
 
@@ -47,6 +51,8 @@ class GroupedProjections:
         """
         core = self._core
         live.make("qkv", self._product_bytes)
+        if self._gate_bytes:
+            live.make("gate", self._gate_bytes)
         if self._has_bias:
             live.pass_by(self._product_bytes)
         if self._copies_queries:
@@ -103,7 +109,7 @@ class GroupedProjections:
             live.replace("grad_queries_rotated", "grad_queries_normed", core.queries_bytes)
             live.free_if_held("queries_copy", "norm_inputs")
         live.make("grad_qkv", self._product_bytes)
-        live.free_if_held("grad_keys_rotated", "grad_queries_rotated", "grad_keys_normed")
+        live.free_if_held("grad_gate", "grad_keys_rotated", "grad_queries_rotated", "grad_keys_normed")
         live.free_if_held("grad_queries_normed", "grad_values", "grad_values_shard")
         column_backward(live, self._sizes, "grad_qkv", "grad_attention_norm", self._weight_bytes)
         live.free("attention_norm")

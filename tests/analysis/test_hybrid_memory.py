@@ -8,6 +8,7 @@ from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.hybrid_memory import delta_net_elements, kept_by_structures, mamba_elements
 from moe_bench.analysis.memory import pipeline_memory
 from moe_bench.spec.load import Loader
+from moe_bench.spec.model import GroupedQueryAttention
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
 from tests.analysis.conftest import RecipeMaker
@@ -34,9 +35,11 @@ def test_a_mamba_layer_keeps_what_its_kernel_saves(nano: Recipe) -> None:
 def test_a_delta_net_keeps_what_its_kernel_saves(loader: Loader) -> None:
     net = loader.model("qwen3_next_80b_a3b").gated_delta_net
     assert net is not None
-    # 16 key and 32 value heads of 128: q k v z b a; q, k normed, and repeated; v; chunks; o; its norm
+    # 16 key and 32 value heads of 128: q k v z b a; z again; q, k normed, and repeated; v; chunks; o, normed,
+    # gated
     projected = 2 * 2048 + 2 * 4096 + 2 * 32
-    assert delta_net_elements(net) == projected + 2 * 2048 + 2 * 4096 + 4096 + 32 * 64 + 4096 + 4096
+    output = 3 * 4096
+    assert delta_net_elements(net) == projected + 4096 + 2 * 2048 + 2 * 4096 + 4096 + 32 * 64 + output
 
 
 def test_half_layers_keep_their_half(nano: Recipe) -> None:
@@ -80,3 +83,14 @@ def test_more_tensor_ranks_hold_less_of_every_hybrid(
         for tensor in (1, 2, 4)
     ]
     assert held[0] > held[1] > held[2]
+
+
+def test_a_gated_output_is_kept_before_and_after_its_gate(loader: Loader, make_recipe: RecipeMaker) -> None:
+    model = loader.model("qwen3_8b")
+    assert isinstance(model.attention, GroupedQueryAttention)
+    gated = model.model_copy(update={"attention": model.attention.model_copy(update={"output_gate": True})})
+    plain, found = (kept(make_recipe(one, ParallelSpec(num_gpus=8)), is_moe=False) for one in (model, gated))
+    more = {name: size - plain.get(name, 0) for name, size in found.items() if size != plain.get(name)}
+    # 32 heads of 128: the gate in the product and its copy, and the output that the projection reads
+    heads = TOKENS * 2 * 32 * 128
+    assert more == {"qkv": heads, "gate": heads, "output_for_projection": heads}
