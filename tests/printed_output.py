@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 ELIDED = "..."
 QUICK = ("audit", "check", "show")
 """Verbs that are run again, as every `--plan` is: the same on all machines without a GPU, in a second."""
+TABLES = (("README.md", "defaults", "list --defaults"), ("docs/check.md", "rules", "check --rules"))
+"""Pages with a table between two marks, and the command that prints it."""
 _COMMAND = re.compile(r"(?P<indent> {4}|)\$ moe-bench (?P<words>.+)")
 
 
@@ -36,10 +38,15 @@ class Example:
 
     def again(self) -> tuple[str, ...]:
         """What the command prints today, with what the page leaves out left out."""
-        out = io.StringIO()
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            main(shlex.split(self.command))
-        return elided([line.rstrip() for line in out.getvalue().splitlines()], self.shown)
+        return elided([line.rstrip() for line in printed(self.command).splitlines()], self.shown)
+
+
+def printed(command: str) -> str:
+    """What `moe-bench COMMAND` prints in the root of the repository, on either stream."""
+    out = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        main(shlex.split(command))
+    return out.getvalue()
 
 
 def examples(page: Path) -> Iterator[Example]:
@@ -60,23 +67,23 @@ def examples(page: Path) -> Iterator[Example]:
             )
 
 
-def elided(printed: Sequence[str], shown: Sequence[str]) -> tuple[str, ...]:
-    """The part of `printed` that a page shows which has `...` for some lines.
+def elided(lines: Sequence[str], shown: Sequence[str]) -> tuple[str, ...]:
+    """The part of `lines` that a page shows which has `...` for some lines.
 
     What stands before the first `...` is the beginning, behind the last the end, between two as many lines
     from the first one on that begins with the same word.
     """
     marks = [index for index, line in enumerate(shown) if line == ELIDED]
     if not marks:
-        return tuple(printed)
-    found = list(printed[: marks[0]])
+        return tuple(lines)
+    found = list(lines[: marks[0]])
     for begin, end in zip(marks, [*marks[1:], len(shown)], strict=True):
         part = shown[begin + 1 : end]
         word = part[0].split()[:1] if part else []
-        start = len(printed) - len(part)
+        start = len(lines) - len(part)
         if end < len(shown):
-            start = next((at for at, line in enumerate(printed) if line.split()[:1] == word), start)
-        found += [ELIDED, *printed[start : start + len(part)]]
+            start = next((at for at, line in enumerate(lines) if line.split()[:1] == word), start)
+        found += [ELIDED, *lines[start : start + len(part)]]
     return tuple(found)
 
 
@@ -94,6 +101,15 @@ def _output(lines: Sequence[str], indent: str) -> Iterator[str]:
         yield line.removeprefix(indent).rstrip()
 
 
+def with_table(page: str, mark: str, table: str) -> str:
+    """The text `page` with `table` between its marks."""
+    before, begin, rest = page.partition(f"<!-- {mark}: begin -->\n")
+    _, end, after = rest.partition(f"\n<!-- {mark}: end -->")
+    assert begin
+    assert end
+    return f"{before}{begin}{table.strip()}{end}{after}"
+
+
 def rewrite(page: Path) -> None:
     """Put what the commands print today into `page`."""
     lines = page.read_text().splitlines()
@@ -107,3 +123,6 @@ if __name__ == "__main__":
     os.environ.pop("COLUMNS", None)
     for path in sorted((ROOT / "docs").glob("*.md")):
         rewrite(path)
+    for name, mark, command in TABLES:
+        path = ROOT / name
+        path.write_text(with_table(path.read_text(), mark, printed(command)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_bench.cli import app_with, main
+from moe_bench.cli import app_with
 from moe_bench.errors import EXIT_CODES
 from moe_bench.results.published import load_rows
 from moe_bench.spec.catalogue import data_root, recipe_model_keys, recipe_paths
@@ -13,13 +13,6 @@ from moe_bench.spec.catalogue import data_root, recipe_model_keys, recipe_paths
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = (ROOT / "docs" / "commands.md").read_text()
-
-
-def test_the_table_of_default_runs_is_the_generated_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--defaults"]) == 0
-    generated = capsys.readouterr().out.strip()
-    table = README.split("<!-- defaults: begin -->")[1].split("<!-- defaults: end -->")[0].strip()
-    assert table == generated, "run `moe-bench list --defaults` and paste it into README.md"
 
 
 def test_the_numbers_of_models_recipes_and_rows_are_true() -> None:

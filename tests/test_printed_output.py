@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from moe_bench.cli import gpu
-from tests.printed_output import ROOT, Example, elided, examples
+from tests.printed_output import ROOT, TABLES, Example, elided, examples, printed, with_table
 
 EXAMPLES = [example for page in sorted((ROOT / "docs").glob("*.md")) for example in examples(page)]
 
@@ -22,8 +22,14 @@ def test_an_example_prints_what_the_page_shows(example: Example, monkeypatch: py
     assert example.again() == example.shown, "run `python -m tests.printed_output`"
 
 
+@pytest.mark.parametrize(("name", "mark", "command"), TABLES)
+def test_a_table_between_marks_is_the_one_that_is_printed(name: str, mark: str, command: str) -> None:
+    page = (ROOT / name).read_text()
+    assert with_table(page, mark, printed(command)) == page, "run `python -m tests.printed_output`"
+
+
 def test_what_a_page_leaves_out_is_left_out() -> None:
-    printed = ["a 1", "b 2", "c 3", "d 4", "e 5"]
-    assert elided(printed, ["a 0", "...", "d 0", "..."]) == ("a 1", "...", "d 4", "...")
-    assert elided(printed, ["...", "d 0", "e 0"]) == ("...", "d 4", "e 5")
-    assert elided(printed, ["a 0"]) == tuple(printed)
+    lines = ["a 1", "b 2", "c 3", "d 4", "e 5"]
+    assert elided(lines, ["a 0", "...", "d 0", "..."]) == ("a 1", "...", "d 4", "...")
+    assert elided(lines, ["...", "d 0", "e 0"]) == ("...", "d 4", "e 5")
+    assert elided(lines, ["a 0"]) == tuple(lines)
