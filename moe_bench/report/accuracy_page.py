@@ -45,17 +45,6 @@ def replaced(page: str, table: str, *, marks: tuple[str, str] = (BEGIN, END)) ->
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def printed_errors(page: str) -> dict[str, tuple[float, ...]]:
-    """Errors in per cent by the first cell of every line of the table in `page`, in the order of HEADINGS."""
-    table = page.partition(BEGIN)[2].partition(END)[0]
-    found: dict[str, tuple[float, ...]] = {}
-    for line in table.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == len(HEADINGS) + 2 and cells[1].isdigit():
-            found.setdefault(cells[0], tuple(float(cell) for cell in cells[2:]))
-    return found
-
-
 def error_cells(one: ErrorSummary) -> tuple[str, ...]:
     """The same cells as they are printed."""
     errors = (one.mape_fraction, one.median_fraction, one.bias_fraction, one.p90_fraction)

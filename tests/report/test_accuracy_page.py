@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_bench.report.accuracy_page import HEADINGS, accuracy_page, printed_errors, readme_table, replaced
+from moe_bench.report.accuracy_page import BEGIN, END, HEADINGS, accuracy_page, readme_table, replaced
 from tests.projection.published_rows import REPOSITORY
 from tests.projection.registry import accuracy
 
@@ -12,6 +12,17 @@ DOCS = (REPOSITORY / "docs" / "projection.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 HALF_A_POINT = 0.5
 WRITE = "run `python benchmarks/accuracy_table.py --write`"
+
+
+def printed_errors(page: str) -> dict[str, tuple[float, ...]]:
+    """Errors in per cent by the first cell of every line of the table in `page`, in the order of HEADINGS."""
+    table = page.partition(BEGIN)[2].partition(END)[0]
+    found: dict[str, tuple[float, ...]] = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == len(HEADINGS) + 2 and cells[1].isdigit():
+            found.setdefault(cells[0], tuple(float(cell) for cell in cells[2:]))
+    return found
 
 
 def test_the_table_of_the_docs_is_that_of_the_model_left_out_within_half_a_point() -> None:
