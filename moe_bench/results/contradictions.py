@@ -14,7 +14,7 @@ from moe_bench.results.published import PublishedRow, model_key
 from moe_bench.results.renormalised import GIGA, flops_per_token
 from moe_bench.spec.base import PositiveInt, Spec, Text
 from moe_bench.spec.legality import Rule, attention, batches, experts, grid, layers
-from moe_bench.spec.load import validated
+from moe_bench.spec.load import shown, validated
 from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.pipeline import LayoutError, expand_layout
@@ -94,7 +94,7 @@ class Contradiction:
 
 def load_known(path: Path) -> tuple[Known, ...]:
     """The causes in `results/published/known/contradictions.yaml`; RecipeError names every mistake in it."""
-    return validated(read_yaml(path, shown_as=path.name), _KnownFile).known
+    return validated(read_yaml(path, shown_as=shown(path)), _KnownFile).known
 
 
 def contradictions(

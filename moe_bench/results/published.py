@@ -9,7 +9,7 @@ from typing import Literal
 
 from moe_bench.results.flops_convention import FlopsConvention
 from moe_bench.spec.base import NonNegativeInt, PositiveFloat, PositiveInt, Spec, Text
-from moe_bench.spec.load import UnknownNameError, validated
+from moe_bench.spec.load import UnknownNameError, shown, validated
 from moe_bench.spec.yaml_tree import Node, read_yaml
 
 Kind = Literal[
@@ -312,4 +312,4 @@ def published_rows(tree: Node) -> tuple[PublishedRow, ...]:
 
 
 def _read(path: Path) -> tuple[PublishedRow, ...]:
-    return published_rows(read_yaml(path, shown_as=path.name))
+    return published_rows(read_yaml(path, shown_as=shown(path)))

@@ -38,6 +38,9 @@ def _explain_one(tree: Node, kind: type[Spec], error: ErrorDetails) -> Problem:
         return Problem(path, f"{node.text} is no name", f"write {_REFERENCES[path]}")
     if error["type"] in ("literal_error", "union_tag_invalid"):
         context = error["ctx"]
+        if "discriminator" in context:
+            path = (*path, str(context["discriminator"]).strip("'"))
+            node = tree.nearest(path)
         expected = str(context.get("expected") or context.get("expected_tags")).replace("'", "")
         return Problem(path, f"{_typed(node)} is not known", f"write one of {expected}")
     return _wrong_type(path, node, error)
@@ -51,13 +54,18 @@ def _wrong_type(path: Path_, node: Node, error: ErrorDetails) -> Problem:
         )
     if error["type"] in ("float_type", "int_type") and _is_number(node.text):
         number = float(node.text)
-        fix = f"write {number:.1e}" if error["type"] == "float_type" else f"write {number:.0f}"
-        return Problem(path, f"YAML reads {node.text} as {kind_read}", fix)
+        fix = _float_text(number) if error["type"] == "float_type" else f"{number:.0f}"
+        return Problem(path, f"YAML reads {node.text} as {kind_read}", f"write {fix}")
     said = error["msg"].replace("Input should be", "it must be").replace("String should", "it should")
     # JSON's words for what YAML calls a mapping and a list
     said = said.replace("it must be an object", "it must be a mapping, `key: value` lines below it")
     said = said.replace("it must be a valid array", "it must be a list, `- value` lines below it")
     return Problem(path, f"is {_typed(node)}", said)
+
+
+def _float_text(number: float) -> str:
+    """As YAML 1.1 reads a float: with a point and a signed exponent, and all digits."""
+    return next(text for digits in range(1, 18) if float(text := f"{number:.{digits}e}") == number)
 
 
 def _typed(node: Node) -> str:

@@ -142,13 +142,20 @@ class Loader:
             raise RecipeError((Mistake(file=shown(path), line=1, key="model", problem=problem, fix=fix),))
 
     def _model_tree(self, key: str, *, beside: Path | None) -> Node:
-        places = [folder / "model.yaml" for folder in (beside, self.root / key) if folder is not None]
-        places.append(self.root / REFERENCE_MODELS_FOLDER / f"{key}.yaml")
-        for place in places:
-            if place.is_file():
-                tree = self._read_once(place)
-                if tree.nearest(("key",)).value == key:
-                    return tree
+        own = (self.root / key / "model.yaml", self.root / REFERENCE_MODELS_FOLDER / f"{key}.yaml")
+        places = own if beside is None else (beside / "model.yaml", *own)
+        trees = {place: self._read_once(place) for place in places if place.is_file()}
+        for tree in trees.values():
+            if tree.nearest(("key",)).value == key:
+                return tree
+        for place in own:
+            if place in trees:
+                written = trees[place].nearest(("key",))
+                problem = f"is {written.text or 'missing'}, and the file is that of {key}"
+                fix = f"write `key: {key}`, or rename its folder or file"
+                raise RecipeError(
+                    (Mistake(file=shown(place), line=written.line, key="key", problem=problem, fix=fix),)
+                )
         known = [path.parent.name for path in self.root.glob("*/model.yaml")]
         known += [path.stem for path in self.root.glob(f"{REFERENCE_MODELS_FOLDER}/*.yaml")]
         raise UnknownNameError("model", key, sorted(known))

@@ -136,7 +136,7 @@ def test_a_mistyped_column_is_refused_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "olmoe_1b_7b.yaml").write_text(text)
     with pytest.raises(RecipeError) as raised:
         load_rows(tmp_path)
-    assert str(raised.value).startswith(f"olmoe_1b_7b.yaml:{line}: rows.0.hardwear: unknown key")
+    assert str(raised.value).startswith(f"{tmp_path}/olmoe_1b_7b.yaml:{line}: rows.0.hardwear: unknown key")
     assert "did you mean 'hardware'?" in str(raised.value)
 
 

@@ -69,6 +69,11 @@ def test_a_legal_recipe_is_read_whole(loader: Loader, recipe_path: Path) -> None
         ),
         (
             "precision: bf16",
+            "precision: bf16\noptimizer: {learning_rate: 12.3456e0}",
+            f"{FILE}:4: optimizer.learning_rate: YAML reads 12.3456e0 as str; write 1.23456e+01",
+        ),
+        (
+            "precision: bf16",
             "precision: bf16\nvariant: fast",
             f"{FILE}:1: -: the file is called {FILE}, its content is cpu_host_8g_bf16_fast; "
             "rename it to cpu_host_8g_bf16_fast.yaml, or change the content or `variant`",
@@ -197,6 +202,29 @@ def test_what_is_in_no_file_is_told_once(loader: Loader, recipe_path: Path) -> N
 def test_names_that_begin_so_come_first_and_where_none_is_near_all_are_told(name: str, advice: str) -> None:
     error = UnknownNameError("system", name, ["b200", "h100_96gb", "h100_sxm", "h200", "h800"])
     assert str(error) == f"there is no system {name!r}; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            "key: tiny",
+            "key: tinny",
+            "key: is tinny, and the file is that of tiny; write `key: tiny`, or rename",
+        ),
+        ("kind: gqa", "kind: mha", "model.attention.kind: mha is not known; write one of gqa, mla"),
+    ],
+)
+def test_a_mistake_in_a_models_file_stands_there(
+    root: Path, recipe_path: Path, old: str, new: str, told: str
+) -> None:
+    path = root / "tiny" / "model.yaml"
+    lines = path.read_text().replace(old, new, 1).splitlines()
+    path.write_text("\n".join(lines))
+    number = next(index for index, line in enumerate(lines, start=1) if new in line)
+    with pytest.raises(RecipeError) as raised:
+        Loader(root=root).recipe(recipe_path)
+    assert str(raised.value).startswith(f"{path}:{number}: {told}")
 
 
 def test_a_recipe_in_the_wrong_models_folder_is_refused(loader: Loader, root: Path) -> None:
