@@ -24,7 +24,9 @@ MOVED = ("router", "permute", "unpermute")
 PRODUCTS = ("fc1", "fc2")
 _NONE = "-"
 _PERMUTATION = "permute and unpermute"
-PUBLISHED_NOTE = "SonicMoE, Megatron: forward/backward TFLOP/s, read off figure 14 of arXiv:2512.14080, +-5"
+PUBLISHED_NOTE = (
+    "SonicMoE, Megatron: forward/backward TFLOP/s on one H100, read off figure 14 of arXiv:2512.14080, +-5"
+)
 
 Predicted = Mapping[tuple[str, str], float]
 """Seconds by part and pass, as `isolated_parts` names them."""
