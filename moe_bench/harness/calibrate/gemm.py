@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch.nn.functional import grouped_mm
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.calibrate.inputs import DTYPES, FreshBackward, normal
+from moe_bench.harness.timing import Call
 from moe_bench.results.calibration import DenseGemm, Dtype, GroupedGemm
 from moe_bench.results.calibration_tasks import Implementation
-
-Call = Callable[[], object]
 
 
 def dense_call(what: DenseGemm, dtype: Dtype, implementation: Implementation, device: str) -> Call:

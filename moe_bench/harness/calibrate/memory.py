@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.calibrate.inputs import DTYPES, FreshBackward, backward_call, normal
+from moe_bench.harness.timing import Call
 from moe_bench.results.calibration import Dtype, MemoryBound
 from moe_bench.results.calibration_tasks import (
     DEVICE_TO_DEVICE,
@@ -18,8 +19,6 @@ from moe_bench.results.calibration_tasks import (
     PermutationVariant,
     RouterVariant,
 )
-
-Call = Callable[[], object]
 
 _NUM_CHUNKS = 8
 """Groups of rows that arrive together, from as many ranks; how many there are does not change the bytes."""

@@ -34,7 +34,6 @@ from moe_bench.spec.recipe import KernelFamily, Recipe
 from moe_bench.spec.system import SystemSpec
 
 RANK = 0
-SEQUENTIAL = "sequential"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,7 @@ class MegatronEngine:
     @property
     def key(self) -> str:
         """As options name it: the family, or `sequential`."""
-        return self.family if self.is_grouped else SEQUENTIAL
+        return self.family if self.is_grouped else "sequential"
 
     @property
     def package(self) -> str:

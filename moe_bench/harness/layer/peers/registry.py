@@ -17,14 +17,10 @@ from moe_bench.results.layer_peers import LayerPeers
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.system import SystemSpec
 
-SEQUENTIAL = "sequential"
-
 
 def all_engines(system: SystemSpec) -> dict[str, Engine]:
     """Ours and Megatron-Core's first, then other people's."""
-    ours: dict[str, Engine] = {
-        engine.family if engine.is_grouped else SEQUENTIAL: engine for engine in megatron_engines(system)
-    }
+    ours: dict[str, Engine] = {engine.key: engine for engine in megatron_engines(system)}
     others: tuple[Engine, ...] = (*hugging_face_engines(), DeepSpeed(), MegaBlocks(), Textbook())
     return ours | {engine.name: engine for engine in others}
 
