@@ -41,8 +41,6 @@ _UPCAST_LOSS_BYTES = 14
 _MXFP8_COPIES_BYTES = 2 * (1 + 1 / 32)
 """Row-wise and column-wise copies of a weight with their scales, which Transformer Engine keeps from a step's
 first micro batch to its last (Automodel's components/models/common/utils.py, _patch_te_modules)."""
-
-
 NATURAL_CACHING_FRACTION = 0.11
 """The most that published runs with natural routing reserve beyond what they allocate, while rows of experts
 change in number with every pass: 72.4 to 65.2 GiB (Megatron-Bridge 067f987df, card of gemma-4-26b-a4b-it)."""
@@ -152,8 +150,9 @@ def torch_policy(run: InferredRun | Configured) -> TorchPolicy:
     recipe, stack = run.recipe, run.stack
     stages = StagePolicy(
         num_buffered=_num_buffered(run),
-        # 2.6 and before; later ones keep the last stage's alone
-        keeps_outputs=stack.is_before(2025, 4),
+        keeps_outputs=stack.is_before(2025, 6),
+        # torchtitan #1922 of 2025-10-22 asks for none
+        keeps_logits=stack.engine is Engine.AUTOMODEL or stack.is_before(2025, 11),
         num_chunks_in_flight=None if stack.pipeline_schedule is None else 2 * recipe.parallel.pipeline,
     )
     if stack.engine is Engine.TORCHTITAN:

@@ -69,7 +69,7 @@ class TorchPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchRank:
-    """One pipeline rank at its fullest moment."""
+    """One pipeline rank at one moment."""
 
     pipeline_rank: int
     states_bytes: int

@@ -18,7 +18,10 @@ class StagePolicy:
     num_buffered: int
     """Micro batches of one schedule, each of which has buffers of its own."""
     keeps_outputs: bool
-    """Whether every stage's outputs stay until the step ends, not until their backward pass."""
+    """Whether outputs of stages stay until the step ends, not until their backward pass: torch before
+    pytorch/pytorch #153383 of 2025-05."""
+    keeps_logits: bool
+    """Whether those of the last stage do: unless an engine asks for no outputs."""
     num_chunks_in_flight: int | None = None
     """Of a schedule that says so itself; None for 1F1B, interleaved or not."""
 
@@ -50,8 +53,7 @@ def stage_bytes(recipe: Recipe, policy: StagePolicy, rank: int) -> int:
 
     A vector a t H per micro batch and chunk for what comes from the stage before and for the gradient from
     the one behind, made at the first step and never let go (pytorch/pytorch #136380, mended in #193872 of
-    2026-08); outputs until their backward pass or, on `keeps_outputs`, until the step ends, which of the last
-    stage are logits.
+    2026-08); outputs, which of the last stage are logits.
     """
     pipeline, num_chunks = recipe.parallel.pipeline, recipe.parallel.virtual_pipeline
     if pipeline == 1:
@@ -63,7 +65,7 @@ def stage_bytes(recipe: Recipe, policy: StagePolicy, rank: int) -> int:
     num_vectors = num_fed * max(0.0, policy.num_buffered - per_chunk) + num_feeding * policy.num_buffered
     num_vectors += num_feeding * (policy.num_buffered if policy.keeps_outputs else per_chunk)
     held = round(num_vectors * element * tokens.sharded * recipe.model.hidden_size)
-    if is_last and policy.keeps_outputs:
+    if is_last and policy.keeps_logits:
         logits = tokens.gathered * recipe.model.vocab_size // recipe.parallel.tensor
         held += policy.num_buffered * element * logits
     return held

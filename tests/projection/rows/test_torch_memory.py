@@ -27,7 +27,7 @@ TORCHTITAN = TorchPolicy(
     checkpointing=Checkpointing.OPERATORS,
     is_compiled=False,
     gathers_keys=True,
-    stages=StagePolicy(num_buffered=1, keeps_outputs=False),
+    stages=StagePolicy(num_buffered=1, keeps_outputs=False, keeps_logits=False),
 )
 PIPELINED = replace(
     TORCHTITAN, keeps_weights_whole=True, defers_gradients=True, checkpointing=Checkpointing.BLOCKS
@@ -153,8 +153,8 @@ def test_a_second_chunk_has_no_gradients_yet_where_all_forward_passes_come_first
 
 def test_stages_hold_a_buffer_each_way_per_micro_batch_and_outputs_in_flight() -> None:
     recipe, vector = pipelined(), 2 * 8192 * 4096
-    new = StagePolicy(num_buffered=16, keeps_outputs=False)
-    old = replace(new, keeps_outputs=True)
+    new = StagePolicy(num_buffered=16, keeps_outputs=False, keeps_logits=False)
+    old = replace(new, keeps_outputs=True, keeps_logits=True)
     assert [chunks_in_flight(recipe, new, rank) for rank in (0, 1)] == [2, 1]
     # the first stage receives gradients, the last one inputs, of which the layers count what is in flight
     assert [stage_bytes(recipe, new, rank) for rank in (0, 1)] == [(16 + 2) * vector, 15 * vector]
