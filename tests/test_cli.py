@@ -49,6 +49,16 @@ def test_check_tells_legal_recipes_in_one_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.endswith(" recipes, all legal\n")
 
 
+def test_check_says_what_is_legal_and_yet_refused_by_run(capsys: pytest.CaptureFixture[str]) -> None:
+    graphs = ["check", "qwen3_30b_a3b/h100_sxm_16g_bf16"]
+    assert main(graphs) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "1 recipe, legal\n"
+    assert captured.err.startswith(f"legal, but run refuses {graphs[1]}: cuda_graphs.implementation: ")
+    assert main([*graphs, "--set", "cuda_graphs={}"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_check_ends_with_two_and_one_line_per_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "deepseek_v3", "--set", "parallel.expert=48"]) == 2
     *lines, summary = capsys.readouterr().out.splitlines()

@@ -29,7 +29,7 @@ from moe_bench.cli.options import (
     results_root,
     terminal_width,
 )
-from moe_bench.errors import BadInputError, RecipeError
+from moe_bench.errors import BadInputError, MissingRequirementError, RecipeError
 from moe_bench.spec.catalogue import (
     data_root,
     find_recipe,
@@ -195,16 +195,36 @@ def check(
         derived_plan, loader=loader, scale=scale, num_gpus=num_gpus, changes=changes, strong=strong
     )
     rows_of = cache(partial(load_model_rows, data_root() / "results" / "published"))
-    checked = check_recipes(
-        named_files(recipes or (), loader, is_all=is_all),
-        derive=lambda path: _require_its_row(derive(path), path, rows_of),
-    )
+    refused_by_run: dict[str, list[str]] = {}
+
+    def ask(path: Path) -> None:
+        plan = derive(path)
+        _require_its_row(plan, path, rows_of)
+        if (refusal := _refusal(plan)) is not None:
+            refused_by_run.setdefault(refusal, []).append(plan.recipe.name)
+
+    checked = check_recipes(named_files(recipes or (), loader, is_all=is_all), derive=ask)
     if as_json:
         typer.echo(json.dumps(checked.as_json(), indent=1))
     else:
         # what a --set breaks in every recipe is said once
         typer.echo("\n".join([*dict.fromkeys(map(str, checked.mistakes)), checked.summary]))
+    for refusal, names in refused_by_run.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        typer.echo(f"legal, but run refuses {names[0]}{others}: {refusal}", err=True)
     raise typer.Exit(BadInputError.exit_code if checked.num_refused else 0)
+
+
+def _refusal(plan: Plan) -> str | None:
+    """Why no installation runs `plan` today, though it is legal; None where one may."""
+    from moe_bench.harness.mcore_config import megatron_arguments
+    from moe_bench.harness.requirements import require_supported
+
+    try:
+        require_supported(megatron_arguments(plan.recipe))
+    except MissingRequirementError as error:
+        return str(error)
+    return None
 
 
 def _require_its_row(plan: Plan, path: Path, rows_of: Callable[[str], Iterable[PublishedRow]]) -> None:
