@@ -42,8 +42,8 @@ _MXFP8_COPIES_BYTES = 2 * (1 + 1 / 32)
 """Row-wise and column-wise copies of a weight with their scales, which Transformer Engine keeps from a step's
 first micro batch to its last (Automodel's components/models/common/utils.py, _patch_te_modules)."""
 NATURAL_CACHING_FRACTION = 0.11
-"""The most that published runs with natural routing and no capacity reserve beyond what they allocate, while rows
-of experts change in number with every pass: 72.4 to 65.2 GiB (Megatron-Bridge 067f987df, card of
+"""The most that published runs with natural routing and no capacity reserve beyond what they allocate, while
+rows of experts change in number with every pass: 72.4 to 65.2 GiB (Megatron-Bridge 067f987df, card of
 gemma-4-26b-a4b-it)."""
 TRACED_GINI = 0.38
 """Highest inequality of experts' loads in traces on real text (arXiv:2605.20982)."""
