@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -25,9 +26,24 @@ def require_gpus_here(plan: Plan, *, run: Runner) -> None:
     if num_here < num_needed:
         smaller = f"--scale node --num-gpus {num_here}" if num_here else "--scale smoke"
         raise MissingRequirementError(
-            f"{asked} needs {num_needed} GPUs and this machine has {num_here}; "
-            f"run a smaller one with {smaller}, or this one with `sbatch slurm/run_recipe.sh {asked}`"
+            f"{asked} needs {num_needed} GPU{'s' if num_needed > 1 else ''} and this machine has {num_here}; "
+            f"run a smaller one with {smaller}, or this one with `sbatch slurm/run_recipe.sh {_words(plan)}`"
         )
+
+
+def _words(plan: Plan) -> str:
+    """What asks for `plan` again: the recipe, its size where that was asked for, and the user's changes."""
+    origin = plan.recipe.origin
+    words = [plan.asked, *(["--scale", "node"] if plan.scale == "node" else [])]
+    if origin is not None:
+        words[0] = origin.recipe
+    if origin is not None or plan.scale == "node":
+        words += ["--num-gpus", str(plan.num_ranks)]
+    if origin is not None and origin.scaling == "strong":
+        words += ["--strong"]
+    for change in plan.modified if origin is None else origin.changes:
+        words += ["--set", change]
+    return shlex.join(words)
 
 
 def start_ranks_here(plan: Plan, *, run_args: tuple[str, ...], execute: Execute = os.execvp) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.launch.here import num_gpus_here, repeat_ranks_here, require_gpus_here, start_ranks_here
+from moe_bench.spec.family import scaled_plan
 from moe_bench.spec.scale import full_plan
 from tests.launch.conftest import FakeRunner, recipe_of
 
@@ -44,6 +45,20 @@ def test_too_few_gpus_are_a_missing_requirement_that_says_what_would_run(
 ) -> None:
     with pytest.raises(MissingRequirementError, match=f"needs 16 GPUs and this machine .*{advice}"):
         require_gpus_here(full_plan(recipe_of(), modified=()), run=machine)
+
+
+def test_the_command_that_is_offered_asks_for_the_same_run() -> None:
+    changed = full_plan(recipe_of(), modified=("steps.num_timed=3",))
+    on_a_node = changed.model_copy(update={"scale": "node"})
+    larger = scaled_plan(changed, 32, strong=True)
+    for plan, words in (
+        (changed, "--set steps.num_timed=3`"),
+        (on_a_node, "--scale node --num-gpus 16 --set steps.num_timed=3`"),
+        (larger, f"{changed.asked} --num-gpus 32 --strong --set steps.num_timed=3`"),
+    ):
+        with pytest.raises(MissingRequirementError) as raised:
+            require_gpus_here(plan, run=NO_DRIVER)
+        assert str(raised.value).endswith(words)
 
 
 def test_a_slice_needs_one_gpu_and_offers_the_toy_where_there_is_none() -> None:
