@@ -144,13 +144,22 @@ def test_a_submitter_that_waits_ends_with_the_code_of_the_run(
 
 
 def test_a_refusal_ends_with_code_4_and_the_command_to_type(slurm: Slurm, checkout: Path, home: Path) -> None:
-    submitter = slurm.sbatch(str(checkout / SCRIPT), "deepseek_v3", cwd=home)
+    changes = ("--set", "kernels.family=torch_native", "--set", "dispatch.dispatcher=alltoall")
+    submitter = slurm.sbatch(str(checkout / SCRIPT), "deepseek_v3", *changes, cwd=home)
     assert state(slurm.ended(submitter)) == ("FAILED", "4:0")
     refusal, command = slurm.output(submitter).splitlines()
     assert refusal.startswith("sbatch: error: ")
     assert refusal.endswith("to submit it from a login node, type:")
     assert " --nodes=32 --ntasks-per-node=8 " in command
     assert slurm.run("bash", "-c", command).stderr.startswith("sbatch: error: ")
+
+
+def test_what_no_code_runs_is_told_by_the_submitter_and_not_queued(
+    slurm: Slurm, checkout: Path, home: Path
+) -> None:
+    submitter = slurm.sbatch(str(checkout / SCRIPT), "qwen3_30b_a3b", cwd=home)  # CUDA graphs
+    assert state(slurm.ended(submitter)) == ("FAILED", "3:0")
+    assert slurm.output(submitter).endswith("nothing was queued\n")
 
 
 def test_a_mistake_in_the_recipe_is_told_by_the_submitter(slurm: Slurm, checkout: Path, home: Path) -> None:
