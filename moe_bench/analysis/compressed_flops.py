@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_bench.spec.model import CompressedAttention
+from moe_bench.spec.mixer import CompressedAttention
 
 
 def compressed_projection_flops(

@@ -33,11 +33,8 @@ from moe_bench.analysis.state_flops import (
     mamba_state_flops,
 )
 from moe_bench.errors import BadInputError
-from moe_bench.spec.model import (
-    Attention,
-    LayerStructure,
-    ModelSpec,
-)
+from moe_bench.spec.mixer import Attention
+from moe_bench.spec.model import LayerStructure, ModelSpec
 from moe_bench.spec.recipe import Recipe
 
 CORE_ATTENTION = "core_attention"

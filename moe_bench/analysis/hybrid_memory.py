@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
-from moe_bench.spec.model import GatedDeltaNet, LayerStructure, Mamba2, Mixer
+from moe_bench.spec.mixer import GatedDeltaNet, Mamba2
+from moe_bench.spec.model import LayerStructure, Mixer
 from moe_bench.spec.recipe import Recipe
 
 DELTA_CHUNK_TOKENS = 64

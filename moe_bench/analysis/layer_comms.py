@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
 from moe_bench.analysis.collectives import Call, Collective, Exchange, Group
 from moe_bench.analysis.dispatch import MOE, dispatch_exchanges
-from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, MultiLatentAttention
+from moe_bench.spec.mixer import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.model import MixtureOfExperts
 from moe_bench.spec.recipe import Precision, Recipe, RecomputeModule
 
 Modules = frozenset[RecomputeModule]

@@ -10,16 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moe_bench.spec.model import (
-    Attention,
-    CompressedAttention,
-    GatedDeltaNet,
-    LayerStructure,
-    Mamba2,
-    MixtureOfExperts,
-    ModelSpec,
-    SparseIndexer,
-)
+from moe_bench.spec.mixer import Attention, CompressedAttention, GatedDeltaNet, Mamba2, SparseIndexer
+from moe_bench.spec.model import LayerStructure, MixtureOfExperts, ModelSpec
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import KernelFamily, Recipe
 

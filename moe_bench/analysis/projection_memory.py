@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moe_bench.analysis.layer_sizes import FP32_BYTES, CoreSizes, LayerSizes, Weight
 from moe_bench.analysis.live_tensors import LiveTensors
-from moe_bench.spec.model import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.mixer import GroupedQueryAttention, MultiLatentAttention
 from moe_bench.spec.recipe import Recipe
 
 

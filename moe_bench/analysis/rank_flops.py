@@ -25,16 +25,15 @@ from moe_bench.analysis.params import Part
 from moe_bench.analysis.projection_flops import indexer_projection_flops
 from moe_bench.analysis.sparse_flops import indexer_score_flops, sparse_core_flops
 from moe_bench.analysis.state_flops import delta_net_state_flops, mamba_state_flops
-from moe_bench.spec.model import (
+from moe_bench.spec.mixer import (
     Attention,
     CompressedAttention,
     GatedDeltaNet,
-    LayerStructure,
     Mamba2,
-    MixtureOfExperts,
     MultiLatentAttention,
     SparseIndexer,
 )
+from moe_bench.spec.model import LayerStructure, MixtureOfExperts
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe, RecomputeModule
 

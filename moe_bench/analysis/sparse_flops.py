@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_bench.spec.model import SparseIndexer
+from moe_bench.spec.mixer import SparseIndexer
 
 
 def sparse_core_flops(

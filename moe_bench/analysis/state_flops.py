@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_bench.spec.model import GatedDeltaNet, Mamba2
+from moe_bench.spec.mixer import GatedDeltaNet, Mamba2
 
 
 def mamba_projection_flops(*, tokens: int, hidden: int, inner: int, mamba: Mamba2) -> int:

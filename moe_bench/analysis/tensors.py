@@ -18,16 +18,15 @@ from moe_bench.analysis.params import (
     stream_mixing_params,
     stream_sum_params,
 )
-from moe_bench.spec.model import (
+from moe_bench.spec.mixer import (
     Attention,
     CompressedAttention,
     GatedDeltaNet,
     GroupedQueryAttention,
-    LayerStructure,
     Mamba2,
-    MixtureOfExperts,
     MultiLatentAttention,
 )
+from moe_bench.spec.model import LayerStructure, MixtureOfExperts
 from moe_bench.spec.pipeline import Chunk
 from moe_bench.spec.recipe import Recipe
 

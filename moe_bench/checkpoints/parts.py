@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from moe_bench.checkpoints.rule import GroupedQkv, Place, Rule, Stacked
 from moe_bench.errors import BadInputError
-from moe_bench.spec.model import GroupedQueryAttention, MixtureOfExperts, ModelSpec, MultiLatentAttention
+from moe_bench.spec.mixer import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.model import MixtureOfExperts, ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Literal
 from moe_bench.harness.mcore_experts import expert_arguments, own_router_arguments
 from moe_bench.harness.mcore_fields import Arguments, Plain, complaint_about, megatron_fields
 from moe_bench.spec.legality.structure import built_model
-from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, MultiLatentAttention
+from moe_bench.spec.mixer import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.pipeline import embedding_pipeline_ranks
 from moe_bench.spec.problem import Problem
 from moe_bench.spec.recipe import Recipe

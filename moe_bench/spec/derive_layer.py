@@ -8,7 +8,8 @@ from __future__ import annotations
 from moe_bench.spec.kernel_family import with_kernels
 from moe_bench.spec.layer_case import LayerCase
 from moe_bench.spec.legality import legality_problems
-from moe_bench.spec.model import GroupedQueryAttention, ModelSpec, PublishedSize
+from moe_bench.spec.mixer import GroupedQueryAttention
+from moe_bench.spec.model import ModelSpec, PublishedSize
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import KernelFamily, KernelSpec, Recipe, Routing
 from moe_bench.spec.rope import Rope

@@ -7,13 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from moe_bench.spec.base import NonNegativeInt, Spec, Text
-from moe_bench.spec.model import (
-    ExpertStep,
-    GroupedQueryAttention,
-    MixtureOfExperts,
-    ModelSpec,
-    MultiLatentAttention,
-)
+from moe_bench.spec.mixer import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.model import ExpertStep, MixtureOfExperts, ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.pipeline import expand_layout
 from moe_bench.spec.recipe import (

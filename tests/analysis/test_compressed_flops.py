@@ -9,7 +9,7 @@ from moe_bench.analysis.compressed_flops import (
     stream_mixing_flops,
 )
 from moe_bench.analysis.params import compressed_attention_params, stream_mixing_params
-from moe_bench.spec.model import CompressedAttention
+from moe_bench.spec.mixer import CompressedAttention
 
 FLASH = CompressedAttention(
     q_lora_rank=1024,

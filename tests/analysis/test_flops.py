@@ -30,7 +30,8 @@ from moe_bench.analysis.projection_flops import (
 )
 from moe_bench.errors import BadInputError
 from moe_bench.spec.load import Loader
-from moe_bench.spec.model import GroupedQueryAttention, ModelSpec
+from moe_bench.spec.mixer import GroupedQueryAttention
+from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
 from tests.analysis.conftest import RecipeMaker

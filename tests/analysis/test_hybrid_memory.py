@@ -8,7 +8,7 @@ from moe_bench.analysis.chunk_memory import ModelMemory
 from moe_bench.analysis.hybrid_memory import delta_net_elements, kept_by_structures, mamba_elements
 from moe_bench.analysis.memory import pipeline_memory
 from moe_bench.spec.load import Loader
-from moe_bench.spec.model import GroupedQueryAttention
+from moe_bench.spec.mixer import GroupedQueryAttention
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
 from tests.analysis.conftest import RecipeMaker

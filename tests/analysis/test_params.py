@@ -26,7 +26,8 @@ from moe_bench.analysis.params import (
     sum_parts,
 )
 from moe_bench.spec.load import Loader
-from moe_bench.spec.model import GatedDeltaNet, LayerStructure, Mamba2, ModelSpec
+from moe_bench.spec.mixer import GatedDeltaNet, Mamba2
+from moe_bench.spec.model import LayerStructure, ModelSpec
 from moe_bench.spec.parallel import ParallelSpec
 from moe_bench.spec.recipe import Recipe
 from tests.analysis.conftest import RecipeMaker

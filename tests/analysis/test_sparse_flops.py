@@ -3,7 +3,7 @@
 from moe_bench.analysis.params import indexer_params
 from moe_bench.analysis.projection_flops import indexer_projection_flops
 from moe_bench.analysis.sparse_flops import indexer_score_flops, sparse_core_flops
-from moe_bench.spec.model import SparseIndexer
+from moe_bench.spec.mixer import SparseIndexer
 
 GLM = SparseIndexer(num_heads=32, head_dim=128, num_chosen_keys=2048, num_leading_layers=3, every_n_layers=4)
 

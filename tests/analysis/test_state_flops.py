@@ -6,7 +6,7 @@ from moe_bench.analysis.state_flops import (
     mamba_projection_flops,
     mamba_state_flops,
 )
-from moe_bench.spec.model import GatedDeltaNet, Mamba2
+from moe_bench.spec.mixer import GatedDeltaNet, Mamba2
 
 NANO = Mamba2(num_heads=64, head_dim=64, state_size=128, num_groups=8)
 NEXT = GatedDeltaNet(

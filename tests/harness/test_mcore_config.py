@@ -16,7 +16,8 @@ from moe_bench.harness.mcore_config import as_json, megatron_arguments, override
 from moe_bench.launch.local import env_prefix
 from moe_bench.spec.catalogue import recipes_root
 from moe_bench.spec.load import Loader
-from moe_bench.spec.model import ChunkedAttention, ExpertStep, GatedDeltaNet
+from moe_bench.spec.mixer import ChunkedAttention, GatedDeltaNet
+from moe_bench.spec.model import ExpertStep
 from moe_bench.spec.recipe import LowPrecision, QuantizationSpec, Recipe, TokenDrop
 
 LOADER = Loader(root=recipes_root())

@@ -9,7 +9,7 @@ from moe_bench.analysis.memory import memory_fit
 from moe_bench.projection.rows.inference import Assumption, InferredRun
 from moe_bench.projection.rows.memory_rules import NO_RECOMPUTATION
 from moe_bench.projection.rows.stack import Engine
-from moe_bench.spec.model import MultiLatentAttention
+from moe_bench.spec.mixer import MultiLatentAttention
 from moe_bench.spec.recipe import Recipe, Recompute, RecomputeModule
 
 MEMORY_RULE = "recompute inferred from memory"

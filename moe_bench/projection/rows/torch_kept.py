@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_bench.analysis.activations import activation_element_bytes, token_counts
-from moe_bench.spec.model import GroupedQueryAttention, ModelSpec
+from moe_bench.spec.mixer import GroupedQueryAttention
+from moe_bench.spec.model import ModelSpec
 from moe_bench.spec.recipe import Recipe
 
 _STATISTICS_BYTES = 4

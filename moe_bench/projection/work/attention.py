@@ -7,7 +7,8 @@ from moe_bench.analysis.flops import core_attention_flops
 from moe_bench.projection.work.operations import AttentionCore, Gemm, Part, Pass
 from moe_bench.projection.work.sparse_core import add_sparse_latent_core
 from moe_bench.projection.work.tally import Modules, Tally
-from moe_bench.spec.model import GroupedQueryAttention, LayerStructure, MultiLatentAttention
+from moe_bench.spec.mixer import GroupedQueryAttention, MultiLatentAttention
+from moe_bench.spec.model import LayerStructure
 
 _UP: Modules = frozenset({"mla_up_proj"})
 _CORE: Modules = frozenset({"core_attn"})

@@ -8,7 +8,8 @@ from moe_bench.projection.work.attention import add_norm_and_residual
 from moe_bench.projection.work.operations import Number, Part
 from moe_bench.projection.work.sparse_core import CORE_GRADIENT, SCORE_GRADIENT, add_scores, add_selection
 from moe_bench.projection.work.tally import Modules, Tally
-from moe_bench.spec.model import CompressedAttention, LayerStructure
+from moe_bench.spec.mixer import CompressedAttention
+from moe_bench.spec.model import LayerStructure
 
 _UP: Modules = frozenset({"mla_up_proj"})
 _BYTES = 2

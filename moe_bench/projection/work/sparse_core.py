@@ -6,7 +6,7 @@ from moe_bench.analysis.activations import token_counts
 from moe_bench.analysis.sparse_flops import indexer_score_flops, sparse_core_flops
 from moe_bench.projection.work.operations import Part, Pass, SparseCore
 from moe_bench.projection.work.tally import Modules, Tally
-from moe_bench.spec.model import MultiLatentAttention, SparseIndexer
+from moe_bench.spec.mixer import MultiLatentAttention, SparseIndexer
 
 _CORE: Modules = frozenset({"core_attn"})
 _SCORE_BYTES = 4

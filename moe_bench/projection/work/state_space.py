@@ -7,7 +7,7 @@ from moe_bench.analysis.state_flops import delta_net_state_flops, mamba_state_fl
 from moe_bench.projection.work.attention import add_norm_and_residual
 from moe_bench.projection.work.operations import Part, Pass, StateUpdate
 from moe_bench.projection.work.tally import NO_MODULES, Tally
-from moe_bench.spec.model import GatedDeltaNet, Mamba2
+from moe_bench.spec.mixer import GatedDeltaNet, Mamba2
 
 _BYTES = 2
 _PART = Part.STATE_MIXER

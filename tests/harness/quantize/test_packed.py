@@ -21,7 +21,7 @@ from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.quantize.formats import round_mxfp4, round_nvfp4, stored, unpacked
 from moe_bench.harness.quantize.packed import Fp8Products, PackedWeight, UnpackedProducts
 from moe_bench.harness.quantize.program import Quantized
-from moe_bench.spec.model import MultiLatentAttention
+from moe_bench.spec.mixer import MultiLatentAttention
 from moe_bench.spec.quantization import QuantizeJob
 from moe_bench.spec.recipe import QuantFormat
 from tests.harness.quantize.emulated import emulated, work_emulated
