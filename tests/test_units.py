@@ -21,7 +21,8 @@ UNITS = (
 )  # fmt: skip
 DIMENSIONLESS = {
     "weight_decay", "adam_beta1", "adam_beta2", "beta_fast", "beta_slow", "factor", "losses", "loss",
-    "value", "seconds", "target", "measured", "kl_divergence", "host_exponent", "exponent",
+    "value", "seconds", "target", "measured", "kl_divergence", "kl_from_simulated", "host_exponent",
+    "exponent",
     "expert_bias_range", "temperature", "base_values", "variant_values", "repeat_values", "tolerance_values",
 }  # fmt: skip
 """Names of numbers that have no unit or are one, or a value whose name, with its unit, stands beside it."""

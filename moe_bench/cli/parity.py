@@ -42,41 +42,48 @@ if TYPE_CHECKING:
 PlotOption = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE", callback=picture_to_write, help="Losses, differences: .png, .svg, .pdf."
+        "--plot",
+        metavar="FILE",
+        callback=picture_to_write,
+        help="Draw losses and differences (.png, .svg, .pdf).",
     ),
+]
+ComparedArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[BASE [VARIANT]]",
+        help="Two recipes, or one with --vary; any number with --plain. <model>, <model>/<run>, a file.",
+    ),
+]
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="FIELD=VALUE", help="What the variant changes; all of them together."),
+]
+PlainOption = Annotated[
+    bool,
+    typer.Option(
+        "--plain",
+        help="Hold recipes against their plain settings (one process, nothing fused, overlapped or "
+        "recomputed), unless there is such evidence already.",
+    ),
+]
+AgainOption = Annotated[
+    bool, typer.Option("--again", help="With --plain: also where there is evidence already.")
 ]
 
 
 @app.command(rich_help_panel=MODEL)
 def parity(
     data: Annotated[Path, typer.Option("--data", metavar="PREFIX", help="A dataset of `data build`.")],
-    recipes: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[BASE [VARIANT]]",
-            help="Two recipes, or one with --vary; any number with --plain. <model>, <model>/<run>, a file.",
-        ),
-    ] = None,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option("--vary", metavar="FIELD=VALUE", help="What the variant changes; all of them together."),
-    ] = None,
-    plain: Annotated[
-        bool,
-        typer.Option(
-            "--plain",
-            help="Hold recipes against their plain settings (one process, nothing fused, overlapped or "
-            "recomputed), unless there is such evidence already.",
-        ),
-    ] = False,
+    recipes: ComparedArgument = None,
+    vary: VaryOption = None,
+    plain: PlainOption = False,
     is_all: Annotated[bool, typer.Option("--all", help="With --plain: every shipped recipe.")] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="With --plain: also where there is evidence.")
-    ] = False,
+    again: AgainOption = False,
     scale: ScaleOptionType = ScaleOption.FULL,
     num_gpus: NumGpusOption = None,
     changes: SetOption = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of every run.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of every run.")] = 20,
     repeats: Annotated[
         int, typer.Option("--repeats", min=2, help="Runs of the base from weights a rounding off.")
     ] = 4,
@@ -84,11 +91,11 @@ def parity(
         Launcher | None,
         typer.Option("--launcher", help="What starts the ranks of every run; without a GPU they are forked."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Instead of results/.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: results/.")] = None,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Whether two settings of a recipe learn alike: losses step by step, against what rounding explains."""
+    """Test whether two settings of a recipe learn alike: losses step by step, against rounding."""
     session = _Session(
         data=data,
         num_steps=steps,

@@ -130,11 +130,11 @@ def _untrained_bytes(recipe: Recipe) -> int:
     if moe is None or recipe.routing.mode != "natural" or recipe.token_drop is not None:
         return 0
     loads = untrained_loads(recipe, moe)
-    worst = memory_fit(recipe, load=loads.stage).worst
+    worst = memory_fit(recipe, load=loads.stage_ratio).worst
     full = recipe.recompute.granularity == "full"
     mean, most = (
         ModelMemory(recipe, load=load).layer(is_moe=True, is_recomputed=full).forward.total_bytes
-        for load in (loads.stage, loads.layer)
+        for load in (loads.stage_ratio, loads.layer_ratio)
     )
     held = worst.total_bytes + most - mean
     return round((1 + NATURAL_CACHING_FRACTION) * held) + CONTEXT_BYTES + worst.outside_bytes

@@ -24,9 +24,9 @@ _SEED = 20_250_101
 class UntrainedLoads:
     """What the busiest rank receives for its experts over the mean of ranks; 1 is balanced."""
 
-    stage: float
+    stage_ratio: float
     """Mean over the expert layers of one pipeline rank."""
-    layer: float
+    layer_ratio: float
     """In one layer."""
 
 
@@ -44,4 +44,4 @@ def untrained_loads(recipe: Recipe, moe: MixtureOfExperts) -> UntrainedLoads:
     loads = chosen * ranks / moe.top_k
     busiest = loads.mean(axis=2).max(axis=(1, 2)), loads.max(axis=(1, 2, 3))
     stage, layer = (float(np.quantile(one, _QUANTILE)) for one in busiest)
-    return UntrainedLoads(stage=stage, layer=layer)
+    return UntrainedLoads(stage_ratio=stage, layer_ratio=layer)

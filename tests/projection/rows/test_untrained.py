@@ -20,16 +20,16 @@ def loads(recipe: Recipe) -> UntrainedLoads:
 
 
 def test_one_rank_has_all_experts_and_the_mean() -> None:
-    assert loads(qwen(ep=1)) == UntrainedLoads(stage=1.0, layer=1.0)
+    assert loads(qwen(ep=1)) == UntrainedLoads(stage_ratio=1.0, layer_ratio=1.0)
 
 
 def test_no_rank_receives_more_than_its_experts_can_take() -> None:
     # a token takes 8 of 128, and each of 32 ranks has 4 of them
-    busiest = loads(qwen(num_gpus=32, ep=32)).layer
+    busiest = loads(qwen(num_gpus=32, ep=32)).layer_ratio
     assert busiest <= 4 * 32 / 8
     assert busiest % (32 / 8) == pytest.approx(0.0)
 
 
 def test_layers_make_up_for_each_other() -> None:
     whole, cut = loads(qwen()), loads(qwen(pp=2))
-    assert 1 < whole.stage < cut.stage < cut.layer
+    assert 1 < whole.stage_ratio < cut.stage_ratio < cut.layer_ratio
