@@ -132,7 +132,10 @@ class Pricer:
     def _cost(self, operation: Operation) -> Cost:
         if isinstance(operation, Gemm):
             cost = self.efficiency.gemm(operation)
-            return replace(cost, compute_s=cost.compute_s / self.efficiency.sustained_ratio)
+            ratio = self.efficiency.sustained_ratio
+            if operation.part is Part.EXPERTS:
+                ratio *= self.traits.experts_fraction
+            return replace(cost, compute_s=cost.compute_s / ratio)
         if isinstance(operation, AttentionCore):
             cost = self.efficiency.attention(operation)
             return replace(cost, compute_s=cost.compute_s / self.traits.attention_fraction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from moe_bench.projection.rows.inference import InferredRun
 from moe_bench.projection.rows.stack import Engine, Suite
@@ -27,6 +28,10 @@ all four of a GB300 tray to the first; mended in v0.3.0 (NVIDIA/exemplar-perform
 _TORCHAO_EXPERTS = "torchao_mxfp8"
 """Automodel's torch_mm_mxfp8 quantizes experts alone; Transformer Engine's autocast, around the whole forward
 pass, every linear layer of its own (components/models/common/utils.py at 77f112399)."""
+_EXPERT_RATES: Mapping[str, float] = MappingProxyType({"gmm": 0.98, "torch_mm": 0.88})
+"""Products of Automodel's other experts in BF16 on a GB200, over Transformer Engine's: what makes a step of
+Qwen3-30B 1.006 and 1.032 times as long, all else equal (26.27, 26.12 and 25.45 % in
+examples/llm_benchmark/qwen/qwen3_moe_30b_te_deepep_gb200.yaml)."""
 _NVFP4_KEEPS_BF16 = frozenset({Part.ATTENTION_PROJECTIONS, Part.LATENT})
 """Of Nemotron-3-Super in Megatron-Bridge, with its prediction modules: scripts/performance/configs/nemotronh/
 te_quant.cfg at v0.4.0. That the mixer's output projection is in MXFP8 there is left out."""
@@ -50,6 +55,8 @@ def traits_of(run: InferredRun) -> Traits:
     )
     if _keeps_bf16(run):
         traits = replace(traits, bf16_parts=_NVFP4_KEEPS_BF16, quantizes_mtp=False)
+    if run.recipe.system.key == "gb200_nvl72":
+        traits = replace(traits, experts_fraction=_EXPERT_RATES.get(run.row.experts_backend or "", 1.0))
     if run.row.experts_backend == _TORCHAO_EXPERTS:
         traits = replace(traits, bf16_parts=frozenset({Part.ATTENTION_PROJECTIONS}))
     if run.recipe.system.key == _MISBOUND_SYSTEM and run.stack.is_bridge(*_MISBOUND_RELEASE):

@@ -43,9 +43,11 @@ _REPLAY_LAUNCHES = 12
 0.88 ms a module in Megatron-Bridge's matched runs of Moonlight (results/published/moonlight_16b_a3b.yaml)."""
 _GRAPH_LAUNCHES = 30
 """The same of the CUDA graph of a layer or of parts of it, replayed forward and backward: inputs copied to
-where they were captured, autograd's function over every weight inside, two launches. A step of Qwen3-30B on
-16 H100 takes 20.15 s with graphs of router and preprocessing, 20.99 s without, all else equal: 31
-(results/published/qwen3_30b_a3b.yaml, Megatron-Bridge's runs with overlap)."""
+where they were captured, autograd's function over every weight inside, two launches. Matched runs of
+Megatron-Bridge on 16 H100 (skills/nemo-mbridge-perf-cuda-graphs/card.yaml at 067f987df03b): graphs of
+attention, router and preprocessing make a step of GPT-OSS-20B 1.17 to 1.33 times as fast, where free replays
+would make it 1.36 times, these 1.33; one of Qwen3-30B over all-to-all 0.98 times. Between 20 and 50 published
+rows are ordered alike."""
 _FORWARD_SHARE = 1 / 3
 """Of a layer's launches, those of its forward pass: forward, dgrad and wgrad."""
 

@@ -19,6 +19,8 @@ class Traits:
     (torchtitan's `fsdp_reshard_after_forward`)."""
     attention_fraction: float = 1.0
     """Rate of its attention kernels over that of the best public ones (cuDNN, FlashAttention 3)."""
+    experts_fraction: float = 1.0
+    """Rate of its experts' products over that of Transformer Engine's."""
     num_flushes: int = 1
     """Pipeline schedules of one step, one behind the other: torch's pipelines empty themselves after every
     local batch, Megatron-Core's once."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moe_bench.projection.rows.engines import traits_of
 from moe_bench.projection.rows.inference import InferredRun, infer
+from moe_bench.projection.step import project
 from moe_bench.projection.work.operations import Part
 from moe_bench.projection.work.traits import TORCHTITAN, Traits
 from tests.projection.published_rows import CATALOGUE, ROWS
@@ -63,3 +66,18 @@ def test_bridge_25_11_binds_all_processes_of_a_gb300_tray_to_its_first_cpu() -> 
     assert traits("mb25.11-" + name.format("gb300")).is_bound_to_first_cpu
     assert not traits("mb26.02-" + name.format("gb300")).is_bound_to_first_cpu
     assert not traits("mb25.11-" + name.format("gb200")).is_bound_to_first_cpu
+
+
+def test_kernels_of_experts_differ_as_one_model_showed() -> None:
+    """Two steps that differ in nothing else, by the utilization that Automodel's YAML prints."""
+    row_id = "automodel-yaml-qwen3-30b-a3b-gb200-8gpu-bf16-s4096-experts-backend-te-te-attention"
+    run = infer(next(row for row in ROWS if row.id == row_id), CATALOGUE)
+    assert isinstance(run, InferredRun)
+    deepseek = "automodel-yaml-deepseek-v3-gb200-64gpu-bf16-s4096-experts-backend"
+    assert traits(f"{deepseek}-torch-mm-sdpa-torch.comp").experts_fraction == 0.88
+    step_s = {
+        backend: project(run.recipe, traits=replace(traits_of(run), experts_fraction=fraction)).step_s
+        for backend, fraction in (("te", 1.0), ("gmm", 0.98), ("torch_mm", 0.88))
+    }
+    assert step_s["gmm"] / step_s["te"] == pytest.approx(26.27 / 26.12, abs=2e-3)
+    assert step_s["torch_mm"] / step_s["te"] == pytest.approx(26.27 / 25.45, abs=2e-3)
