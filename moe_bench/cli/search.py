@@ -51,10 +51,12 @@ def search(
 ) -> None:
     """Find the fastest layouts that fit, out of all legal ones.
 
-    Searched: TP, ETP, CP and what its ranks send, PP, VPP and the division of the layers, EP, dispatcher,
-    expert overlap, micro batch, recomputation, and sharding by the distributed optimizer or by Megatron-FSDP.
-    Sequence parallelism, overlapped transfers and environment follow. All else is the recipe's and changed by
-    --set: precision, fusions, CUDA graphs, and offloading, whose transfers the projection does not count.
+    Searched: TP, ETP, CP and what its ranks send, PP, VPP and the division of
+    the layers, EP, dispatcher, expert overlap, micro batch, recomputation, and
+    sharding by the distributed optimizer or by Megatron-FSDP. Sequence
+    parallelism, overlapped transfers and environment follow. All else is the
+    recipe's and changed by --set: precision, fusions, CUDA graphs, and
+    offloading, whose transfers the projection does not count.
     """
     from moe_bench.projection.search.base import Asked, search_base
     from moe_bench.projection.search.record import record_of
