@@ -11,7 +11,7 @@ from moe_bench.results.published import PublishedRow, load_rows
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = tuple(row for row in load_rows(REPOSITORY / "results" / "published") if row.is_training)
 CATALOGUE = load_catalogue(REPOSITORY / "recipes")
-WITHOUT_RECIPES = replace(CATALOGUE, reproducing={})
+WITHOUT_RECIPES = replace(CATALOGUE, reproducing=lambda row_id: None)
 
 
 def made_row(**columns: object) -> PublishedRow:

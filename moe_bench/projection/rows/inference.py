@@ -102,17 +102,29 @@ class Catalogue:
 
     model: Callable[[str, int | None], ModelSpec | None]
     """By printed name, cut to a number of layers where one is given; None for an unknown one."""
-    systems: Mapping[str, SystemSpec]
-    reproducing: Mapping[str, Recipe]
-    """By id of the row."""
+    system: Callable[[str], SystemSpec | None]
+    """By key; None for an unknown one."""
+    reproducing: Callable[[str], Recipe | None]
+    """By id of the row; None where no recipe copies it, the last one where several do."""
 
 
 def load_catalogue(root: Path) -> Catalogue:
-    """The catalogue in the folder `recipes/`; RecipeError names every mistake in its files."""
+    """The catalogue in the folder `recipes/`, of which a file is checked when a row needs it.
+
+    What it holds raises RecipeError with every mistake in such a file.
+    """
     loader = Loader(root=root, rules=())
-    systems = {path.stem: loader.system(path.stem) for path in sorted((root / SYSTEMS_FOLDER).glob("*.yaml"))}
-    recipes = (loader.recipe(path) for path in recipe_paths(root))
-    reproducing = {recipe.reproduces: recipe for recipe in recipes if recipe.reproduces is not None}
+    texts = {path: path.read_bytes() for path in reversed(recipe_paths(root))}
+
+    @cache
+    def system(key: str) -> SystemSpec | None:
+        return loader.system(key) if (root / SYSTEMS_FOLDER / f"{key}.yaml").is_file() else None
+
+    @cache
+    def reproducing(row_id: str) -> Recipe | None:
+        # a file without the id does not copy the row, and checking all of them takes a tenth of `project`
+        recipes = (loader.recipe(path) for path, text in texts.items() if row_id.encode() in text)
+        return next((recipe for recipe in recipes if recipe.reproduces == row_id), None)
 
     @cache
     def model(name: str, num_layers: int | None) -> ModelSpec | None:
@@ -121,7 +133,7 @@ def load_catalogue(root: Path) -> Catalogue:
         except UnknownNameError:
             return None
 
-    return Catalogue(model=model, systems=systems, reproducing=reproducing)
+    return Catalogue(model=model, system=system, reproducing=reproducing)
 
 
 def infer(row: PublishedRow, catalogue: Catalogue) -> InferredRun | NotProjectable:
@@ -163,7 +175,7 @@ def _case(row: PublishedRow, catalogue: Catalogue) -> Case | NotProjectable:
 
 
 def _configured(case: Case, catalogue: Catalogue) -> Configured | NotProjectable:
-    fields = _fields_of(case, catalogue.reproducing.get(case.row.id))
+    fields = _fields_of(case, catalogue.reproducing(case.row.id))
     if isinstance(fields, str):
         return NotProjectable(row=case.row, reason=fields)
     draft, assumptions = fields
@@ -202,7 +214,7 @@ def _rule_for(case: Case, rules: Sequence[Rule], donor: Recipe | None) -> Rule |
 def _system(row: PublishedRow, catalogue: Catalogue) -> SystemSpec | None:
     """The system that a source calls `H100`, `H100-96GB` or `GB200`."""
     key = (row.hardware or "").lower().replace("-", "_").replace(" ", "_")
-    forms = (catalogue.systems.get(key + form) for form in _SYSTEM_FORMS)
+    forms = (catalogue.system(key + form) for form in _SYSTEM_FORMS)
     return next((system for system in forms if system is not None), None)
 
 
