@@ -7,7 +7,6 @@ has seen, and all are when the code that derives the numbers differs.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import json
 import sqlite3
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from pydantic_core import from_json
 
 import moe_bench
+from moe_bench.results.collector import collector_paused
 from moe_bench.results.entry import Entry, entry_of
 from moe_bench.results.metrics import RunMetrics
 from moe_bench.results.store import record_files
@@ -112,7 +112,7 @@ class Index:
         """The records below `under` that are `wanted`, by path, with their summaries."""
         shared = _Shared(self._db)
         rows = self._select("entry, summary", "entry IS NOT NULL", under)
-        with _collector_paused():
+        with collector_paused():
             entries = ((_entry(self._root / path, entry), summary) for path, entry, summary in rows)
             return tuple((entry, _summary(text, shared)) for entry, text in entries if wanted(entry))
 
@@ -124,18 +124,6 @@ class Index:
 
     def _prefix(self, under: Path) -> str:
         return "" if under == self._root else f"{under.relative_to(self._root).as_posix()}/"
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No search for cycles while ten thousand objects without any are made: it takes a third of that time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager
