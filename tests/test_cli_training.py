@@ -59,19 +59,6 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "health.jsonl: nothing there" in line
 
 
-def test_what_megatron_fsdp_divides_is_not_trained_since_it_could_not_be_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    places = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
-    refused = ["train", "mixtral_8x22b/h100_sxm_128g_bf16_fsdp", "--scale", "smoke", *places]
-    assert main(refused) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "parallel.data_sharding: train cannot save" in line
-    remedy = line.rpartition("add ")[2].split()
-    assert main([*refused, *remedy, "--set", 'env.CUDA_DEVICE_MAX_CONNECTIONS="1"']) == 2
-    assert str(tmp_path / "none") in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_router_that_sees_later_tokens_is_refused_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

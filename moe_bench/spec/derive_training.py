@@ -49,15 +49,15 @@ def require_vocabulary(plan: Plan, tokenizer: TokenizerSpec, data: str) -> None:
 
 
 def require_checkpoints(recipe: Recipe) -> None:
-    """Raise BadInputError where what the recipe trains could not be saved.
+    """Raise BadInputError where what Megatron-FSDP divides could not be saved (training/fsdp_state.py).
 
-    Megatron-Core 0.19 saves Megatron-FSDP in another format, of DTensors, by Megatron-LM's own loop
-    (megatron/training/checkpointing.py, preprocess_fsdp_dtensor_state_dict).
+    With several instances a rank holds the same rows as others, and nobody says which of them are saved.
     """
-    if recipe.parallel.data_sharding == "megatron_fsdp":
+    parallel = recipe.parallel
+    if parallel.data_sharding == "megatron_fsdp" and parallel.num_optimizer_instances > 1:
         raise BadInputError(
-            f"{recipe.name}: parallel.data_sharding: train cannot save what megatron_fsdp divides "
-            "(docs/train.md); add --set parallel.data_sharding=distributed_optimizer"
+            f"{recipe.name}: parallel.num_optimizer_instances: train cannot save what megatron_fsdp divides "
+            "over several (docs/train.md); add --set parallel.num_optimizer_instances=1"
         )
 
 

@@ -12,6 +12,7 @@ from moe_bench.spec.dataset import TokenizerSpec
 from moe_bench.spec.derive_training import (
     TOY_BATCH_SIZE,
     Wishes,
+    require_checkpoints,
     require_same_tokenizer,
     require_vocabulary,
     training_job,
@@ -113,6 +114,15 @@ def test_adapters_beside_weights_with_which_they_were_not_tried_are_refused() ->
         training_job(
             asked.model_copy(update={"recipe": recipe}), Wishes(data="set", lora_rank=4), before=None
         )
+
+
+def test_several_optimizer_instances_of_megatron_fsdp_cannot_be_saved() -> None:
+    recipe = plan().recipe
+    sharded = recipe.parallel.model_copy(update={"data_sharding": "megatron_fsdp"})
+    require_checkpoints(recipe.model_copy(update={"parallel": sharded}))
+    several = sharded.model_copy(update={"num_optimizer_instances": 2})
+    with pytest.raises(BadInputError, match=r"add --set parallel\.num_optimizer_instances=1"):
+        require_checkpoints(recipe.model_copy(update={"parallel": several}))
 
 
 def test_another_tokenizer_than_the_run_has_learned_is_refused_wherever_its_files_lie() -> None:

@@ -23,6 +23,12 @@ from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.adapters import adapter_rank, is_adapter
 from moe_bench.harness.build import Training
 from moe_bench.harness.kernels.adam import StoredBf16Adam
+from moe_bench.harness.training.fsdp_state import (
+    fsdp_model_state,
+    fsdp_optimizer_state,
+    is_fsdp,
+    take_up_fsdp,
+)
 from moe_bench.harness.training.writer_process import writers
 from moe_bench.results.training_run import checkpoint_path, saved_steps
 
@@ -134,6 +140,8 @@ def _gather_weights(training: Training) -> None:
     itself, and the next forward pass gathers the others (Megatron-LM does the same before it saves:
     megatron/training/training.py, force_param_sync).
     """
+    if is_fsdp(training):
+        return  # which saves what each rank updates itself
     overlapping = [chunk for chunk in training.chunks if chunk.ddp_config.overlap_param_gather]
     if overlapping:
         training.optimizer.prepare_model_params_for_param_sync()
@@ -151,7 +159,8 @@ def load_checkpoint(training: Training, path: Path, *, with_optimizer: bool = Tr
     and where a file of it is damaged.
     """
     begins_adapters = _require_same_tensors(training, path)
-    if with_optimizer:
+    divides = training.optimizer is not None and is_fsdp(training)
+    if with_optimizer and not divides:
         for part in _parts(training.optimizer):
             _make_state(part.optimizer)
     wanted = _state(training, Progress(num_steps=0), is_loading=True, with_optimizer=with_optimizer)
@@ -162,9 +171,12 @@ def load_checkpoint(training: Training, path: Path, *, with_optimizer: bool = Tr
     except (CheckpointingException, OSError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BadInputError(f"{path}: damaged or not whole ({first}); use another checkpoint") from error
+    progress = Progress(num_steps=int(state["num_steps"]))
+    if divides:
+        take_up_fsdp(training, state, num_steps=progress.num_steps if with_optimizer else None)
+        return progress
     for index, model in enumerate(_models(training)):
         model.load_state_dict(state[_model_key(training, index)], strict=not begins_adapters)
-    progress = Progress(num_steps=int(state["num_steps"]))
     if with_optimizer:
         _load_optimizer(training.optimizer, state["optimizer"], progress)
     elif training.optimizer is not None:
@@ -259,6 +271,8 @@ def _metadata() -> dict[str, Any]:
 
 
 def _model_state(training: Training) -> dict[str, Any]:
+    if training.optimizer is not None and is_fsdp(training):
+        return {"model": fsdp_model_state(training)}
     metadata = _metadata()
     return {
         _model_key(training, index): model.sharded_state_dict(metadata=metadata)
@@ -270,7 +284,9 @@ def _state(
     training: Training, progress: Progress, *, is_loading: bool, with_optimizer: bool = True
 ) -> dict[str, Any]:
     state: dict[str, Any] = _model_state(training)
-    if with_optimizer:
+    if with_optimizer and is_fsdp(training):
+        state["optimizer"] = fsdp_optimizer_state(training)
+    elif with_optimizer:
         state["optimizer"] = training.optimizer.sharded_state_dict(
             _flat(state), is_loading=is_loading, metadata=_metadata()
         )

@@ -162,7 +162,7 @@ def test_another_recompute_learns_alike_on_a_gpu(prefix: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_megatron_fsdp_which_cannot_be_saved_is_compared(prefix: Path, zygote: Zygote) -> None:
+def test_megatron_fsdp_learns_alike(prefix: Path, zygote: Zygote) -> None:
     found: Parity = zygote.call(compared, prefix, FSDP)
     assert found.is_equal
 
