@@ -36,7 +36,7 @@ def train(
     this process, which must have one thread and must have run no tensor operation.
 
     Raises MeasurementError where a loss is not finite or a checkpoint cannot be written, BadInputError where
-    data or checkpoint do not fit the model, and where Megatron-FSDP's would be saved,
+    data or checkpoint do not fit the model, and where the weights could not be saved,
     MissingRequirementError where something is not here.
     """
     if start.saves_checkpoints:
