@@ -89,12 +89,13 @@ def test_mlflow_that_cannot_be_reached_is_told_in_one_line(
 
 
 def test_weights_and_biases_writes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from moe_bench.report.export.wandb import write_wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     run_id = write_wandb(FOUND, "nightly", record_id="one")
+    wandb.teardown()  # as at the end of a process: its service writes the rest of the file
     (path,) = tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
     steps: dict[str, list[tuple[int, float]]] = {}
     for item in offline_history(path):
