@@ -1,7 +1,7 @@
-"""The accuracy of projections, of step time and memory, as the tables of docs/projection.md and README.md.
+"""The accuracy of projections, of step time and memory, as the tables of README.md and docs/.
 
     python benchmarks/accuracy_table.py            # prints them, and the widths of the intervals
-    python benchmarks/accuracy_table.py --write    # writes them into both pages and projection/interval.py
+    python benchmarks/accuracy_table.py --write    # writes them into the pages and projection/interval.py
 
 Runs for about a minute of one core. To be run after every change of rows, rules, rates or constants.
 """
@@ -51,8 +51,8 @@ def main() -> None:
     }
     memory = memory_record_markdown(memory_record(rows, evidence, catalogue))
     for path, table, marks in (
-        (ROOT / "docs" / "projection.md", accuracy_page(by_fold), (BEGIN, END)),
-        (ROOT / "docs" / "projection.md", memory, MEMORY_MARKS),
+        (ROOT / "docs" / "accuracy.md", accuracy_page(by_fold), (BEGIN, END)),
+        (ROOT / "docs" / "memory_accuracy.md", memory, MEMORY_MARKS),
         (ROOT / "README.md", readme_table(by_fold), (BEGIN, END)),
     ):
         if is_written:

@@ -1,4 +1,4 @@
-"""The tables of accuracy in docs/projection.md and README, and the interval widths that follow from them."""
+"""The tables of accuracy in docs/accuracy.md and README, and the interval widths that follow from them."""
 
 from __future__ import annotations
 

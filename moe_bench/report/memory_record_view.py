@@ -46,7 +46,7 @@ def memory_tables(record: MemoryRecord) -> dict[str, Columns]:
 
 
 def memory_record_markdown(record: MemoryRecord) -> str:
-    """The same tables for docs/projection.md."""
+    """The same tables for docs/memory_accuracy.md."""
     blocks = ["\n".join(f"- {line}." for line in memory_sentences(record))]
     for title, columns in memory_tables(record).items():
         lines = [

@@ -8,7 +8,7 @@ from moe_bench.report.accuracy_page import BEGIN, END, HEADINGS, accuracy_page, 
 from tests.projection.published_rows import REPOSITORY
 from tests.projection.registry import accuracy
 
-DOCS = (REPOSITORY / "docs" / "projection.md").read_text(encoding="utf-8")
+DOCS = (REPOSITORY / "docs" / "accuracy.md").read_text(encoding="utf-8")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 HALF_A_POINT = 0.5
 WRITE = "run `python benchmarks/accuracy_table.py --write`"

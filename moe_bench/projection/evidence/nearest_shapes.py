@@ -30,7 +30,7 @@ class NearestShapes:
 
     A plane through the sixteen nearest measurements in log2 of the sizes, weighted by 1 / distance, within
     the range of their values, so that it holds beyond them: of the methods tried, the one that predicts
-    left-out measurements best (docs/projection.md, benchmarks/table_errors.py). Ratios to the law rather than
+    left-out measurements best (docs/rates.md, benchmarks/table_errors.py). Ratios to the law rather than
     times, because they vary least: aiconfigurator's idea of a ratio to the speed of light.
     """
 

@@ -1,7 +1,7 @@
 """What public measurements say the kernels of a GPU achieve, as laws of few numbers, each with its source.
 
 `python benchmarks/fit_rates.py` prints every number of `_GEMM` and of `_ATTENTION` from the tables of
-`aiconfigurator-core`, and with `--simumax FILE` those of grouped products. docs/projection.md has the errors.
+`aiconfigurator-core`, and with `--simumax FILE` those of grouped products. docs/rates.md has the errors.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ _SUSTAINED: Mapping[str, float] = MappingProxyType(
     {_H100: 705 / 765, _H200: 705 / 765, _B200: 1228 / 1471, _GB200: 1344 / 1567, _GB300: 1662 / 1812}
 )
 """BF16 products of more than 100 TFLOP over those of 0.1 to 1: the longer, the lower the clock under the
-power limit (medians of aiconfigurator-core 0.12.0's tables, docs/projection.md). An H200 as an H100."""
+power limit (medians of aiconfigurator-core 0.12.0's tables, docs/rates.md). An H200 as an H100."""
 
 _SAME_CHIP: Mapping[str, str] = MappingProxyType({"NVIDIA H800": _H100})
 """GPUs with the SMs, clocks, power and memory of another; their links are their own (recipes/systems)."""

@@ -35,7 +35,7 @@ RECIPE_RULE = "recipe"
 
 
 def rule_table() -> str:
-    """The rules as a table in Markdown, for docs/projection.md."""
+    """The rules as a table in Markdown, for docs/row_inference.md."""
     return "\n".join(_lines())
 
 

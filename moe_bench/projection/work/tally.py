@@ -33,7 +33,7 @@ _BF16_BYTES = 2
 _COLLECTIVE_LAUNCHES = 20
 """Kernels that one tensor-parallel collective costs the host as much time as: its process group, events and
 waits, and the order that CUDA_DEVICE_MAX_CONNECTIONS=1 forces on all streams. Chosen between 0 and 22 by rows
-left out of the fit (docs/projection.md, what was tried)."""
+left out of the fit (docs/accuracy.md, what was tried)."""
 _USER_BUFFER_LAUNCHES = 10
 """The same where Transformer Engine's user buffers move the pieces of a product without torch's process
 groups: 30 calls of the driver with four ranks, 65 with eight (common/comm_gemm_overlap/comm_gemm_overlap.cpp,

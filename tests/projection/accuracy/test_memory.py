@@ -188,7 +188,7 @@ def test_graphs_of_layers_need_more_at_most() -> None:
 
 
 def test_the_documented_table_is_the_record() -> None:
-    page = Path(REPOSITORY / "docs" / "projection.md").read_text(encoding="utf-8")
+    page = Path(REPOSITORY / "docs" / "memory_accuracy.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- memory: begin -->\n")[2].partition("<!-- memory: end -->")[0]
     assert shown.strip() == memory_record_markdown(record()), (
         "run `python benchmarks/accuracy_table.py --write`"

@@ -91,7 +91,7 @@ def test_no_rate_is_above_the_datasheet(system: str) -> None:
 
 
 def test_long_work_slows_other_gpus_more_than_an_h100() -> None:
-    """Medians of docs/projection.md: 705 of 765 TFLOP/s on an H100, 1,228 of 1,471 on a B200."""
+    """Medians of docs/rates.md: 705 of 765 TFLOP/s on an H100, 1,228 of 1,471 on a B200."""
     keys = ("h100_sxm", "b200", "gb200_nvl72", "gb300_nvl72")
     ratios = {key: gpu_rates(gpu_of(key)).sustained_ratio for key in keys}
     assert ratios["h100_sxm"] == 1

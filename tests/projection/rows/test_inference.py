@@ -187,6 +187,6 @@ def test_the_step_time_follows_from_tokens_and_batch() -> None:
 def test_the_page_shows_the_rules_of_the_code() -> None:
     from moe_bench.projection.rows.rules import rule_table
 
-    page = (Path(__file__).resolve().parents[3] / "docs" / "projection.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "row_inference.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- rules: begin -->\n")[2].partition("<!-- rules: end -->")[0]
-    assert shown.strip() == rule_table(), "write rule_table() between the marks of docs/projection.md"
+    assert shown.strip() == rule_table(), "write rule_table() between the marks of docs/row_inference.md"
