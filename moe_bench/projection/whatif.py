@@ -58,7 +58,7 @@ def _constant(change: str) -> tuple[str, float]:
         near = get_close_matches(name, _NAMES, n=1) or _NAMES
         raise BadInputError(
             f"--what-if {change}: no such constant; did you mean {PREFIX}{near[0]}? "
-            "docs/projection.md lists them"
+            f"They are {', '.join(_NAMES)}"
         )
     try:
         value = float(text)
