@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moe_bench.analysis.memory import MemoryFit, needed_bytes
 from moe_bench.analysis.memory_verdict import rank_verdict, verdict
-from moe_bench.projection.cost import TrainingCost
 from moe_bench.projection.forecast import Forecast
 from moe_bench.projection.nearest import NearRow
-from moe_bench.projection.scaleout import ScaleOut
 from moe_bench.report.project_view import limits_text
 from moe_bench.report.recipe_list import layout_label
 from moe_bench.results.flops_convention import OUR_COUNTING
+
+if TYPE_CHECKING:
+    from moe_bench.projection.cost import TrainingCost
+    from moe_bench.projection.scaleout import ScaleOut
 
 
 def forecast_json(made: Forecast) -> dict[str, object]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from moe_bench.analysis.memory import needed_bytes
 from moe_bench.analysis.memory_verdict import rank_verdict, verdict
-from moe_bench.projection.cost import TrainingCost
 from moe_bench.projection.forecast import Forecast
 from moe_bench.projection.interval import Bounds
 from moe_bench.projection.nearest import NearRow
-from moe_bench.projection.scaleout import ScaleOut
 from moe_bench.projection.step import Projection
 from moe_bench.report.columns import Columns
 from moe_bench.report.figures import GIB, rate_text, seconds_text, tflops_text, tokens_text
 from moe_bench.report.recipe_list import layout_label
+
+if TYPE_CHECKING:
+    from moe_bench.projection.cost import TrainingCost
+    from moe_bench.projection.scaleout import ScaleOut
 
 NOT_MEASURED = "projected: nothing here was measured"
 _MWH_J = 3.6e9

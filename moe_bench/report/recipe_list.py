@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moe_bench.report.columns import Columns
-from moe_bench.results.parity import Evidence
 from moe_bench.spec.recipe import Recipe
+
+if TYPE_CHECKING:
+    # what most tables want of this module is a label; parity takes longer to load than all of it
+    from moe_bench.results.parity import Evidence
 
 HEADINGS = ("recipe", "layout", "seq", "GBS", "dispatch", "kernels", "parity", "reproduces")
 
