@@ -43,8 +43,8 @@ def with_recompute(run: InferredRun, cannot_fit: Callable[[Recipe], bool] = cann
 def settings(run: InferredRun) -> Iterator[Recompute]:
     """What the run's engine can recompute, from the cheapest on.
 
-    Megatron-Core's modules in the order of what they cost per byte that they free (docs/row_inference.md); the
-    switch of Automodel recomputes whole blocks.
+    Megatron-Core's modules in the order of what they cost per byte that they free (docs/row_inference.md);
+    the switch of Automodel recomputes whole blocks.
     """
     modules: list[RecomputeModule] = []
     for module in _modules(run.recipe) if run.stack.engine is Engine.MEGATRON else ():
