@@ -132,7 +132,7 @@ def test_a_training_is_priced(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_skewed_load_is_slower_than_a_balanced_one(capsys: pytest.CaptureFixture[str]) -> None:
     balanced = projected(capsys, DEEPSEEK, "--load", "balanced")
-    skewed = projected(capsys, DEEPSEEK, "--load", "power-law:0.5")
+    skewed = projected(capsys, DEEPSEEK, "--load", "power_law:0.5")
     assert skewed["load"]["busiest_over_mean_ratio"] > 1 == balanced["load"]["busiest_over_mean_ratio"]
     assert skewed["step_s"] > balanced["step_s"]
 

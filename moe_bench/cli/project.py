@@ -52,7 +52,7 @@ LoadOption = Annotated[
     str | None,
     typer.Option(
         "--load",
-        help="balanced, random, power-law:ALPHA, or a JSON file of tokens per layer and expert; "
+        help="balanced, random, power_law:ALPHA, or a JSON file of tokens per layer and expert; "
         "default: what routing.mode leads to.",
     ),
 ]

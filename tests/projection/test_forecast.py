@@ -52,7 +52,7 @@ def test_a_balanced_load_is_named_and_assumed() -> None:
 
 
 def test_a_skewed_load_takes_time_and_memory() -> None:
-    even, skewed = (forecast(DEEPSEEK, load=load) for load in ("balanced", "power-law:0.5"))
+    even, skewed = (forecast(DEEPSEEK, load=load) for load in ("balanced", "power_law:0.5"))
     assert skewed.projection.step_s > even.projection.step_s
     assert skewed.memory.worst.total_bytes > even.memory.worst.total_bytes
 

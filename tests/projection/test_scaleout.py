@@ -56,7 +56,7 @@ def test_changes_of_the_user_are_in_the_names_of_other_sizes() -> None:
 
 
 def test_the_load_is_that_of_each_size() -> None:
-    heavy = scale_out(DEEPSEEK, [256], strong=False, load="power-law:0.5")
+    heavy = scale_out(DEEPSEEK, [256], strong=False, load="power_law:0.5")
     even = scale_out(DEEPSEEK, [256], strong=False, load="balanced")
     assert heavy.points[0].projection.step_s > even.points[0].projection.step_s
 

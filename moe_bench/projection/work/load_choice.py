@@ -10,8 +10,8 @@ from moe_bench.projection.work.load import popularity_load, power_law, recipe_lo
 from moe_bench.spec.recipe import Recipe
 from moe_bench.spec.routing_trace import read_trace
 
-CHOICES = "balanced, random, power-law:ALPHA, or a JSON file with a list of tokens per expert for each layer"
-_POWER_LAW = "power-law:"
+CHOICES = "balanced, random, power_law:ALPHA, or a JSON file with a list of tokens per expert for each layer"
+_POWER_LAW = "power_law:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

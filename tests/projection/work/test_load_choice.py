@@ -22,14 +22,14 @@ def ratio(choice: str | None) -> float:
 
 def test_loads_rise_from_balanced_over_random_to_skewed() -> None:
     ratios = [
-        ratio(choice) for choice in ("balanced", "random", "power-law:0.3", "power-law:0.6", "power-law:1")
+        ratio(choice) for choice in ("balanced", "random", "power_law:0.3", "power_law:0.6", "power_law:1")
     ]
     assert ratios[0] == 1
     assert ratios == sorted(set(ratios))
 
 
 def test_a_power_law_of_zero_is_balanced() -> None:
-    assert ratio("power-law:0") == pytest.approx(1)
+    assert ratio("power_law:0") == pytest.approx(1)
 
 
 def test_without_a_choice_the_recipe_decides() -> None:
@@ -48,9 +48,9 @@ def test_a_recorded_trace_counts_the_busiest_rank_of_each_layer(tmp_path: Path) 
     ("choice", "problem"),
     [
         ("heavy", "unknown; write balanced, random"),
-        ("power-law:", "'' is no exponent"),
-        ("power-law:-1", "'-1' is no exponent"),
-        ("power-law:nan", "'nan' is no exponent"),
+        ("power_law:", "'' is no exponent"),
+        ("power_law:-1", "'-1' is no exponent"),
+        ("power_law:nan", "'nan' is no exponent"),
         ("missing.json", "No such file"),
     ],
 )
