@@ -183,6 +183,21 @@ def run_provenance(record: Record) -> tuple[Fact, ...]:
     )
 
 
+def packages_said_once(runs: Iterable[tuple[str, tuple[Fact, ...]]]) -> tuple[tuple[Fact, ...], ...]:
+    """The provenance of each of `runs`, (title, facts): equal packages refer to the first run with them."""
+    first: dict[str, str] = {}
+    found = []
+    for title, facts in runs:
+        shown = []
+        for fact in facts:
+            is_said = fact.label == "packages" and fact.text in first
+            shown.append(Fact(label=fact.label, text=f"those of {first[fact.text]}") if is_said else fact)
+            if fact.label == "packages":
+                first.setdefault(fact.text, title)
+        found.append(tuple(shown))
+    return tuple(found)
+
+
 def _gpu_facts(provenance: Provenance) -> tuple[Fact, ...]:
     gpus = provenance.gpus
     if not gpus:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moe_bench.analysis.memory import memory_fit
 from moe_bench.report.figures import TERA
 from moe_bench.report.html.chart import Chart
-from moe_bench.report.html.facts import Fact, recipe_facts, row_sources, run_provenance
+from moe_bench.report.html.facts import Fact, packages_said_once, recipe_facts, row_sources, run_provenance
 from moe_bench.report.html.job_drawing import JobDrawing, job_drawing
 from moe_bench.report.html.memory_chart import memory_chart
 from moe_bench.report.html.rendering import template
@@ -119,11 +119,14 @@ def render_page(data: ReportData) -> str:
     reproduced = reproductions(data.recipes, {row.id: row for row in data.rows}, runs, projected=projected)
     rows = rows_shown(data.rows, lines, curves)
     latest = latest_records(data.records)
+    parts = [_run_part(index, record) for index, record in enumerate(latest)]
+    provenance = packages_said_once((part.title, part.provenance) for part in parts)
     return template("page.html.j2").render(
         data=data,
         num_runs=len(runs),
         overview=[overview_row(run, data.parities) for run in runs[-MAX_OVERVIEW_RUNS:]],
-        runs=[_run_part(index, record) for index, record in enumerate(latest)],
+        runs=parts,
+        provenance=provenance,
         num_older=len(runs) - len(latest),
         training=[training_card(index, run) for index, run in enumerate(data.training)],
         throughput=throughput_chart("throughput", lines) if lines else None,

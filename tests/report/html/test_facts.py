@@ -2,7 +2,14 @@
 
 import pytest
 
-from moe_bench.report.html.facts import recipe_facts, row_sources, run_provenance, source_url
+from moe_bench.report.html.facts import (
+    Fact,
+    packages_said_once,
+    recipe_facts,
+    row_sources,
+    run_provenance,
+    source_url,
+)
 from moe_bench.results.published import Source, load_rows
 from moe_bench.results.record import GpuFacts
 from moe_bench.spec.catalogue import data_root
@@ -87,3 +94,11 @@ def test_the_card_of_a_scaled_recipe_says_where_it_comes_from() -> None:
     facts = {fact.label: fact.text for fact in recipe_facts(member, None)}
     assert facts["comes from"] == "qwen3_30b_a3b/h100_sxm_16g_bf16, seed=1, strong scaling"
     assert "comes from" not in {fact.label for fact in recipe_facts(base, None)}
+
+
+def test_equal_packages_are_said_once_and_others_in_full() -> None:
+    runs = [
+        (title, (Fact(label="packages", text=text),))
+        for title, text in (("a", "x 1"), ("b", "x 1"), ("c", "x 2"))
+    ]
+    assert [facts[0].text for facts in packages_said_once(runs)] == ["x 1", "those of a", "x 2"]
