@@ -50,12 +50,12 @@ def test_check_tells_legal_recipes_in_one_line(capsys: pytest.CaptureFixture[str
 
 
 def test_check_says_what_is_legal_and_yet_refused_by_run(capsys: pytest.CaptureFixture[str]) -> None:
-    graphs = ["check", "qwen3_30b_a3b/h100_sxm_16g_bf16"]
+    graphs = ["check", "qwen3_30b_a3b/gb200_nvl72_8g_mxfp8"]
     assert main(graphs) == 0
     captured = capsys.readouterr()
     assert captured.out == "1 recipe, legal\n"
     assert captured.err.startswith(f"legal, but run refuses {graphs[1]}: cuda_graphs.implementation: ")
-    assert main([*graphs, "--set", "cuda_graphs={}"]) == 0
+    assert main(["check", "qwen3_30b_a3b/h100_sxm_16g_bf16"]) == 0
     assert capsys.readouterr().err == ""
 
 

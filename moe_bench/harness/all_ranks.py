@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness.mcore_config import megatron_arguments
-from moe_bench.harness.requirements import require_runnable
+from moe_bench.harness.requirements import require_no_graphs, require_runnable
 from moe_bench.harness.settings import settings_of
 from moe_bench.harness.start import load_quantize
 from moe_bench.harness.workers import Message, Seat, run_forked
@@ -44,6 +44,7 @@ def on_all_ranks[Result](
     """
     arguments = megatron_arguments(recipe)
     require_runnable(arguments)
+    require_no_graphs(arguments)
     settings = settings_of(arguments)
     if settings.quantization_format is not None:
         load_quantize()  # once, before any rank is forked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+from megatron.core.full_cuda_graph import get_shared_capture_stream
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
@@ -49,6 +51,7 @@ _DTYPE_FIELDS = frozenset(
 """Fields that Megatron-Core wants as torch types; `moe_router_dtype` and its like stay text."""
 _SEEDS_OF_A_STEP = 1_000_003
 """More than lie between those of two ranks."""
+_SAME_TRACKER: Mapping[str, bool] = {}
 _ACTIVATIONS: Mapping[str, Callable[..., Any]] = {
     "silu": torch.nn.functional.silu,
     "quick_gelu": quick_gelu,
@@ -84,12 +87,26 @@ def transformer_config(arguments: MegatronArguments) -> TransformerConfig:
     return config
 
 
-def set_seeds(seed: int, *, step: int = 0) -> None:
-    """Seed every generator as Megatron-LM's training script does (_set_random_seed), anew for each `step`."""
+def random_tracker(arguments: MegatronArguments) -> Mapping[str, bool]:
+    """Which tracker of random states `set_seeds` makes: for CUDA graphs one whose states a graph can advance.
+
+    Transformer Engine's where its modules draw, as Megatron-LM's validate_args has it.
+    """
+    if arguments.transformer["cuda_graph_impl"] == "none":
+        return {}
+    is_engine = arguments.training["kernel_family"] == "transformer_engine"
+    return {"te_rng_tracker": is_engine, "use_cudagraphable_rng": not is_engine, "force_reset_rng": True}
+
+
+def set_seeds(seed: int, *, step: int = 0, tracker: Mapping[str, bool] = _SAME_TRACKER) -> None:
+    """Seed every generator as Megatron-LM's training script does (_set_random_seed), anew for each `step`.
+
+    `tracker` is what `random_tracker` says.
+    """
     seed += _SEEDS_OF_A_STEP * step + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, **tracker)
 
 
 def model_chunks(
@@ -160,7 +177,8 @@ def training(
     chunks = _in_precision(config, chunks, device=device)
     ddp_config = DistributedDataParallelConfig(**_objects(arguments.ddp))
     gathers_in_step = bool(arguments.optimizer["overlap_param_gather_with_optimizer_step"])
-    wrapped = _wrap(chunks, config, ddp_config, device=device, gathers_in_step=gathers_in_step)
+    with _wrapping_stream(config):
+        wrapped = _wrap(chunks, config, ddp_config, device=device, gathers_in_step=gathers_in_step)
     optimizer = _optimizer(
         arguments,
         list(wrapped),
@@ -195,6 +213,24 @@ def _in_precision(
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         chunk.to(device)
     return tuple(Float16Module(config, chunk) for chunk in chunks) if config.bf16 else chunks
+
+
+@contextlib.contextmanager
+def _wrapping_stream(config: TransformerConfig) -> Iterator[None]:
+    """Where CUDA graphs are captured, a stream of its own for what wrapping makes.
+
+    Nodes that accumulate gradients remember the stream they were made on, and a capture may not wait for the
+    default one; the whole iteration is captured on theirs (Megatron-LM, training/training.py:2517).
+    """
+    if config.cuda_graph_impl == "none":
+        yield
+        return
+    is_whole = config.cuda_graph_impl == "full_iteration"
+    stream = get_shared_capture_stream() if is_whole else torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _wrap(

@@ -17,7 +17,14 @@ from moe_bench.errors import BadInputError, MissingRequirementError
 from moe_bench.harness import device_facts, sanity
 from moe_bench.harness.adapters import Adapt
 from moe_bench.harness.batches import BatchPlan, Device
-from moe_bench.harness.build import Training, model_chunks, set_seeds, training, transformer_config
+from moe_bench.harness.build import (
+    Training,
+    model_chunks,
+    random_tracker,
+    set_seeds,
+    training,
+    transformer_config,
+)
 from moe_bench.harness.implementations import implementations
 from moe_bench.harness.mcore_config import MegatronArguments
 from moe_bench.harness.patches import AppliedPatch, patch_names, patches
@@ -25,6 +32,7 @@ from moe_bench.harness.process_groups import process_groups
 from moe_bench.harness.profile import profiled
 from moe_bench.harness.routing import ExpertLoad, LoadCounter
 from moe_bench.harness.settings import Settings, settings_of
+from moe_bench.harness.step_graphs import step_graphs
 from moe_bench.harness.trainer import Trainer, Watch, speaks_for_job, speaks_for_stage
 from moe_bench.harness.weights import initialise_by_name, nudge_by_name
 from moe_bench.results.record import AloneSamples, GpuFacts, Implementations
@@ -185,43 +193,44 @@ def measured(
         raise MissingRequirementError(f"Megatron-Core cannot build the recipe here: {error}") from error
     counter = LoadCounter(built.chunks, num_steps=settings.num_steps, device=device)
     plan = batch_plan(settings, vocab_size=cast(int, arguments.model["vocab_size"]), device=device)
-    trainer = Trainer(
-        built,
-        plan,
-        counter,
-        rank=rendezvous.rank,
-        num_steps=settings.num_steps,
-        watch=watch,
-        is_alone=is_alone,
-    )
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    warmup_s = trainer.run(range(settings.num_warmup_steps))
-    before_j = device_facts.energy_counter_j() if device == "cuda" else None
-    timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
-    after_j = device_facts.energy_counter_j() if device == "cuda" else None
-    loads = counter.loads()
-    num_sharing = _num_stage_ranks(settings) if is_alone else 1
-    _require_sound_routing(built, settings, plan, loads, num_sharing=num_sharing)
-    report = RankReport(
-        rank=rendezvous.rank,
-        host=socket.gethostname(),
-        gpu=device_facts.gpu_facts() if device == "cuda" else None,
-        warmup_step_times_s=warmup_s,
-        step_times_s=timed_s,
-        losses=tuple(trainer.losses) if is_alone or speaks_for_job() else None,
-        grad_norms=tuple(trainer.grad_norms),
-        loads=loads if is_alone or speaks_for_stage() else (),
-        peak_memory_bytes=_peak_memory_bytes(device),
-        energy_j=None if before_j is None or after_j is None else after_j - before_j,
-        implementations=implementations(built),
-        patches=applied,
-    )
-    if profile is None:
-        return report
-    run_more = partial(_repeat_last_step, trainer.unwatched(), settings, profile.num_steps)
-    is_traced = is_alone or speaks_for_stage()
-    return replace(report, traces=profiled(run_more, built, profile if is_traced else None, device=device))
+    with step_graphs(built, plan) as graphs:
+        trainer = Trainer(
+            built,
+            plan,
+            counter,
+            rank=rendezvous.rank,
+            num_steps=settings.num_steps,
+            watch=watch,
+            graphs=graphs,
+            is_alone=is_alone,
+        )
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        warmup_s = trainer.run(range(settings.num_warmup_steps))
+        before_j = device_facts.energy_counter_j() if device == "cuda" else None
+        timed_s = trainer.run(range(settings.num_warmup_steps, settings.num_steps))
+        after_j = device_facts.energy_counter_j() if device == "cuda" else None
+        loads = counter.loads()
+        _require_sound_routing(built, settings, plan, loads, is_alone=is_alone)
+        report = RankReport(
+            rank=rendezvous.rank,
+            host=socket.gethostname(),
+            gpu=device_facts.gpu_facts() if device == "cuda" else None,
+            warmup_step_times_s=warmup_s,
+            step_times_s=timed_s,
+            losses=tuple(trainer.losses) if is_alone or speaks_for_job() else None,
+            grad_norms=tuple(trainer.grad_norms),
+            loads=loads if is_alone or speaks_for_stage() else (),
+            peak_memory_bytes=_peak_memory_bytes(device),
+            energy_j=None if before_j is None or after_j is None else after_j - before_j,
+            implementations=implementations(built),
+            patches=applied,
+        )
+        if profile is None:
+            return report
+        run_more = partial(_repeat_last_step, trainer.unwatched(), settings, profile.num_steps)
+        traced = profile if is_alone or speaks_for_stage() else None
+        return replace(report, traces=profiled(run_more, built, traced, device=device))
 
 
 def _repeat_last_step(trainer: Trainer, settings: Settings, num_times: int) -> None:
@@ -246,7 +255,7 @@ def build(
     Megatron-Core draws them.
     """
     config = transformer_config(arguments)
-    set_seeds(settings.seed)
+    set_seeds(settings.seed, tracker=random_tracker(arguments))
     chunks = model_chunks(arguments, settings, config, device=device)
     if adapt is not None:
         adapt(chunks)
@@ -286,14 +295,14 @@ def _require_sound_routing(
     plan: BatchPlan,
     loads: tuple[ExpertLoad, ...],
     *,
-    num_sharing: int,
+    is_alone: bool,
 ) -> None:
-    """Refuse loads that the recipe does not allow; they are of one of `num_sharing` equal shares."""
+    """Refuse loads that the recipe does not allow; one rank alone has an equal share of its stage's."""
     if built.config.moe_expert_capacity_factor is not None:
         return
     sanity.require_no_drops(
         loads,
-        tokens_per_step=settings.tokens_per_step // num_sharing,
+        tokens_per_step=settings.tokens_per_step // (_num_stage_ranks(settings) if is_alone else 1),
         top_k=built.config.moe_router_topk,
     )
     if settings.routing_mode == "round_robin":

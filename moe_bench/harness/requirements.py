@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from importlib import metadata
+from typing import cast
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.mcore_config import MegatronArguments
@@ -47,16 +48,51 @@ def require_supported(arguments: MegatronArguments) -> None:
             f"optimizer.main_params_dtype: {main_params_dtype} needs Transformer Engine's FusedAdam "
             "(megatron/core/optimizer/optimizer_config.py:450)"
         )
-    if transformer["cuda_graph_impl"] != "none":
-        raise MissingRequirementError(
-            f"cuda_graphs.implementation: {transformer['cuda_graph_impl']}: no code captures graphs "
-            "inside a step yet; run it without them, --set cuda_graphs={} (layer --graph captures one layer)"
-        )
+    if (problem := _graph_problem(arguments)) is not None:
+        raise MissingRequirementError(f"cuda_graphs.{problem}; run it without graphs, --set cuda_graphs={{}}")
     if transformer["tp_comm_overlap"]:
         raise MissingRequirementError(
             "overlap.tensor_parallel: no code sets up Transformer Engine's user buffers yet; "
             "--set overlap.tensor_parallel=false runs without"
         )
+
+
+def require_no_graphs(arguments: MegatronArguments) -> None:
+    """Raise MissingRequirementError where a verb that does more than timed steps is asked for CUDA graphs."""
+    if (implementation := arguments.transformer["cuda_graph_impl"]) != "none":
+        raise MissingRequirementError(
+            f"cuda_graphs.implementation: {implementation}: `run` alone captures graphs; random numbers that "
+            "are seeded anew in each step, and losses of data that is not learnt, would pass them by; "
+            "--set cuda_graphs={}"
+        )
+
+
+def _graph_problem(arguments: MegatronArguments) -> str | None:
+    """The key under `cuda_graphs` that no code here captures a step with, and why; None where one does."""
+    transformer, kind = arguments.transformer, arguments.transformer["cuda_graph_impl"]
+    if kind == "none":
+        return None
+    if arguments.ddp["use_megatron_fsdp"]:
+        return f"implementation: {kind} with Megatron-FSDP: no code sets its graph mode"
+    if kind == "local" and transformer["cuda_graph_modules"]:
+        return (
+            f"modules: some with {kind}: Megatron-Core captures layers of GPTModel whole "
+            "(MoETransformerLayer, which has parts, is of hybrid models)"
+        )
+    if kind == "full_iteration" and transformer.get("moe_expert_rank_capacity_factor") is not None:
+        return (
+            f"implementation: {kind} with mcore.moe_expert_rank_capacity_factor: no code drives "
+            "Megatron-Core's PagedStashRunner, which repeats a step whose tokens overflow that budget"
+        )
+    num_warmup = cast(int, arguments.training["num_warmup_steps"])
+    num_eager = cast(int, transformer["cuda_graph_warmup_steps"])
+    num_untimed = 2 if kind == "local" else num_eager + 1
+    if num_warmup < num_untimed:
+        return (
+            f"num_warmup_steps: {num_eager} with steps.num_warmup: {num_warmup}: the capture would be timed; "
+            f"write steps.num_warmup: {num_untimed} or more"
+        )
+    return None
 
 
 def _require_kernels(arguments: MegatronArguments) -> None:

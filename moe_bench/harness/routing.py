@@ -9,6 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.cuda_graphs import is_graph_warmup
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import distributed
@@ -148,8 +149,23 @@ class ExpertLoad:
         return f"{'mtp' if self.is_mtp else 'decoder'}.{self.layer}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """One router, and token copies that its experts got on this rank, int64."""
+
+    router: TopKRouter
+    by_step: torch.Tensor
+    """[step, expert], of the steps that are over."""
+    in_step: torch.Tensor
+    """[expert], of the step that runs."""
+
+
 class LoadCounter:
-    """Counts the tokens that the routers of this rank send to each expert, on the device, step by step."""
+    """Counts the tokens that the routers of this rank send to each expert, on the device, step by step.
+
+    A CUDA graph that holds a router adds to the address of its capture at every replay, so all steps are
+    counted at one, and each step's count is moved to its own row when the step is over.
+    """
 
     def __init__(
         self,
@@ -162,7 +178,7 @@ class LoadCounter:
         """`counts_padding` says whether rows that fill up a capacity, with probability 0, are counted."""
         self._step = 0
         self._counts_padding = counts_padding
-        self._watched: list[tuple[TopKRouter, torch.Tensor]] = []
+        self._watched: list[_Counted] = []
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
@@ -170,18 +186,26 @@ class LoadCounter:
 
     def start_step(self, step: int) -> None:
         """Count what follows for `step`, counted from 0 over warm-up and timed steps."""
+        self._end_step()
         self._step = step
+
+    def forget_step(self) -> None:
+        """Count the step anew: what went through the routers since it began were no tokens of it."""
+        for counted in self._watched:
+            counted.in_step.zero_()
 
     def clear(self) -> None:
         """Forget what was counted."""
-        for _, counts in self._watched:
-            counts.zero_()
+        self.forget_step()
+        for counted in self._watched:
+            counted.by_step.zero_()
 
     def loads(self) -> tuple[ExpertLoad, ...]:
         """Counts of this rank's layers, summed over the ranks that hold other tokens. A collective call."""
+        self._end_step()
         loads = []
-        for router, counts in self._watched:
-            total = counts.clone()
+        for counted in self._watched:
+            router, total = counted.router, counted.by_step.clone()
             distributed.all_reduce(total, group=router.tp_dp_cp_group)
             loads.append(
                 ExpertLoad(
@@ -192,14 +216,21 @@ class LoadCounter:
             )
         return tuple(loads)
 
+    def _end_step(self) -> None:
+        for counted in self._watched:
+            counted.by_step[self._step] += counted.in_step
+        self.forget_step()
+
     def _watch(self, router: TopKRouter, num_steps: int, device: str) -> None:
-        counts = torch.zeros(num_steps, router.num_experts, dtype=torch.int64, device=device)
-        self._watched.append((router, counts))
+        rows = torch.zeros(num_steps + 1, router.num_experts, dtype=torch.int64, device=device)
+        counted = _Counted(router=router, by_step=rows[1:], in_step=rows[0])
+        self._watched.append(counted)
 
         def count(module: TopKRouter, inputs: object, outputs: Sequence[torch.Tensor]) -> None:
-            # A recomputed layer runs twice, the first time without gradients.
-            if torch.is_grad_enabled():
+            # A recomputed layer runs twice, the first time without gradients; before the capture of a layer
+            # Megatron-Core runs it on no tokens of the step.
+            if torch.is_grad_enabled() and not is_graph_warmup():
                 taken = outputs[1] if self._counts_padding else outputs[1] & (outputs[0] > 0)
-                counts[self._step] += taken.sum(dim=0)
+                counted.in_step.add_(taken.sum(dim=0))
 
         router.register_forward_hook(count)

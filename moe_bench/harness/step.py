@@ -28,14 +28,24 @@ class StepOutcome:
     """Whether the optimizer took the step; it does not where gradients are not finite."""
 
 
+Schedule = Callable[..., list[dict[str, torch.Tensor]]]
+"""Megatron-Core's forward_backward_func, or what captures it."""
+
+
 def _nothing() -> None:
     """Nobody asked where the schedule begins and ends."""
 
 
 def train_step(
-    training: Training, micro_batches: list[MicroBatch], *, on_schedule: Callable[[], None] = _nothing
+    training: Training,
+    micro_batches: list[MicroBatch],
+    *,
+    on_schedule: Callable[[], None] = _nothing,
+    schedule: Schedule | None = None,
 ) -> StepOutcome:
-    """Run one optimizer step over `micro_batches`. A collective call of all ranks.
+    """Run one optimizer step over `micro_batches`, through `schedule` where it is not Megatron-Core's own.
+
+    A collective call of all ranks.
 
     `on_schedule` is called as the schedule, all forward and backward passes with their reductions, begins and
     again as it ends.
@@ -45,7 +55,7 @@ def train_step(
     training.optimizer.zero_grad()
     _stage_weights(training)
     on_schedule()
-    losses = _scheduled(training, micro_batches, forward_only=False)
+    losses = _scheduled(training, micro_batches, forward_only=False, schedule=schedule)
     on_schedule()
     was_applied, grad_norm, _ = training.optimizer.step()
     return StepOutcome(
@@ -83,13 +93,20 @@ def _stage_weights(training: Training) -> None:
 
 
 def _scheduled(
-    training: Training, micro_batches: list[MicroBatch], *, forward_only: bool
+    training: Training,
+    micro_batches: list[MicroBatch],
+    *,
+    forward_only: bool,
+    schedule: Schedule | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """What the losses of the micro batches report, through Megatron-Core's pipeline schedule."""
     micro_batch_size, seq_len = micro_batches[0]["tokens"].shape
     iterators = [iter(micro_batches) for _ in training.chunks]
-    losses: list[dict[str, torch.Tensor]] = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+    run: Schedule = schedule or get_forward_backward_func()
+    # a graph registers every state of the tracker as a generator's, and a number of a sample is none
+    draws = training.config.cuda_graph_impl == "none"
+    return run(
+        forward_step_func=partial(_forward_step, draws=draws),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(training.chunks),
         num_microbatches=len(micro_batches),
@@ -97,18 +114,23 @@ def _scheduled(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    return losses
 
 
 def _forward_step(
-    micro_batches: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
+    micro_batches: Iterator[MicroBatch],
+    model: Any,
+    return_schedule_plan: bool = False,
+    *,
+    draws: bool = True,
 ) -> tuple[Any, Any]:
     """What the schedule calls for each micro batch and model chunk.
 
     `return_schedule_plan` is set where dispatch and combine run under another micro batch's computation.
+    `draws` says whether routers may draw by token.
     """
     batch = next(micro_batches)
-    begin_micro_batch(batch["first_sample"])
+    if draws:
+        begin_micro_batch(batch["first_sample"])
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(
         batch["tokens"],

@@ -15,6 +15,7 @@ from moe_bench.harness.build import Training
 from moe_bench.harness.loop import timed_steps
 from moe_bench.harness.routing import LoadCounter
 from moe_bench.harness.step import StepOutcome, train_step
+from moe_bench.harness.step_graphs import StepGraphs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +54,12 @@ class Trainer:
         rank: int,
         num_steps: int,
         watch: Watch,
+        graphs: StepGraphs | None = None,
         is_alone: bool = False,
     ) -> None:
         self._built, self._plan, self._counter = built, plan, counter
         self._rank, self._num_steps, self._watch = rank, num_steps, watch
-        self._is_alone = is_alone
+        self._graphs, self._is_alone = graphs or StepGraphs(), is_alone
         self.losses: list[float] = []
         """Of the steps so far; empty but on the last pipeline stage."""
         self.grad_norms: list[float] = []
@@ -66,7 +68,13 @@ class Trainer:
         """One that runs more steps and tells nobody of them."""
         watch = Watch(now_s=self._watch.now_s, on_step=lambda step: None, on_report=lambda report: None)
         return Trainer(
-            self._built, self._plan, self._counter, rank=self._rank, num_steps=self._num_steps, watch=watch
+            self._built,
+            self._plan,
+            self._counter,
+            rank=self._rank,
+            num_steps=self._num_steps,
+            watch=watch,
+            graphs=self._graphs,
         )
 
     def run(self, steps: range) -> tuple[float, ...]:
@@ -74,7 +82,12 @@ class Trainer:
         return timed_steps(
             steps,
             prepare=self._prepare,
-            run=partial(train_step, self._built, on_schedule=self._watch.on_schedule),
+            run=partial(
+                train_step,
+                self._built,
+                on_schedule=self._watch.on_schedule,
+                schedule=self._graphs.schedule,
+            ),
             finish=self._finish,
             now_s=self._watch.now_s,
             synchronize=torch.cuda.synchronize,
@@ -83,6 +96,8 @@ class Trainer:
     def _prepare(self, step: int) -> list[MicroBatch]:
         self._watch.on_step(step + 1)
         self._counter.start_step(step)
+        if self._graphs.capture_before(step):
+            self._counter.forget_step()
         return step_batches(self._plan, step)
 
     def _finish(self, step: int, outcome: StepOutcome) -> None:

@@ -50,7 +50,7 @@ _REASONS = {
     "dispatch": "loopback groups stand in for the other ranks",
     "routing": "other ranks are taken to send what this one does, which equal shares and recordings allow",
     "overlap": "nothing is sent that could run beside computation",
-    "cuda_graphs": "no code captures graphs of a step yet",
+    "cuda_graphs": "stand-ins for other ranks copy and count on the host, which takes no part in a replay",
     "recompute": "the stage has no such module, or the kernels make it again in any case",
     "steps": "enough for one rank",
     "env": "HybridEP's domain is not read; one connection where Megatron-Core asks for it without overlap",

@@ -12,7 +12,7 @@ import pytest
 
 from moe_bench.errors import MissingRequirementError
 from moe_bench.harness.mcore_config import MegatronArguments, megatron_arguments
-from moe_bench.harness.requirements import require_runnable
+from moe_bench.harness.requirements import require_no_graphs, require_runnable
 from tests.harness.toys import smoke_recipe
 
 
@@ -21,6 +21,19 @@ def arguments(**sections: dict[str, Any]) -> MegatronArguments:
     return dataclasses.replace(
         base, **{name: getattr(base, name) | section for name, section in sections.items()}
     )
+
+
+def graphs(
+    kind: str, *, modules: tuple[str, ...] = (), num_warmup: int = 10, budget: float | None = None
+) -> dict[str, dict[str, Any]]:
+    return {
+        "transformer": {
+            "cuda_graph_impl": kind,
+            "cuda_graph_modules": modules,
+            "moe_expert_rank_capacity_factor": budget,
+        },
+        "training": {"num_warmup_steps": num_warmup},
+    }
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
@@ -40,7 +53,14 @@ def test_a_smoke_recipe_needs_nothing_more() -> None:
         ({"transformer": {"fp8": "e4m3"}}, "precision: e4m3 needs kernels.family: transformer_engine"),
         ({"training": {"experts_are_fp8": True}}, "precision: fp8_rowwise runs on Hopper alone"),
         ({"transformer": {"fp4": "e2m1"}}, "precision: e2m1 needs kernels.family: transformer_engine"),
-        ({"transformer": {"cuda_graph_impl": "local"}}, "cuda_graphs.implementation: local: no code"),
+        (graphs("local", modules=("moe_router",)), "cuda_graphs.modules: some with local: .* whole"),
+        (graphs("local", num_warmup=1), "cuda_graphs.num_warmup_steps: 3 .* steps.num_warmup: 2 or more"),
+        (graphs("full_iteration", num_warmup=3), "steps.num_warmup: 3: .* steps.num_warmup: 4 or more"),
+        (graphs("full_iteration", budget=1.5), "no code drives Megatron-Core's PagedStashRunner"),
+        (
+            graphs("full_iteration") | {"ddp": {"use_megatron_fsdp": True}},
+            "full_iteration with Megatron-FSDP",
+        ),
         ({"transformer": {"tp_comm_overlap": True}}, "overlap.tensor_parallel: no code sets up"),
         ({"optimizer": {"main_params_dtype": "fp16"}}, "optimizer.main_params_dtype: fp16 needs"),
         (
@@ -93,6 +113,20 @@ def test_what_is_installed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
             optimizer={"main_params_dtype": "fp16"},
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_warmup"), [("local", 2), ("transformer_engine", 4), ("full_iteration", 4)]
+)
+def test_graphs_that_are_captured_before_the_first_timed_step_run(kind: str, num_warmup: int) -> None:
+    require_runnable(arguments(**graphs(kind, num_warmup=num_warmup)))
+
+
+@pytest.mark.parametrize("kind", ["local", "transformer_engine", "full_iteration"])
+def test_no_other_verb_than_run_captures_graphs(kind: str) -> None:
+    require_no_graphs(arguments())
+    with pytest.raises(MissingRequirementError, match=f"cuda_graphs.implementation: {kind}: `run` alone"):
+        require_no_graphs(arguments(**graphs(kind)))
 
 
 def test_another_series_of_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
