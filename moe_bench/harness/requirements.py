@@ -74,6 +74,11 @@ def _graph_problem(arguments: MegatronArguments) -> str | None:
         return None
     if arguments.ddp["use_megatron_fsdp"]:
         return f"implementation: {kind} with Megatron-FSDP: no code sets its graph mode"
+    if arguments.training["router_choice"] == "gshard":
+        return (
+            f"implementation: {kind} with model.moe.router.choice: gshard: what its routers draw is among "
+            "the random states, all of which a graph takes for generators"
+        )
     if kind == "local" and transformer["cuda_graph_modules"]:
         return (
             f"modules: some with {kind}: Megatron-Core captures layers of GPTModel whole "

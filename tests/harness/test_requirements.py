@@ -54,6 +54,10 @@ def test_a_smoke_recipe_needs_nothing_more() -> None:
         ({"training": {"experts_are_fp8": True}}, "precision: fp8_rowwise runs on Hopper alone"),
         ({"transformer": {"fp4": "e2m1"}}, "precision: e2m1 needs kernels.family: transformer_engine"),
         (graphs("local", modules=("moe_router",)), "cuda_graphs.modules: some with local: .* whole"),
+        (
+            graphs("local") | {"training": {"router_choice": "gshard"}},
+            "local with model.moe.router.choice: gs",
+        ),
         (graphs("local", num_warmup=1), "cuda_graphs.num_warmup_steps: 3 .* steps.num_warmup: 2 or more"),
         (graphs("full_iteration", num_warmup=3), "steps.num_warmup: 3: .* steps.num_warmup: 4 or more"),
         (graphs("full_iteration", budget=1.5), "no code drives Megatron-Core's PagedStashRunner"),
