@@ -52,7 +52,7 @@ def offloaded_bytes(recipe: Recipe) -> int:
 
 def _bytes_per_s(system: SystemSpec, traits: Traits) -> tuple[float, float]:
     """Of the slowest GPU, to the host and back."""
-    if not system.key.startswith("gb"):
+    if system.host != "grace":
         return _PCIE, _PCIE
     if traits.is_bound_to_first_cpu:
         far = _GRACE_TO_GRACE / 2

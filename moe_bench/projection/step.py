@@ -17,7 +17,7 @@ from moe_bench.projection.schedule.choice import schedule_shape
 from moe_bench.projection.schedule.megatron import TransferRule
 from moe_bench.projection.schedule.shape import ScheduleKind
 from moe_bench.projection.schedule.simulation import ChunkTime, Timeline, simulate_shape
-from moe_bench.projection.step_time import StepTable, StepTimes, step_table, step_times, sync_seconds
+from moe_bench.projection.step_time import StepTable, StepTimes, link_seconds, step_table, step_times
 from moe_bench.projection.step_work import StepWork, step_work
 from moe_bench.projection.sync_windows import exposed_s, gathering_windows_s, reduction_windows_s
 from moe_bench.projection.work.operations import Pass
@@ -101,8 +101,8 @@ def _simulated_all(
     if compute_factor != 1:
         table = replace(table, layers=table.layers.slowed(compute_factor))
     times = step_times(table, constants)
-    gradients_s = sync_seconds(table.gradients_s, constants)
-    parameters_s = sync_seconds(table.parameters_s, constants)
+    gradients_s = link_seconds(table.gradients_s, constants)
+    parameters_s = link_seconds(table.parameters_s, constants)
     timelines = []
     first_layer = 0
     for row, work in enumerate(works):

@@ -211,14 +211,14 @@ def _critical_ranks(table: StepTable, busy: Floats) -> Ints:
 
 def _transfers(table: StepTable, constants: Constants) -> Floats:
     """Hidden states and gradients of one micro batch that a rank waits for: 2 per chunk."""
-    seconds = 2 * table.num_virtual * _link_seconds(table.transfer_s, constants)
+    seconds = 2 * table.num_virtual * link_seconds(table.transfer_s, constants)
     exposed: Floats = seconds * np.where(table.overlaps_transfer > 0, _HIDDEN_TRANSFER, 1.0)
     return exposed
 
 
 def exposed_gathers_s(table: StepTable, constants: Constants, *, busy_s: Floats) -> Floats:
     """[recipe] what gathering weights adds to C seconds of every micro batch: max(C, A) + leak min - C."""
-    traffic = _link_seconds(table.gathers_s, constants)
+    traffic = link_seconds(table.gathers_s, constants)
     exposed = np.maximum(traffic - busy_s, 0) + _FSDP_LEAK * np.minimum(traffic, busy_s)
     whole: Floats = table.num_micro_batches * np.where(traffic > 0, exposed, 0.0)
     return whole
@@ -230,19 +230,14 @@ def _synced(
     """Exposed part of a step's collectives: all of it, or what the window of the last (or first) micro batch
     leaves, and at least one bucket.
     """
-    seconds = _link_seconds(links_s, constants)
+    seconds = link_seconds(links_s, constants)
     left = np.maximum(seconds - window_s, seconds / num_buckets)
     exposed: Floats = np.where(overlaps > 0, left, seconds)
     return exposed
 
 
-def sync_seconds(links_s: Floats, constants: Constants) -> Floats:
-    """[recipe] seconds of a step's data-parallel collectives, were nothing to hide them."""
-    return _link_seconds(links_s, constants)
-
-
-def _link_seconds(links_s: Floats, constants: Constants) -> Floats:
-    """[recipe, nvlink | nic | latency] to seconds."""
+def link_seconds(links_s: Floats, constants: Constants) -> Floats:
+    """[recipe, nvlink | nic | latency] to seconds of each recipe, were nothing to hide them."""
     nvlink, nic = links_s[:, 0] / constants.nvlink_fraction, links_s[:, 1] / constants.dp_nic_fraction
     seconds: Floats = np.maximum(nvlink, nic) + links_s[:, 2]
     return seconds

@@ -131,7 +131,7 @@ def num_scale_reductions(recipe: Recipe) -> int:
 def layer_setting(recipe: Recipe, schedule: ScheduleKind) -> LayerSetting:
     """What of `recipe` and its schedule changes the time of every layer."""
     return LayerSetting(
-        is_grace=recipe.system.key.startswith("gb"),
+        is_grace=recipe.system.host == "grace",
         overlaps_experts=overlaps_experts(recipe, schedule),
         is_graphed=recipe.cuda_graphs.implementation == "full_iteration",
     )

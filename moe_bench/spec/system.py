@@ -56,6 +56,8 @@ class SystemSpec(Spec):
     """Null on a machine without GPUs: it has no peak, so nothing measured on it has an MFU."""
     gpus_per_node: PositiveInt
     """GPUs that share a host; processes that share it where there is no GPU."""
+    host: Literal["x86", "grace"] = "x86"
+    """Kind of its CPUs: Grace reaches its GPUs over NVLink-C2C, x86 over PCIe."""
     nvlink_domain_gpus: PositiveInt
     """GPUs that reach each other over NVLink; 72 in a GB200 NVL72 rack, 1 without NVLink."""
     nic_bytes_per_s: PositiveFloat | None

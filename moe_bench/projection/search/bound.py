@@ -29,7 +29,7 @@ from moe_bench.projection.schedule.choice import schedule_kind
 from moe_bench.projection.search.layout import Axis, Layout, recipe_of
 from moe_bench.projection.search.space import Space
 from moe_bench.projection.search.splits import Split
-from moe_bench.projection.step_time import StepTable, exposed_gathers_s, step_table, sync_seconds
+from moe_bench.projection.step_time import StepTable, exposed_gathers_s, link_seconds, step_table
 from moe_bench.projection.step_work import StepWork, layer_setting, step_work
 from moe_bench.projection.work.load import recipe_load
 from moe_bench.projection.work.lowering import ChunkWork, LayerKind, lower
@@ -149,7 +149,7 @@ class StepBound:
             (table.parameters_s, table.overlaps_parameters, table.parameter_buckets),
         )
         exposed_s = sum(
-            float(sync_seconds(links_s, self._constants)[0]) / (float(buckets[0]) if overlaps[0] else 1.0)
+            float(link_seconds(links_s, self._constants)[0]) / (float(buckets[0]) if overlaps[0] else 1.0)
             for links_s, overlaps, buckets in shares
         )
         return table, exposed_s + work.optimizer_memory_s / self._constants.stream_fraction
