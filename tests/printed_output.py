@@ -17,8 +17,9 @@ from pathlib import Path
 from moe_bench.cli import main
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 ELIDED = "..."
-QUICK = ("audit", "check", "show")
+QUICK = ("audit", "check", "project", "show")
 """Verbs that are run again, as every `--plan` is: the same on all machines without a GPU, in a second."""
 TABLES = (("README.md", "defaults", "list --defaults"), ("docs/check.md", "rules", "check --rules"))
 """Pages with a table between two marks, and the command that prints it."""
@@ -121,7 +122,7 @@ def rewrite(page: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.pop("COLUMNS", None)
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in PAGES:
         rewrite(path)
     for name, mark, command in TABLES:
         path = ROOT / name

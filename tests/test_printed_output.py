@@ -5,13 +5,13 @@ from importlib.util import find_spec
 import pytest
 
 from moe_bench.cli import gpu
-from tests.printed_output import ROOT, TABLES, Example, elided, examples, printed, with_table
+from tests.printed_output import PAGES, ROOT, TABLES, Example, elided, examples, printed, with_table
 
-EXAMPLES = [example for page in sorted((ROOT / "docs").glob("*.md")) for example in examples(page)]
+EXAMPLES = [example for page in PAGES for example in examples(page)]
 
 
 def test_the_pages_with_examples_have_them() -> None:
-    assert {"accounting.md", "check.md", "layer.md"} <= {example.page for example in EXAMPLES}
+    assert {"README.md", "accounting.md", "check.md", "layer.md"} <= {example.page for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.page}:{example.first_line}")
